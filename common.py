@@ -1,0 +1,1627 @@
+"""What two or more stages run, and nothing else: ten numbered sections, each usable alone.
+
+1. Formats, paths, errors, log   2. Settings        3. Device, ranks, start_run
+4. Tokenizer                     5. GPT             6. Optimizer
+7. Rows                          8. training_steps  9. Checkpoints, bits per byte
+10. Engine
+
+On disk, below the base directory (NANOCHAT_BASE_DIR, default ~/.cache/nanochat):
+  data/SOURCE/train-00000.parquet ... val.parquet    column `text`, one document a row
+  data/SOURCE/tokens/KEY/                            packed rows of token ids, made on first use
+  runs/TAG/tokenizer/tokenizer.json                  pattern, special tokens, merges
+  runs/TAG/{base,mid,sft,rl}/step-001234/            checkpoints: weights, optimizer, meta.json
+  runs/TAG/metrics.jsonl                             one line per logged event of every stage
+  runs/TAG/eval/STAGE.json                           scores
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import codecs
+import collections
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import math
+import os
+import queue
+import re
+import shutil
+import signal
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# 1. Formats, paths, errors, log --------------------------------------------------------------
+
+
+class Stop(SystemExit):
+    """End the program with one sentence on stderr and exit code 1, without a traceback."""
+
+
+class MissingInput(Stop):
+    """Something that an earlier stage makes, or that the settings name, is not there."""
+
+
+def base_dir() -> Path:
+    """Return the folder that holds everything: NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+
+
+def data_dir(source: str) -> Path:
+    """Return the folder of one data source's shards and conversations."""
+    return base_dir() / "data" / source
+
+
+def run_dir(tag: str) -> Path:
+    """Return the folder of one run: tokenizer, checkpoints, metrics, report."""
+    return base_dir() / "runs" / tag
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise ValueError unless name is one plain folder name (text never becomes a path)."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{what} {name!r} must be letters, digits, '.', '_' or '-'")
+
+
+def list_shards(source: str, split: str) -> list[Path]:
+    """List a source's text shards of split "train" or "val" in order.
+
+    Raises MissingInput where prepare.py has not made them.
+    """
+    folder = data_dir(source)
+    shards = sorted(folder.glob("train-*.parquet")) if split == "train" else []
+    if split == "val" and (folder / "val.parquet").exists():
+        shards = [folder / "val.parquet"]
+    if not shards or not (folder / "manifest.json").exists():  # prepare.py writes that one last
+        have = sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
+        known = f" (prepared: {', '.join(have)})" if have else ""
+        raise MissingInput(
+            f"{folder} has no {split} text{known}: run `python prepare.py --source={source}` first"
+        )
+    return shards
+
+
+def read_texts(path: Path, start: int = 0) -> Iterator[str]:
+    """Yield a parquet file's `text` column document by document.
+
+    Raises MissingInput where the file is truncated or is no parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from batch.column(0).to_pylist()[start:]
+                start = max(0, start - batch.num_rows)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise MissingInput(f"{path} cannot be read ({reason}): delete it and run prepare.py again")
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; rename it into place at the end, drop it on error.
+
+    Works for files and folders. The process id keeps two writers apart.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        if beside.is_dir() and path.exists():
+            shutil.rmtree(path)
+        os.replace(beside, path)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write value as indented JSON, beside and renamed."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def format_duration(seconds: float) -> str:
+    """Say a time span in its natural unit: 45 s, 12 min, 3.4 h, 2.1 d."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / divisor:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} d"
+
+
+def format_count(value: float) -> str:
+    """Say a count with three digits and k, M, G or T: 1.23 M."""
+    for divisor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= divisor:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+# How a logged value is printed; a key that is not here is printed as `key value`.
+LOG_FORMATS: dict[str, Callable[[Any], str]] = {
+    "loss": lambda v: f"loss {v:.4f}",
+    "lr": lambda v: f"lr {v:.2f}x",
+    "val_bpb": lambda v: f"val_bpb {v:.4f}",
+    "train_bpb": lambda v: f"train_bpb {v:.4f}",
+    "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
+    "mfu": lambda v: f"mfu {100 * v:.1f} %",
+    "left_s": lambda v: f"left {format_duration(v)}",
+}
+
+
+def format_log(stage: str, step: int, num_steps: int, values: dict[str, Any]) -> str:
+    """Make the one log line of an event, same order and units in every stage."""
+    words = [LOG_FORMATS.get(key, lambda v, k=key: f"{k} {_plain(v)}")(values[key])
+             for key in values]  # fmt: skip
+    return "  ".join([f"{stage} {step:05d}/{num_steps:05d}", *words])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# 2. Settings ---------------------------------------------------------------------------------
+
+
+def setting(default: Any, help: str, short: str = "", choices: tuple = ()) -> Any:  # noqa: A002
+    """Declare one field of a Settings dataclass: its default, help, one-letter flag, choices."""
+    return field(default=default, metadata={"help": help, "short": short, "choices": choices})
+
+
+def _whole_number(text: str) -> int:
+    value = float(text)  # so that 2e9 is an int, as people write it
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text) if text.lstrip("+-").isdigit() else int(value)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """End with one line and exit code 2 instead of argparse's usage screen."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) -> Any:
+    """Turn a Settings dataclass into a command line and parse it: `--a-b 1`, `--a_b=1` alike.
+
+    A bool field is a switch, `--x` or `--no-x`. A dataclass may name, in a class variable
+    `derived: dict[str, str]`, flags that people try and what to use instead. Exits with code 2
+    and one sentence on a wrong flag or value, also on a ValueError of `__post_init__`.
+    """
+    parser = _Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    types = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        names = [f"-{f.metadata['short']}"] if f.metadata["short"] else []
+        names += list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
+        default = f"default: {f.default}" if f.default not in ("", None) else "default: none"
+        options: dict[str, Any] = {"dest": f.name, "default": f.default}
+        options["help"] = f"{f.metadata['help']} ({default})".replace("%", "%%")
+        if types[f.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _whole_number if types[f.name] is int else types[f.name]
+            options["metavar"] = types[f.name].__name__.upper()
+        if f.metadata["choices"]:
+            options["choices"] = f.metadata["choices"]
+        parser.add_argument(*names, **options)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_explain_unknown(cls, unknown[0]))
+    try:
+        return cls(**vars(values))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _explain_unknown(cls: type, word: str) -> str:
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    if name in getattr(cls, "derived", {}):
+        return f"{word} is not a setting: {cls.derived[name]}"  # type: ignore[attr-defined]
+    known = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists them"
+    return f"{word!r} is not a setting; {hint}"
+
+
+# 3. Device, ranks, seeds, start_run ----------------------------------------------------------
+
+# Dense bf16 matmul peaks in FLOP/s as the makers state them; other devices are measured.
+PEAK_FLOPS = {
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
+    "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "A100": 312e12, "A800": 312e12,
+    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A6000": 155e12,
+    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def world() -> tuple[int, int]:
+    """Return (rank, world_size) of this process: (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device(name: str = "") -> torch.device:
+    """Choose cuda, mps or cpu, best first, or the named one; under torchrun the rank's own GPU.
+
+    Raises ValueError for an unknown or absent device, MissingInput for more ranks than GPUs.
+    """
+    present = ["cuda"] if torch.cuda.is_available() else []
+    present += ["mps"] if torch.backends.mps.is_available() else []
+    present += ["cpu"]
+    if name and name not in present:
+        raise MissingInput(f"--device={name} is not on this machine: it has {', '.join(present)}")
+    kind = name or present[0]
+    if kind != "cuda":
+        return torch.device(kind)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise MissingInput(
+            f"local rank {local_rank} has no GPU of its own: start torchrun with "
+            f"--nproc_per_node={torch.cuda.device_count()} or less, or --device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 5) -> float:
+    """Measure the best of `repeats` products of n x n matrices, in FLOP/s."""
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        b = a @ a
+        b[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the matmul peak in FLOP/s: the maker's bf16 figure, else measured here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for key, flops in PEAK_FLOPS.items():
+            if key in name:
+                return flops
+    return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
+
+
+def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
+    """Choose the compute dtype: the named one, else bf16 where it is fast, else fp32.
+
+    On a CPU both are timed: without the instructions bf16 runs hundreds of times slower, and
+    below twice fp32's rate the conversions around the products eat the gain.
+    """
+    if name:
+        return getattr(torch, name)
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        rates = [measure_matmul(device, d, 256) for d in (torch.bfloat16, torch.float32)]
+        fast = rates[0] > 2 * rates[1]
+    else:
+        fast = False
+    return torch.bfloat16 if fast else torch.float32
+
+
+def can_compile(device: torch.device) -> bool:
+    """Say whether torch.compile can work here: a GPU with Triton, or a CPU with a C++ compiler."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    compiler = os.environ.get("CXX") or "g++"
+    return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
+
+
+def compile_or_not(
+    choice: str, seconds: float, device: torch.device, say: Callable[[str], None]
+) -> bool:
+    """Decide on torch.compile, and say it: yes, no, or auto where the run earns it back.
+
+    seconds is the run's estimated length without it. Compiling saves about a fifth of it and
+    costs about a minute (README, Choices).
+    """
+    if choice == "no" or (choice == "auto" and seconds < 300):
+        short = f": a run of about {format_duration(seconds)} would not earn it back"
+        say(f"compile: off{short if choice == 'auto' else ''}")
+        return False
+    if not can_compile(device):
+        say("compile: off: there is no " + ("Triton" if device.type == "cuda" else "C++ compiler"))
+        return False
+    say("compile: on: the first step takes a minute or so")
+    return True
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place; alone it is returned as it is."""
+    if world()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if world()[1] > 1:
+        dist.barrier()
+
+
+@dataclass
+class Run:
+    """One stage at work: its place on disk, device, ranks, log. Made by start_run."""
+
+    stage: str
+    tag: str
+    settings: Any
+    device: torch.device
+    rank: int
+    world_size: int
+    num_steps: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    stopping: bool = False
+    wandb: Any = None
+
+    @property
+    def dir(self) -> Path:
+        return run_dir(self.tag) / self.stage
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
+        self.metrics.update(values, step=step)
+        if self.rank == 0:
+            print(format_log(self.stage, step, self.num_steps, values), flush=True)
+            line = {"stage": self.stage, "step": step, "time": time.time(), **values}
+            with open(run_dir(self.tag) / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(
+                {f"{self.stage}/{key}": v for key, v in {"step": step, **values}.items()}
+            )
+
+    def rewind_log(self, step: int) -> None:
+        """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
+        path = run_dir(self.tag) / "metrics.jsonl"
+        if self.rank == 0 and path.exists():
+            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
+            kept = [x for x in lines if x["stage"] != self.stage or x["step"] <= step]
+            with written_beside(path) as beside:
+                beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
+
+
+@contextlib.contextmanager
+def start_run(stage: str, settings: Any) -> Iterator[Run]:
+    """Set up device, ranks, seed and signals for a stage, and clean up after it.
+
+    settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM sets `run.stopping`,
+    which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
+    read-only disk becomes one sentence.
+    """
+    device = pick_device(settings.device)
+    rank, world_size = world()
+    if world_size > 1:
+        if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(settings.seed)
+    run = Run(stage, settings.tag, settings, device, rank, world_size)
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        run.say("stopping after this step; Ctrl-C again stops at once")
+        run.stopping = True
+
+    in_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        with one_sentence(stage):
+            run_dir(settings.tag).mkdir(parents=True, exist_ok=True)
+            run.wandb = _start_wandb(run)
+            yield run
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _start_wandb(run: Run) -> Any:
+    name = getattr(run.settings, "run", "")
+    if not name or run.rank:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        run.say("wandb is not installed (`uv pip install wandb`): metrics.jsonl has everything")
+        return None
+    import wandb
+
+    return wandb.init(project="nanochat", name=name, config=dataclasses.asdict(run.settings))
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn Ctrl-C and a disk's errors into one sentence and a non-zero exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stop(f"{what}: stopped; run the same command again to go on") from None
+    except OSError as error:
+        raise Stop(disk_sentence(error)) from None
+
+
+def disk_sentence(error: OSError) -> str:
+    """Say what a failed read or write means for the user."""
+    place = error.filename2 or error.filename or base_dir()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full at {place}: free some space and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{place} cannot be written: set NANOCHAT_BASE_DIR to a folder of your own"
+    return f"{place}: {error.strerror or error}"
+
+
+# 4. Tokenizer --------------------------------------------------------------------------------
+
+BOS = "<|bos|>"
+SPECIAL_TOKENS = [
+    BOS, "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>",
+    "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>",
+]  # fmt: skip
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary that tiktoken runs: bytes, then merges, then special tokens.
+
+    merges lists pairs of token ids in order; merge i makes id 256 + i. The special tokens take
+    the ids after the last merge and are never made from text.
+    """
+
+    def __init__(self, pattern: str, merges: list[tuple[int, int]], info: dict | None = None):
+        import tiktoken
+
+        self.pattern, self.merges, self.info = pattern, [tuple(m) for m in merges], info or {}
+        tokens = [bytes([b]) for b in range(256)]
+        for left, right in self.merges:
+            tokens.append(tokens[left] + tokens[right])
+        self.specials = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.encoding = tiktoken.Encoding(
+            "nanochat",
+            pat_str=pattern,
+            mergeable_ranks={token: i for i, token in enumerate(tokens)},
+            special_tokens=self.specials,
+        )
+        self.vocab_size = len(tokens) + len(SPECIAL_TOKENS)
+        self.bos = self.specials[BOS]
+        # bits per byte weighs each target by its bytes; a special token stands for none
+        self.token_bytes = torch.tensor([len(t) for t in tokens] + [0] * len(SPECIAL_TOKENS))
+        described = json.dumps([pattern, self.merges, SPECIAL_TOKENS])
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:12]
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """Read folder/tokenizer.json. Raises MissingInput where it is absent or damaged."""
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            tags = sorted(p.parent.parent.name for p in run_dir("").glob("*/tokenizer/*.json"))
+            have = f" (tags with one: {', '.join(tags)})" if tags else ""
+            raise MissingInput(
+                f"{path} is missing{have}: run `python train_tokenizer.py "
+                f"--tag={folder.parent.name}` first"
+            )
+        try:
+            saved = json.loads(path.read_text("utf-8"))
+            if saved["special_tokens"] != SPECIAL_TOKENS:
+                raise ValueError("its special tokens are not this version's")
+            return cls(saved["pattern"], saved["merges"], saved["info"])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise MissingInput(f"{path} is damaged ({error}): run train_tokenizer.py --restart")
+
+    def save(self, folder: Path) -> None:
+        """Write folder/tokenizer.json, readable and complete."""
+        head = {"info": self.info, "pattern": self.pattern, "special_tokens": SPECIAL_TOKENS}
+        text = json.dumps(head, indent=1, ensure_ascii=False)[:-2] + ',\n "merges": [\n'
+        text += ",\n".join(f"  [{a}, {b}]" for a, b in self.merges) + "\n ]\n}\n"
+        with written_beside(folder / "tokenizer.json") as beside:
+            beside.write_text(text, "utf-8")
+
+    def encode(self, text: str) -> list[int]:
+        """Encode text as ordinary tokens, whatever it says: no special token comes of it."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
+        """Encode many texts on several threads; 0 takes all cores."""
+        return self.encoding.encode_ordinary_batch(
+            texts, num_threads=threads or os.cpu_count() or 1
+        )
+
+    def decode(self, ids: list[int]) -> str:
+        """Decode ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.encoding.decode(ids, errors="replace")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        """Decode ids to bytes."""
+        return self.encoding.decode_bytes(ids)
+
+
+# 5. GPT --------------------------------------------------------------------------------------
+
+IGNORE = -1  # a target that has no loss
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; everything else about it follows."""
+
+    vocab_size: int
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_kv_head: int
+    max_seq_len: int
+    window_pattern: str = "L"  # one letter a layer, repeated: L whole context, S a quarter of it
+    rope_base: float = 100_000.0
+    softcap: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
+            raise ValueError(
+                f"n_embd {self.n_embd} must divide into n_head {self.n_head} even heads, and "
+                f"n_head into n_kv_head {self.n_kv_head}"
+            )
+        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+            raise ValueError(f"window pattern {self.window_pattern!r} must be letters L and S")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // 64) * 64  # matmuls run faster on multiples of 64
+
+    def window(self, layer: int) -> int:
+        """Return how many positions, itself included, a query of this layer sees."""
+        letter = self.window_pattern[layer % len(self.window_pattern)]
+        whole = letter == "L" or layer == self.n_layer - 1  # the last layer always sees all
+        return self.max_seq_len if whole else max(1, self.max_seq_len // 4)
+
+    def matrix_params(self) -> int:
+        """Count the blocks' weights."""
+        attention = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
+        return self.n_layer * (attention + 8 * self.n_embd**2)
+
+    def num_params(self) -> int:
+        """Count all weights: blocks, embedding, head."""
+        return self.matrix_params() + 2 * self.padded_vocab_size * self.n_embd
+
+    def flops_per_token(self, seq_len: int = 0) -> float:
+        """Count the FLOPs that train on one token: 6 a weight in a product, and attention.
+
+        Attention is counted causal, 12 x n_embd a pair of positions forward and backward.
+        """
+        T = seq_len or self.max_seq_len
+        weights = self.matrix_params() + self.padded_vocab_size * self.n_embd
+        seen = 0.0  # keys that a query sees, mean over positions, summed over layers
+        for layer in range(self.n_layer):
+            w = min(self.window(layer), T)
+            seen += (w * (w + 1) / 2 + (T - w) * w) / T
+        return 6 * weights + 12 * self.n_embd * seen
+
+
+class Linear(nn.Module):
+    """A product without bias whose fp32 weight is cast to the input's dtype.
+
+    Unlike nn.Linear it fills nothing when built: GPT.init_weights does, and filling on the meta
+    device would import the compiler, three seconds in every command.
+    """
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(Linear):
+    """A table of vectors, one a token id."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square over the last axis (arXiv:1910.07467), without a weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of channels by its position's angle (RoPE, arXiv:2104.09864).
+
+    x (B, T, H, D), D even; cos and sin (1, T, 1, D/2), same dtype. Returns x's shape.
+    """
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend causally: the last query sees the last key, each at most `window` keys back.
+
+    q (B, T, H, D); k and v (B, S, K, D), S >= T, H a multiple of K. Returns (B, T, H, D).
+    """
+    T, S = q.size(1), k.size(1)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
+    grouped = q.size(1) != k.size(1)
+    if T == 1:  # the caller gives the keys in the window only
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
+    elif T == S and window >= S:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
+        mask = (back >= 0) & (back < window)  # (T, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    return y.transpose(1, 2)
+
+
+class KVCache:
+    """The keys and values of the positions that were computed, for one batch of rows."""
+
+    def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
+        shape = (config.n_layer, rows, config.max_seq_len, config.n_kv_head, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # positions filled
+
+    def append(self, layer: int, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, K, D) of a layer; return all that the T queries may see."""
+        start, end = self.length, self.length + k.size(1)
+        assert end <= self.k.size(2), f"cache of {self.k.size(2)} positions cannot hold {end}"
+        self.k[layer, :, start:end], self.v[layer, :, start:end] = k, v
+        first = max(0, start - window + 1)
+        return self.k[layer, :, first:end], self.v[layer, :, first:end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
+        self.q = Linear(config.n_embd, config.n_head * config.head_dim)
+        self.k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.out = Linear(config.n_head * config.head_dim, config.n_embd)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))  # arXiv:2010.04245
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v, self.window)
+        return self.out(attend(q, k, v, self.window).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = Linear(config.n_embd, 4 * config.n_embd)
+        self.down = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x)).square())  # ReLU squared, arXiv:2109.08668
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attention, self.mlp = Attention(config, layer), MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attention(rms_norm(x), cos, sin, cache)
+        return x + self.mlp(rms_norm(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer: RoPE, QK-norm, ReLU squared, untied head, no biases."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config.n_embd, config.padded_vocab_size)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.cos: Tensor
+        self.sin: Tensor
+        self.head = Linear(config.n_embd, config.padded_vocab_size)
+        shape = (1, config.max_seq_len, 1, config.head_dim // 2)
+        self.register_buffer("cos", torch.empty(shape), persistent=False)
+        self.register_buffer("sin", torch.empty(shape), persistent=False)
+        self.dtype = torch.float32  # of activations; weights stay fp32 while training
+
+    @classmethod
+    def create(cls, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
+        """Build a model without touching memory, then allocate and initialise every weight."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model.dtype = dtype
+        model.init_weights()
+        return model
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fill all weights and buffers; outputs of the blocks start at zero."""
+        c = self.config
+        bound = math.sqrt(3 / c.n_embd)  # uniform with the deviation of N(0, 1/n_embd)
+        nn.init.normal_(self.embed.weight)
+        nn.init.normal_(self.head.weight, std=0.001)  # near-uniform first predictions
+        for name, weight in self.blocks.named_parameters():
+            if name.endswith(("out.weight", "down.weight")):
+                nn.init.zeros_(weight)
+            else:
+                nn.init.uniform_(weight, -bound, bound)
+        self.init_rope()
+
+    @torch.no_grad()
+    def init_rope(self) -> None:
+        """Make the rotation tables, in fp32 on the weights' device; no checkpoint holds them."""
+        c, device = self.config, self.embed.weight.device
+        channel = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32)
+        angle = torch.arange(c.max_seq_len, device=device)[:, None] * c.rope_base ** (
+            -channel / c.head_dim
+        )  # (T, D/2)
+        self.cos, self.sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
+
+    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Compute the last norm's output for ids (B, T); with a cache they continue its rows."""
+        start = cache.length if cache is not None else 0
+        T = ids.size(1)
+        assert start + T <= self.config.max_seq_len, f"position {start + T} is past the context"
+        cos, sin = (x[:, start : start + T].to(self.dtype) for x in (self.cos, self.sin))
+        x = rms_norm(self.embed(ids).to(self.dtype))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        return rms_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return fp32 logits (..., vocab_size) of hidden states (..., C), softly capped."""
+        logits = softcap(self.head(hidden).float(), self.config.softcap)
+        return logits[..., : self.config.vocab_size]
+
+    def forward(
+        self, ids: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """Return logits (B, T, V), or with targets the summed loss in nats.
+
+        ids and targets (B, T) int64, a target IGNORE counts nothing; weights (B, T) multiply
+        each target's loss.
+        """
+        hidden = self.hidden(ids)
+        if targets is None:
+            return self.logits(hidden)
+        mask = (targets != IGNORE).float()
+        mask = (mask if weights is None else mask * weights).flatten()
+        flat = hidden.flatten(0, 1)
+        return HeadLoss.apply(flat, self.head.weight, targets.flatten(), mask, self.config)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head, softcap and cross-entropy over chunks of positions, gradients made on the way.
+
+    The (positions, V) logits are never whole in memory, nor computed twice: a chunk's gradients
+    follow from its logits at once, so the backward pass only scales them.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, mask, config):  # type: ignore[no-untyped-def]
+        """Return the sum of mask x nats of targets (N,) given hidden (N, C), weight (V, C)."""
+        # 2 M logits stay in a CPU's cache, 64 M keep a GPU busy
+        budget = 1 << (21 if hidden.device.type == "cpu" else 26)
+        V, W = config.vocab_size, weight.to(hidden.dtype)
+        columns = torch.arange(W.size(0), device=hidden.device)
+        pad = torch.where(columns < V, 0.0, -math.inf)  # padded ids take no probability
+        loss = torch.zeros((), device=hidden.device)
+        d_weight = torch.zeros_like(weight)
+        d_hidden = []
+        chunk = max(1, budget // W.size(0))
+        for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
+            z = (h @ W.t()).float()
+            t = t.clamp_min(0)[:, None]
+            capped = softcap(z, config.softcap)
+            logits = capped + pad
+            lse = logits.logsumexp(-1, keepdim=True)
+            loss = loss + ((lse - logits.gather(1, t))[:, 0] * m).sum()
+            d_logits = ((logits - lse).exp() - (columns == t).float()) * m[:, None]
+            if config.softcap:
+                d_logits = d_logits * (1 - (capped / config.softcap).square())
+            d_logits = d_logits.to(h.dtype)
+            d_hidden.append(d_logits @ W)
+            d_weight = d_weight + (d_logits.t() @ h).float()
+        ctx.save_for_backward(torch.cat(d_hidden), d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, d_loss):  # type: ignore[no-untyped-def]
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_loss.to(d_hidden.dtype), d_weight * d_loss, None, None, None
+
+
+@torch.no_grad()
+def token_losses(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+    """Compute the nats of each target (B, T) given ids (B, T); 0 where it is IGNORE."""
+    hidden, flat = model.hidden(ids).flatten(0, 1), targets.flatten()
+    chunk = max(1, (1 << 24) // model.config.padded_vocab_size)
+    losses = [
+        F.cross_entropy(model.logits(h), t, ignore_index=IGNORE, reduction="none")
+        for h, t in zip(hidden.split(chunk), flat.split(chunk))
+    ]
+    return torch.cat(losses).view(targets.shape)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """Squash x smoothly into (-cap, cap); cap 0 leaves it (arXiv:2408.00118)."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+# 6. Optimizer --------------------------------------------------------------------------------
+
+# Coefficients (a, b, c) of the odd polynomials a x + b x^3 + c x^5 that, one after another, take
+# every singular value towards 1. Newton-Schulz as in Muon (kellerjordan.github.io/posts/muon):
+NEWTON_SCHULZ = [(3.4445, -4.7750, 2.0315)] * 5
+# Polar Express (arXiv:2505.16932): the best polynomial for each of five steps in turn
+POLAR_EXPRESS = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def orthogonalize(g: Tensor, coefficients: list, dtype: torch.dtype) -> Tensor:
+    """Bring the singular values of each matrix near 1 by odd polynomials (arXiv:2502.16982).
+
+    g (..., m, n), any dtype; the products run in `dtype`, which is also returned.
+    """
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x  # the smaller side squared is the cheaper product
+    # Polar Express needs all singular values safely below 1, Newton-Schulz only at most 1
+    margin = 1.02 if coefficients is POLAR_EXPRESS else 1.0
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
+    for a, b, c in coefficients:
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * xx @ xx) @ x
+    return x.mT if tall else x
+
+
+def muon_update(
+    p: Tensor, g: Tensor, buf: Tensor, lr: Tensor, momentum: float, weight_decay: float,
+    coefficients: list, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Step stacked matrices p (K, m, n) along the orthogonalised Nesterov momentum of g."""
+    buf.lerp_(g, 1 - momentum)
+    update = orthogonalize(g.lerp(buf, momentum), coefficients, dtype)
+    scale = max(1.0, p.size(-2) / p.size(-1)) ** 0.5  # tall matrices move by the same RMS
+    p.mul_(1 - lr * weight_decay).sub_(update.to(p.dtype) * (lr * scale))
+
+
+def adamw_update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, lr: Tensor, t: Tensor,
+    betas: tuple[float, float], eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    """Step p by AdamW (arXiv:1711.05101); m and v are its moments, t the number of this step."""
+    m.lerp_(g, 1 - betas[0])
+    v.lerp_(g.square(), 1 - betas[1])
+    denominator = (v / (1 - betas[1] ** t)).sqrt() + eps
+    p.mul_(1 - lr * weight_decay).sub_(lr / (1 - betas[0] ** t) * m / denominator)
+
+
+@dataclass
+class _Unit:
+    """Parameters that one update treats as one array: equal matrices stacked, or one tensor.
+
+    The array is cut along its first axis in `world_size` equal chunks, the last ones padded;
+    a rank keeps the state of its chunk alone.
+    """
+
+    group: dict[str, Any]
+    params: list[nn.Parameter]
+    length: int  # of the array's first axis, unpadded
+    chunk: int  # of it that a rank owns
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def join(self, tensors: list[Tensor], world_size: int) -> Tensor:
+        """Stack matrices, flatten the others, and pad so that the ranks' chunks are equal."""
+        muon = self.group["kind"] == "muon"
+        array = torch.stack(tensors) if muon else tensors[0].reshape(-1)
+        missing = self.chunk * world_size - self.length
+        return F.pad(array, [0, 0] * (array.dim() - 1) + [0, missing]) if missing else array
+
+
+class Optimizer:
+    """Muon for matrices and AdamW for the rest, state and work shared out over the ranks.
+
+    groups are dicts: {"kind": "muon", "params", "lr", "momentum", "weight_decay",
+    "coefficients"} or {"kind": "adamw", "params", "lr", "betas", "eps", "weight_decay"}.
+    Gradients are summed over ranks: a loss divides by the count of the whole step.
+    dtype is that of Muon's products; compiled fuses the element-wise work.
+    """
+
+    def __init__(self, groups: list[dict], dtype: torch.dtype, compiled: bool = False):
+        self.rank, self.world_size = world()
+        self.groups, self.dtype, self.steps = groups, dtype, 0
+        self.muon, self.adamw = muon_update, adamw_update
+        if compiled:
+            self.muon = torch.compile(muon_update, dynamic=False)
+            self.adamw = torch.compile(adamw_update, dynamic=False)
+        self.units: list[_Unit] = []
+        for group in groups:
+            if group["kind"] == "muon":
+                shapes: dict[torch.Size, list[nn.Parameter]] = {}
+                for p in group["params"]:
+                    shapes.setdefault(p.shape, []).append(p)
+                for params in shapes.values():
+                    self._add(group, params, len(params), ("buf",))
+            else:
+                for p in group["params"]:
+                    self._add(group, [p], p.numel(), ("m", "v"))
+
+    def _add(self, group: dict, params: list, length: int, names: tuple[str, ...]) -> None:
+        chunk = -(-length // self.world_size)
+        shape = (chunk, *params[0].shape) if group["kind"] == "muon" else (chunk,)
+        state = {name: torch.zeros(shape, device=params[0].device) for name in names}
+        self.units.append(_Unit(group, params, length, chunk, state))
+
+    @torch.no_grad()
+    def step(self, lr_scale: float = 1.0) -> None:
+        """Update all parameters from their gradients and clear these."""
+        self.steps += 1
+        mine = slice(self.rank, self.rank + 1)
+        for unit in self.units:
+            # a parameter that no token reached this step has no gradient: it counts as zero
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
+            g = all_sum(unit.join(grads, self.world_size))
+            p = unit.join([p.data for p in unit.params], self.world_size)
+            cut = slice(self.rank * unit.chunk, (self.rank + 1) * unit.chunk)
+            self._update(unit, p[cut], g[cut], lr_scale)
+            if self.world_size > 1:
+                parts = list(p.view(self.world_size, unit.chunk, *p.shape[1:]).unbind())
+                dist.all_gather(parts, parts[mine][0].clone())
+            if unit.group["kind"] == "muon":
+                for param, value in zip(unit.params, p):
+                    param.copy_(value)
+            elif p.data_ptr() != unit.params[0].data_ptr():
+                unit.params[0].copy_(p[: unit.length].view_as(unit.params[0]))
+            for param in unit.params:
+                param.grad = None
+
+    def _update(self, unit: _Unit, p: Tensor, g: Tensor, lr_scale: float) -> None:
+        group, state = unit.group, unit.state
+        # as tensors, a rate and a count that change every step do not compile anew
+        lr = torch.tensor(group["lr"] * lr_scale, device=p.device)
+        t = torch.tensor(float(self.steps), device=p.device)
+        decay = group["weight_decay"]
+        if group["kind"] == "muon":
+            coefficients = group["coefficients"]
+            self.muon(p, g, state["buf"], lr, group["momentum"], decay, coefficients, self.dtype)
+        else:
+            betas = group["betas"]
+            self.adamw(p, g, state["m"], state["v"], lr, t, betas, group["eps"], decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's shard of the state."""
+        return {"steps": self.steps, "units": [unit.state for unit in self.units]}
+
+    def load_state_dicts(self, shards: list[dict[str, Any]]) -> None:
+        """Load the state from the shards of all ranks that saved it, cut anew for these ranks."""
+        self.steps = shards[0]["steps"]
+        for i, unit in enumerate(self.units):
+            for name, mine in unit.state.items():
+                whole = torch.cat([shard["units"][i][name] for shard in shards])[: unit.length]
+                part = whole[self.rank * unit.chunk : (self.rank + 1) * unit.chunk]
+                mine.zero_()[: len(part)].copy_(part)
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply every group's learning rate."""
+        for group in self.groups:
+            group["lr"] *= factor
+
+
+def optimizer_groups(
+    model: GPT, matrix_lr: float, embed_lr: float, head_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Make the parameter groups of a GPT: Muon for the blocks, AdamW for embedding and head.
+
+    The AdamW rates are those of width 768 and fall with the root of the width (muP's direction,
+    arXiv:2203.03466). weight_decay is that of the matrices.
+    """
+    width = (model.config.n_embd / 768) ** -0.5
+    adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    return [
+        {"kind": "muon", "params": list(model.blocks.parameters()), "lr": matrix_lr,
+         "momentum": 0.95, "weight_decay": weight_decay, "coefficients": POLAR_EXPRESS},
+        {**adamw, "params": [model.embed.weight], "lr": embed_lr * width},
+        {**adamw, "params": [model.head.weight], "lr": head_lr * width},
+    ]  # fmt: skip
+
+
+# 7. Rows -------------------------------------------------------------------------------------
+
+
+def pack_rows(documents: Iterable[list[int]], T: int, buffer: int = 512) -> Iterator[list[int]]:
+    """Pack documents into rows of T + 1 ids, best fit first, losing nothing.
+
+    Each document begins with `<|bos|>`. A row takes the longest waiting document that fits; when
+    none does, the longest is cut there and its rest waits, begun with `<|bos|>` again, so every
+    row begins with one and every other token is a target exactly once. The last row may be
+    shorter. `buffer` documents wait at a time: the choice of a best fit.
+    """
+    waiting: list[tuple[int, int, list[int]]] = []  # sorted by length, then by arrival
+    arrivals = itertools.count()
+    incoming = iter(documents)
+
+    def add(ids: list[int]) -> None:
+        bisect.insort(waiting, (len(ids), next(arrivals), ids))
+
+    row: list[int] = []
+    while True:
+        for ids in itertools.islice(incoming, buffer - len(waiting)):
+            add(ids)
+        if not waiting:
+            break
+        room = T + 1 - len(row)
+        fit = bisect.bisect_left(waiting, (room + 1,))
+        if fit:
+            row += waiting.pop(fit - 1)[2]
+        else:
+            ids = waiting.pop()[2]
+            row += ids[:room]
+            add(ids[:1] + ids[max(room, 1) :])
+        if len(row) == T + 1:
+            yield row
+            row = []
+    if row:
+        yield row
+
+
+def encode_shard(path: Path, tokenizer: Tokenizer, T: int, out: Path) -> None:
+    """Tokenize and pack one parquet shard into the array out (rows, T + 1), beside and renamed.
+
+    The last row is filled up with `<|bos|>`: a `<|bos|>` after a `<|bos|>` is never a target.
+    """
+
+    def documents() -> Iterator[list[int]]:
+        texts = read_texts(path)
+        while chunk := list(itertools.islice(texts, 1024)):
+            for ids in tokenizer.encode_batch(chunk):
+                if ids:
+                    yield [tokenizer.bos, *ids]
+
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    rows = []
+    for row in pack_rows(documents(), T):
+        rows.append(np.array(row + [tokenizer.bos] * (T + 1 - len(row)), dtype))
+    with written_beside(out) as beside, open(beside, "wb") as file:
+        np.save(file, np.stack(rows) if rows else np.zeros((0, T + 1), dtype))
+
+
+class Rows:
+    """The packed rows of one or more shards, in the order of their files, memory-mapped."""
+
+    def __init__(self, paths: list[Path], bos: int):
+        self.bos = bos
+        self.arrays = [np.load(path, mmap_mode="r") for path in paths]
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return (ids, targets), each (len(indices), T) int64; an index of -1 is an empty row."""
+        rows = np.full((len(indices), self.arrays[0].shape[1]), self.bos, np.int64)
+        for i, index in enumerate(indices):
+            if index >= 0:
+                shard = int(np.searchsorted(self.ends, index, side="right"))
+                array = self.arrays[shard]
+                rows[i] = array[index - (self.ends[shard] - len(array))]
+        ids, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+        targets[(ids == self.bos) & (targets == self.bos)] = IGNORE
+        return ids, targets
+
+
+def token_rows(
+    source: str, tokenizer: Tokenizer, T: int, needed: int, say: Callable[[str], None]
+) -> Rows:
+    """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
+
+    Shards without a cached array for this tokenizer and T are encoded first, shared out over the
+    ranks; the rows depend on none of that.
+    """
+    rank, world_size = world()
+    shards = list_shards(source, "train")
+    folder = data_dir(source) / "tokens" / f"{tokenizer.fingerprint}-{T}"
+    outs: list[Path] = []
+    count = 0
+    start = time.perf_counter()
+    for first in range(0, len(shards), world_size):
+        wave = shards[first : first + world_size]
+        wave_outs = [folder / f"{path.stem}-{_file_key(path)}.npy" for path in wave]
+        if rank < len(wave) and not wave_outs[rank].exists():
+            say(f"tokenizing {wave[rank].name} ({first + 1} of at most {len(shards)} shards)")
+            encode_shard(wave[rank], tokenizer, T, wave_outs[rank])
+            say(f"tokenized in {format_duration(time.perf_counter() - start)}")
+        for out in wave_outs:
+            while not out.exists():  # another rank makes it; torchrun ends us if that one dies
+                time.sleep(0.1)
+            outs.append(out)
+            count += len(np.load(out, mmap_mode="r"))
+            if count >= needed:
+                return Rows(outs, tokenizer.bos)
+    if not count:
+        raise MissingInput(f"data source {source} holds no text: run prepare.py again")
+    return Rows(outs, tokenizer.bos)
+
+
+def _file_key(path: Path) -> str:
+    with open(path, "rb") as file:  # a parquet file's end describes all of it
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        return hashlib.sha256(file.read()).hexdigest()[:12]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: ids and targets (B, T) int64 on the device; targets that count."""
+
+    ids: Tensor
+    targets: Tensor
+    num_targets: int
+
+
+def row_batches(
+    rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches from step `start` on, without end, made ahead of use.
+
+    A step takes batch_rows rows over all ranks, in `accum_steps` micro-batches a rank; rows are
+    shuffled anew each epoch by the seed. Where the division leaves a remainder, empty rows fill
+    it, so that a step's rows depend on neither ranks nor micro-batch.
+    """
+    rank, world_size = world()
+    accum = accum_steps(batch_rows, micro_batch)
+    orders: dict[int, np.ndarray] = {}
+
+    def row_at(position: int) -> int:
+        epoch, place = divmod(position, len(rows))
+        if epoch not in orders:
+            orders.clear()
+            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
+        return int(orders[epoch][place])
+
+    def make() -> Iterator[Batch]:
+        for step in itertools.count(start):
+            for i in range(accum):
+                first = (i * world_size + rank) * micro_batch
+                last = min(first + micro_batch, batch_rows)
+                indices = np.full(micro_batch, -1)
+                for j in range(first, last):
+                    indices[j - first] = row_at(step * batch_rows + j)
+                ids, targets = rows.gather(indices)
+                if device.type == "cuda":
+                    ids, targets = ids.pin_memory(), targets.pin_memory()
+                count = int((targets != IGNORE).sum())
+                move = functools.partial(Tensor.to, device=device, non_blocking=True)
+                yield Batch(move(ids), move(targets), count)
+
+    return prefetch(make(), 2 * accum)
+
+
+def accum_steps(batch_rows: int, micro_batch: int) -> int:
+    """Return how many micro-batches a rank runs for its share of a step's rows."""
+    return -(-batch_rows // (micro_batch * world()[1]))
+
+
+def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """Run an iterator in a thread, `depth` items ahead; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    done = threading.Event()
+
+    def put(entry: tuple[Any, BaseException | None]) -> bool:
+        while not done.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001  it goes to the reader, whatever it is
+            put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        done.set()
+
+
+# 8. training_steps ---------------------------------------------------------------------------
+
+
+def trapezoid(step: int, num_steps: int, warmup: int, warmdown: float, final: float) -> float:
+    """Return the learning rate's factor: up over `warmup` steps, flat, down to `final`.
+
+    warmdown is the share of the run in which it falls, linearly.
+    """
+    down = max(1, round(warmdown * num_steps))
+    left = min(1.0, max(0, num_steps - step) / down) if warmdown else 1.0
+    return min(1.0, (step + 1) / (warmup + 1)) * (final + (1 - final) * left)
+
+
+@dataclass
+class Step:
+    """The state between two updates, as training_steps yields it."""
+
+    step: int  # finished updates
+    num_steps: int
+    first: int  # where this process began
+    loss: float = math.nan  # of the last update, nats per target
+    lr: float = 0.0  # factor of the last update
+    tok_per_s: float = 0.0
+    left_s: float = math.nan
+    stopping: bool = False  # the user asked to stop: this is the last one yielded
+
+    def due(self, every: int, first: bool = False) -> bool:
+        """Say whether an event of every n steps is due: 0 never, else also at the very end.
+
+        With `first` also before the first update of a run.
+        """
+        if not every or (self.step == 0 and not first):
+            return False
+        return self.step % every == 0 or self.step == self.num_steps
+
+
+def training_steps(
+    batches: Iterator[Any],
+    compute_loss: Callable[[Any], Tensor],
+    optimizer: Optimizer,
+    schedule: Callable[[int], float],
+    num_steps: int,
+    *,
+    accum: int = 1,
+    start: int = 0,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Step]:
+    """Train from step `start` to num_steps, yielding before each update and after the last.
+
+    compute_loss returns a micro-batch's loss summed over its targets; the update divides by the
+    targets of the whole step, over micro-batches and ranks, so a batch without any counts zero.
+    stop() on any rank ends all after the step. Raises Stop where the loss is not finite.
+    """
+    device = optimizer.units[0].params[0].device
+    s = Step(start, num_steps, start)
+    s.stopping = bool(all_sum(torch.tensor(float(stop()), device=device)).item())
+    times: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
+    while True:
+        yield s
+        if s.step == num_steps or s.stopping:
+            return
+        began = time.perf_counter()
+        micro = [next(batches) for _ in range(accum)]
+        count = all_sum(torch.tensor(float(sum(b.num_targets for b in micro)), device=device))
+        total = torch.zeros((), device=device)
+        for batch in micro:
+            loss = compute_loss(batch) / count.clamp_min(1)
+            loss.backward()
+            total += loss.detach()
+        s.lr = schedule(s.step)
+        optimizer.step(s.lr)
+        sums = all_sum(torch.stack([total, torch.tensor(float(stop()), device=device)]))
+        s.loss, stopping, num_targets = *sums.tolist(), count.item()
+        s.step, s.stopping = s.step + 1, stopping > 0
+        if not math.isfinite(s.loss):
+            raise Stop(
+                f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; run again "
+                "with a lower --lr-scale or --dtype=float32, or look at the data of this step"
+            )
+        if s.step > start + 1 or s.step == num_steps:  # the first step compiles and warms up
+            times.append((time.perf_counter() - began, num_targets))
+            seconds = sum(t for t, _ in times)
+            s.tok_per_s = sum(n for _, n in times) / seconds
+            s.left_s = seconds / len(times) * (num_steps - s.step)
+
+
+# 9. Checkpoints, bits per byte ---------------------------------------------------------------
+
+
+def list_checkpoints(tag: str, stage: str) -> list[Path]:
+    """List a stage's checkpoint folders, oldest first; each is whole (renamed when complete)."""
+    return sorted((run_dir(tag) / stage).glob("step-[0-9]*"))
+
+
+def save_checkpoint(
+    run: Run, step: int, model: GPT, optimizer: Optimizer | None, meta: dict, keep: int = 2
+) -> Path:
+    """Write the folder step-001234 beside and rename it; then drop all but the newest `keep`.
+
+    Every rank writes its optimizer shard, rank 0 the weights and meta.json, which records each
+    file's size and CRC-32. keep 0 drops nothing. A step that is on disk is not written again.
+    """
+    folder = run.dir / f"step-{step:06d}"
+    if folder.exists():
+        return folder
+    beside = run.dir / f".{folder.name}.partial"
+    if run.rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    barrier()
+    if optimizer is not None:
+        shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+        torch.save(shard, beside / f"optimizer-{run.rank:03d}.pt")
+    if run.rank == 0:
+        torch.save(model.state_dict(), beside / "model.pt")
+    barrier()
+    if run.rank == 0:
+        files = {p.name: [p.stat().st_size, _crc32(p)] for p in sorted(beside.glob("*.pt"))}
+        config = dataclasses.asdict(model.config)
+        settings = dataclasses.asdict(run.settings)
+        meta = {"stage": run.stage, "step": step, "config": config, "settings": settings, **meta}
+        write_json(beside / "meta.json", {**meta, "files": files})
+        os.replace(beside, folder)
+        for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
+            shutil.rmtree(old)
+    barrier()
+    return folder
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's meta.json. Raises MissingInput where it is damaged."""
+    try:
+        return json.loads((folder / "meta.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MissingInput(_damaged(folder, str(error)))
+
+
+def _damaged(folder: Path, what: str) -> str:
+    others = [p.name for p in sorted(folder.parent.glob("step-[0-9]*")) if p != folder]
+    rest = f"{others[-1]} is then taken" if others else "the stage then begins anew"
+    return f"checkpoint {folder} is damaged ({what}): delete that folder, {rest}"
+
+
+def load_file(folder: Path, name: str, device: torch.device) -> Any:
+    """Load one .pt file of a checkpoint after checking its size and CRC-32.
+
+    Raises MissingInput where it is truncated or altered.
+    """
+    path = folder / name
+    size, crc = read_meta(folder)["files"][name]
+    try:
+        if path.stat().st_size != size or _crc32(path) != crc:
+            raise MissingInput(_damaged(folder, f"{name} is not what was saved"))
+        return torch.load(path, map_location=device, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise MissingInput(_damaged(folder, str(error).splitlines()[0]))
+
+
+def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
+    """Return the newest checkpoint folder of a stage, or that of `step`.
+
+    Raises MissingInput that names what there is.
+    """
+    found = list_checkpoints(tag, stage)
+    if step:
+        found = [p for p in found if p.name == f"step-{step:06d}"]
+    if found:
+        return found[-1]
+    if not run_dir(tag).is_dir():
+        tags = sorted(p.name for p in run_dir("").glob("*") if p.is_dir())
+        have = f"there are {', '.join(tags)}" if tags else "there is none yet: `bash run.sh`"
+        raise MissingInput(f"no run has the tag {tag!r}; {have}")
+    what = f"step {step}" if step else "checkpoint"
+    script = {"base": "pretrain", "mid": "midtrain"}.get(stage, stage)
+    raise MissingInput(f"run {tag!r} has no {stage} {what}: run `python {script}.py --tag={tag}`")
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Build the model that a checkpoint holds, its weights on the device.
+
+    The weights stay fp32; `dtype` is that of the activations.
+    """
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**read_meta(folder)["config"]))
+    model.dtype = dtype
+    model.load_state_dict(load_file(folder, "model.pt", device), assign=True)
+    model.init_rope()
+    return model
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Load a checkpoint's optimizer state, by however many ranks it was saved."""
+    names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
+    shards = [load_file(folder, name, torch.device("cpu")) for name in sorted(names)]
+    optimizer.load_state_dicts([shard["optimizer"] for shard in shards])
+    torch.set_rng_state(shards[0]["rng"])
+
+
+def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
+    """Raise MissingInput unless a checkpoint's settings are these, but for those in may_differ."""
+    saved, now = read_meta(folder)["settings"], dataclasses.asdict(settings)
+    for name in saved.keys() & now.keys() - may_differ:
+        if saved[name] != now[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise MissingInput(
+                f"{folder.parent} holds a run with {flag}={saved[name]}, not {now[name]}: repeat "
+                "it as it was, begin anew with --restart, or give another --tag"
+            )
+
+
+def document_windows(ids: list[int], bos: int, T: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a document's ids in windows (inputs, targets) of at most T: each id a target once.
+
+    Every window's inputs begin with bos.
+    """
+    parts = [ids[i : i + T] for i in range(0, len(ids), T)]
+    return [([bos, *part[:-1]], part) for part in parts]
+
+
+def evaluate_bpb(
+    model: GPT, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int
+) -> tuple[float, int]:
+    """Return (bits per byte, documents) over texts, by documents: packing has no part in it.
+
+    Each document is read from its `<|bos|>`, in windows of the model's context; nats of all its
+    tokens are summed and divided by all its UTF-8 bytes. Ranks share the documents out.
+    """
+    rank, world_size = world()
+    T, bos, device = model.config.max_seq_len, tokenizer.bos, model.embed.weight.device
+    weights = tokenizer.token_bytes.to(device)
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, bytes, documents
+    texts = itertools.islice(texts, rank, None, world_size)
+    while chunk := list(itertools.islice(texts, 1024)):
+        documents = tokenizer.encode_batch(chunk)
+        windows = [w for ids in documents for w in document_windows(ids, bos, T)]
+        windows.sort(key=lambda w: len(w[0]))  # equal lengths side by side waste less padding
+        for i in range(0, len(windows), micro_batch):
+            part = windows[i : i + micro_batch]
+            width = len(part[-1][0])
+            ids = torch.full((len(part), width), bos)
+            targets = torch.full((len(part), width), IGNORE)
+            for row, (x, y) in enumerate(part):
+                ids[row, : len(x)], targets[row, : len(y)] = torch.tensor(x), torch.tensor(y)
+            targets = targets.to(device)
+            nats = token_losses(model, ids.to(device), targets)
+            sums[0] += nats.double().sum().item() if device.type != "mps" else nats.sum().item()
+            sums[1] += int((weights[targets.clamp_min(0)] * (targets != IGNORE)).sum())
+        sums[2] += len(chunk)
+    nats, num_bytes, num_documents = all_sum(sums.to(device)).tolist()
+    return nats / math.log(2) / max(1.0, num_bytes), int(num_documents)
+
+
+# 10. Engine ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a request's tokens are chosen."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not math.isfinite(self.temperature):
+            raise ValueError(f"temperature {self.temperature} must be 0 or more")
+        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_tokens < 1:
+            raise ValueError("top_p must be in (0, 1], top_k 0 or more, max_tokens 1 or more")
+
+
+def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Choose one id from logits (V,) by temperature, top-k and top-p (arXiv:1904.09751)."""
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    values, ids = (logits / sampling.temperature).sort(descending=True)
+    if sampling.top_k:
+        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
+    probs = values.softmax(0)
+    if sampling.top_p < 1:
+        probs[probs.cumsum(0) - probs >= sampling.top_p] = 0  # the first is always kept
+    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+
+
+class Engine:
+    """Generates from one model; weights are cast once to the compute dtype."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model.to(model.dtype), tokenizer
+        self.model.init_rope()
+
+    @torch.inference_mode()
+    def generate(self, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
+        """Yield ids that follow prompt_ids, until `<|bos|>` (a document's end) or a limit.
+
+        The limits are sampling.max_tokens and the context, whose cache is never overwritten.
+        Raises ValueError for a prompt that leaves no room.
+        """
+        config, device = self.model.config, self.model.embed.weight.device
+        room = config.max_seq_len - len(prompt_ids)
+        if not prompt_ids or room < 1:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens: this model takes 1 to "
+                f"{config.max_seq_len - 1}"
+            )
+        cache = KVCache(config, 1, device, self.model.dtype)
+        generator = torch.Generator(device).manual_seed(sampling.seed)
+        ids = torch.tensor([prompt_ids], device=device)
+        for _ in range(min(room, sampling.max_tokens)):
+            logits = self.model.logits(self.model.hidden(ids, cache)[0, -1])
+            chosen = sample(logits, sampling, generator)
+            if chosen == self.tokenizer.bos:
+                return
+            yield chosen
+            ids = torch.tensor([[chosen]], device=device)
+
+    def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
+        """Yield the pieces of text that continue `text`, each of whole characters.
+
+        A prompt longer than the context keeps its end.
+        """
+        keep = max(1, self.model.config.max_seq_len - 1 - sampling.max_tokens)
+        prompt_ids = [self.tokenizer.bos, *self.tokenizer.encode(text)[-keep:]]
+        yield from stream_text(self.tokenizer, self.generate(prompt_ids, sampling))
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Turn ids into text pieces: a character whose bytes are incomplete waits for the rest."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for one in ids:
+        if piece := decoder.decode(tokenizer.decode_bytes([one])):
+            yield piece
+    if rest := decoder.decode(b"", final=True):
+        yield rest

@@ -1,0 +1,416 @@
+"""Pretrain the base model on packed text.
+
+Usage:   python pretrain.py --depth=4                       # laptop
+         torchrun --nproc_per_node=8 pretrain.py --depth=20 # one node
+         python pretrain.py --depth=20 --plan --plan-device=H100 --plan-count=8
+Reads:   data/SOURCE/*.parquet, runs/TAG/tokenizer/         # prepare.py, train_tokenizer.py
+Writes:  runs/TAG/base/step-001234/, runs/TAG/metrics.jsonl
+Method:  Muon + AdamW (arXiv:2502.16982, 1711.05101); depth sets width, batch and steps;
+         20 tokens per parameter by default (arXiv:2203.15556)
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from common import (
+    GPT,
+    PEAK_FLOPS,
+    Engine,
+    GPTConfig,
+    MissingInput,
+    Optimizer,
+    Run,
+    Sampling,
+    Tokenizer,
+    accum_steps,
+    check_name,
+    check_resume,
+    compile_or_not,
+    evaluate_bpb,
+    format_count,
+    format_duration,
+    list_checkpoints,
+    list_shards,
+    load_file,
+    load_optimizer,
+    optimizer_groups,
+    parse_settings,
+    peak_flops,
+    pick_dtype,
+    read_meta,
+    read_texts,
+    row_batches,
+    run_dir,
+    save_checkpoint,
+    setting,
+    start_run,
+    token_rows,
+    training_steps,
+    trapezoid,
+    world,
+)
+
+# 1. Settings ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    tag: str = setting("main", "name of the run, a folder below runs/")
+    source: str = setting("", "folder below data/ with the text; empty = the tokenizer's")
+    depth: int = setting(12, "transformer blocks; width, batch and steps follow from it")
+    head_dim: int = setting(128, "channels of an attention head")
+    n_kv_head: int = setting(0, "heads of keys and values; 0 = as many as of queries")
+    max_seq_len: int = setting(2048, "context: positions of a row")
+    window_pattern: str = setting("L", "a letter a layer, repeated: L whole context, S a quarter")
+    num_iterations: int = setting(0, "optimizer steps; 0 = from the next two")
+    target_flops: float = setting(0.0, "train for this many FLOPs; 0 = from the next one")
+    target_param_data_ratio: float = setting(20.0, "tokens per parameter")
+    total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = from the steps")
+    device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
+    lr_scale: float = setting(1.0, "factor on all learning rates")
+    matrix_lr: float = setting(0.02, "learning rate of the blocks' matrices (Muon)")
+    embed_lr: float = setting(0.2, "learning rate of the embedding at width 768 (AdamW)")
+    head_lr: float = setting(0.004, "learning rate of the head at width 768 (AdamW)")
+    weight_decay: float = setting(0.0, "decay of the matrices per unit of learning rate")
+    warmup: int = setting(10, "steps in which the learning rate rises")
+    warmdown: float = setting(0.6, "share of the run in which the learning rate falls")
+    final_lr: float = setting(0.05, "factor on the learning rate at the end")
+    eval_every: int = setting(250, "steps between validations; 0 = never")
+    eval_tokens: int = setting(100_000, "tokens, about, of the documents of a validation")
+    sample_every: int = setting(0, "steps between samples of text; 0 = never")
+    save_every: int = setting(500, "steps between checkpoints; the last is always saved")
+    keep: int = setting(2, "checkpoints kept; 0 = all")
+    log_every: int = setting(10, "steps between log lines")
+    seed: int = setting(0, "of the initial weights and the order of rows")
+    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    dtype: str = setting(
+        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+    )
+    compile: str = setting(
+        "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
+    )
+    run: str = setting("", "name of a wandb run, where wandb is installed")
+    restart: bool = setting(False, "delete this run's base checkpoints and begin anew")
+    plan: bool = setting(False, "print parameters, FLOPs, memory, time and cost, and end")
+    plan_device: str = setting("", "GPU to plan for, e.g. H100; empty = this machine's device")
+    plan_count: int = setting(1, "GPUs to plan for")
+    plan_vocab_size: int = setting(65536, "vocabulary to plan for")
+
+    # what may change when a run is resumed: it alters no batch and no update
+    may_differ: ClassVar[set[str]] = {
+        "device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep",
+        "log_every", "device", "dtype", "compile", "run", "restart", "source",
+        "plan", "plan_device", "plan_count", "plan_vocab_size",
+    }  # fmt: skip
+    derived: ClassVar[dict[str, str]] = {
+        "model_dim": "the width is derived from --depth (64 channels a block)",
+        "n_embd": "the width is derived from --depth (64 channels a block)",
+        "n_layer": "it is --depth",
+        "n_head": "it is derived from --depth and --head-dim",
+    }
+
+    def __post_init__(self) -> None:
+        check_name(self.tag, "--tag")
+        if not 1 <= self.depth <= 128:
+            raise ValueError(f"--depth={self.depth} must be from 1 to 128")
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max-seq-len={self.max_seq_len} must be 2 or more")
+        if self.total_batch_size % self.max_seq_len:
+            near = max(1, round(self.total_batch_size / self.max_seq_len)) * self.max_seq_len
+            raise ValueError(
+                f"--total-batch-size={self.total_batch_size} does not divide into rows of "
+                f"--max-seq-len={self.max_seq_len}: {near} would"
+            )
+        for name in ("num_iterations", "device_batch_size", "total_batch_size", "warmup", "keep"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        if self.target_param_data_ratio <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
+            raise ValueError("ratio and --lr-scale must be above 0, --warmdown from 0 to 1")
+        model_config(self, 512)  # raises for heads that do not fit
+
+
+# 2. What follows from the depth --------------------------------------------------------------
+
+
+def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
+    """Derive the model's shape: width 64 x depth, rounded up to whole heads."""
+    n_head = max(1, math.ceil(settings.depth * 64 / settings.head_dim))
+    return GPTConfig(
+        vocab_size=vocab_size,
+        n_layer=settings.depth,
+        n_embd=n_head * settings.head_dim,
+        n_head=n_head,
+        n_kv_head=settings.n_kv_head or n_head,
+        max_seq_len=settings.max_seq_len,
+        window_pattern=settings.window_pattern,
+    )
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long the run is, in rows and steps."""
+
+    num_steps: int
+    batch_rows: int
+    reasons: tuple[str, str]  # of steps and batch
+
+    def tokens(self, T: int) -> int:
+        """Return the tokens of the whole run."""
+        return self.num_steps * self.batch_rows * T
+
+
+# The batch at which 20 tokens a parameter of depth 20 train well, published for nanochat. It
+# grows with the root of the run's tokens: a short run needs its steps more than clean gradients.
+REFERENCE_BATCH, REFERENCE_TOKENS = 2**19, 11.2e9
+
+
+def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
+    """Derive steps and batch from the first of steps, FLOPs and tokens a parameter that is set."""
+    if settings.num_iterations:
+        # batch = REFERENCE_BATCH * sqrt(tokens / REFERENCE_TOKENS) with tokens = steps * batch
+        batch = REFERENCE_BATCH**2 * settings.num_iterations / REFERENCE_TOKENS
+        tokens, why = 0.0, "as set"
+    elif settings.target_flops:
+        tokens = settings.target_flops / config.flops_per_token()
+        why = f"{format_count(settings.target_flops)}FLOP at {config.flops_per_token():.3g} a token"
+    else:
+        tokens = settings.target_param_data_ratio * config.num_params()
+        why = f"{settings.target_param_data_ratio:g} tokens a parameter"
+    if not settings.num_iterations:
+        batch = REFERENCE_BATCH * math.sqrt(tokens / REFERENCE_TOKENS)
+    T = settings.max_seq_len
+    rows = 2 ** max(0, round(math.log2(batch / T)))  # a power of two divides among most ranks
+    why_batch = f"{REFERENCE_BATCH:,} x root(tokens / {format_count(REFERENCE_TOKENS)}), power of 2"
+    if settings.total_batch_size:
+        rows, why_batch = settings.total_batch_size // T, "as set"
+    steps = settings.num_iterations or max(1, round(tokens / (rows * T)))
+    return Horizon(steps, rows, (why, why_batch))
+
+
+# 3. Memory and plan --------------------------------------------------------------------------
+
+PRICE_PER_HOUR = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "A6000": 0.8, "RTX 4090": 0.5}  # USD
+MEMORY_GB = {"H200": 141, "H100": 80, "A100": 80, "A6000": 48, "RTX 4090": 24, "L4": 24}
+
+
+def memory_bytes(config: GPTConfig, micro_batch: int, world_size: int, item: int) -> dict[str, int]:
+    """Estimate a device's bytes while training; item is the bytes of an activation."""
+    C, L, T = config.n_embd, config.n_layer, config.max_seq_len
+    matrices, params = config.matrix_params(), config.num_params()
+    kv = config.n_kv_head / config.n_head
+    # kept for the backward pass, in widths a token: block input and its norm twice, attention
+    # q, k before and after rotation and norm, v, output; MLP 4 before and 4 after the square
+    per_token = (2 + 2 + 3 + 3 * kv + 2 * kv + 1 + 8) * C * item
+    return {
+        "weights": 4 * params + (item if item < 4 else 0) * params,
+        "gradients": 4 * params,
+        "optimizer": (4 * matrices + 8 * (params - matrices)) // world_size,
+        "activations": int(micro_batch * T * (L * per_token + 4 * C * item)),
+        "logits": min(micro_batch * T * config.padded_vocab_size, 1 << 26) * 3 * 4,
+    }
+
+
+def fit_micro_batch(config: GPTConfig, batch_rows: int, device: torch.device, item: int) -> int:
+    """Choose the rows of a forward pass: what fits the device, no more than a rank's share."""
+    rows = accum_steps(batch_rows, 1)  # a rank's share
+    if device.type != "cuda":
+        return min(rows, max(1, 8192 // config.max_seq_len))  # more gains nothing in a CPU's caches
+    room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest: fragments, workspaces
+    ranks = world()[1]
+
+    def need(rows: int) -> int:
+        return sum(memory_bytes(config, rows, ranks, item).values())
+
+    while rows > 1 and need(rows) > room:
+        rows = -(-rows // 2)
+    if need(rows) > room:
+        raise MissingInput(
+            f"a model of --depth={config.n_layer} needs about {need(1) / 1e9:.0f} GB and this GPU "
+            f"has {room / 1e9:.0f} GB free: take a smaller --depth or --max-seq-len"
+        )
+    return rows
+
+
+def print_plan(settings: Settings) -> dict[str, float]:
+    """Print what a run would take, without touching data or a device; return the numbers."""
+    config = model_config(settings, settings.plan_vocab_size)
+    horizon = derive_horizon(settings, config)
+    T, count = settings.max_seq_len, settings.plan_count
+    name = settings.plan_device
+    if name and name not in PEAK_FLOPS:
+        raise MissingInput(f"--plan-device={name} is unknown: choose of {', '.join(PEAK_FLOPS)}")
+    device = torch.device("cpu") if not torch.cuda.is_available() else torch.device("cuda")
+    dtype = torch.bfloat16 if name else pick_dtype(device, settings.dtype)
+    peak = PEAK_FLOPS[name] if name else peak_flops(device, dtype)
+    share = 0.45 if name else 0.5  # of the peak: about what is measured (README)
+    tokens = horizon.tokens(T)
+    flops = tokens * config.flops_per_token()
+    seconds = flops / (peak * count * share)
+    rows = settings.device_batch_size or max(1, horizon.batch_rows // count)
+    room = MEMORY_GB.get(name, 0) * 1e9
+    while room and rows > 1 and not settings.device_batch_size:
+        if sum(memory_bytes(config, rows, count, dtype.itemsize).values()) < 0.9 * room:
+            break
+        rows = -(-rows // 2)
+    memory = memory_bytes(config, rows, count, dtype.itemsize)
+    numbers = {
+        "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
+        "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
+        "flops": flops, "seconds": seconds, **{f"{k}_bytes": v for k, v in memory.items()},
+    }  # fmt: skip
+    print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
+    print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
+    print(f"FLOPs        {format_count(flops)}, {format_count(config.flops_per_token())} a token")
+    print(f"tokens       {format_count(tokens)} ({horizon.reasons[0]})")
+    print(f"steps        {horizon.num_steps:,} of {horizon.batch_rows * T:,} tokens")
+    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
+    print(f"memory       {sum(memory.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
+    print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
+    print(f"time         {format_duration(seconds)} at {share:.0%} of the peak")
+    if price := PRICE_PER_HOUR.get(name):
+        numbers["cost_usd"] = price * count * seconds / 3600
+        print(f"cost         {numbers['cost_usd']:,.0f} USD at {price} USD a GPU and hour")
+    return numbers
+
+
+# 4. Events -----------------------------------------------------------------------------------
+
+PROMPTS = ("The capital of France is", "The opposite of hot is", "Once upon a time")
+
+
+def print_samples(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
+    """Print greedy completions of a few prompts; training's weights are left as they are."""
+    if run.rank:
+        return
+    copy = GPT.create(model.config, run.device, model.dtype)
+    copy.load_state_dict(model.state_dict())
+    engine = Engine(copy, tokenizer)
+    for prompt in PROMPTS:
+        pieces = engine.complete(prompt, Sampling(max_tokens=24, temperature=0))
+        run.say(f"sample: {prompt}|{''.join(pieces)!r}")
+
+
+def validation_texts(source: str, max_tokens: int) -> list[str]:
+    """Return the first validation documents, about max_tokens of them at 4 characters each."""
+    texts, chars = [], 0
+    for text in itertools.chain.from_iterable(map(read_texts, list_shards(source, "val"))):
+        texts.append(text)
+        chars += len(text)
+        if chars >= 4 * max_tokens:
+            break
+    return texts
+
+
+# 9. Main -------------------------------------------------------------------------------------
+
+
+def main(settings: Settings) -> dict:
+    """Train, or go on with, the base model of a run; return the last metrics."""
+    if settings.plan:
+        return print_plan(settings)
+    with start_run("base", settings) as run:
+        tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+        source = settings.source or tokenizer.info["source"]
+        config = model_config(settings, tokenizer.vocab_size)
+        horizon = derive_horizon(settings, config)
+        T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
+        run.num_steps = num_steps
+        if settings.restart and run.rank == 0:
+            shutil.rmtree(run.dir, ignore_errors=True)
+            run.rewind_log(-1)
+        newest = (list_checkpoints(settings.tag, "base") or [None])[-1]
+        start, saved = 0, {}
+        if newest and not settings.restart:
+            check_resume(newest, settings, settings.may_differ)
+            saved = read_meta(newest)
+            start = saved["step"]
+            if start == num_steps:
+                run.say(f"base: {newest} is there, finished")
+                return saved["metrics"]
+        dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
+        micro = settings.device_batch_size or fit_micro_batch(
+            config, batch_rows, run.device, dtype.itemsize
+        )
+        micro = saved.get("micro_batch", micro) if not settings.device_batch_size else micro
+        accum = accum_steps(batch_rows, micro)
+        peak = peak_flops(run.device, dtype)
+        flops = config.flops_per_token()
+        seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.4)
+        run.say(f"model: {format_count(config.num_params())} parameters: width {config.n_embd} "
+                f"(64 x depth {config.n_layer}), {config.n_head} heads of {config.head_dim}, "
+                f"context {T}, vocabulary {config.vocab_size:,}")  # fmt: skip
+        run.say(f"steps: {num_steps:,} ({horizon.reasons[0]}), {horizon.tokens(T):,} tokens")
+        run.say(f"batch: {batch_rows * T:,} tokens ({horizon.reasons[1]}) = {run.world_size} ranks "
+                f"x {accum} passes x {micro} rows x {T}")  # fmt: skip
+        run.say(f"device: {run.device}, {str(dtype)[6:]}, matmul peak {format_count(peak)}FLOP/s, "
+                f"{format_count(flops)}FLOP a token")  # fmt: skip
+        choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
+        compiled = compile_or_not(choice, seconds, run.device, run.say)
+
+        model = GPT.create(config, run.device, dtype)
+        groups = optimizer_groups(
+            model, settings.matrix_lr, settings.embed_lr, settings.head_lr, settings.weight_decay
+        )
+        optimizer = Optimizer(groups, dtype, compiled)
+        optimizer.scale_lr(settings.lr_scale)
+        if start:
+            model.load_state_dict(load_file(newest, "model.pt", run.device))
+            load_optimizer(newest, optimizer)
+            run.rewind_log(start)
+            run.say(f"base: going on from {newest}")
+        rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run.say)
+        run.say(
+            f"rows: {len(rows):,} of {T} tokens, {num_steps * batch_rows / len(rows):.2f} epochs"
+        )
+        val_texts = validation_texts(source, settings.eval_tokens)
+        forward = torch.compile(model, dynamic=False) if compiled else model
+        batches = row_batches(rows, batch_rows, micro, settings.seed, start, run.device)
+        began, best = time.time(), saved.get("best_val_bpb", math.inf)
+        for s in training_steps(
+            batches,
+            lambda batch: forward(batch.ids, batch.targets),
+            optimizer,
+            lambda step: trapezoid(
+                step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
+            ),
+            num_steps,
+            accum=accum,
+            start=start,
+            stop=lambda: run.stopping,
+        ):
+            if s.step > start and (s.due(settings.log_every) or s.step == num_steps):
+                mfu = s.tok_per_s * flops / (peak * run.world_size)
+                run.log(
+                    s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, left_s=s.left_s
+                )
+            last = s.step == num_steps
+            if last or s.stopping or s.due(settings.save_every):  # saved before any evaluation
+                meta = {
+                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": micro,
+                    "best_val_bpb": best, "source": source, "metrics": run.metrics,
+                    "seconds": saved.get("seconds", 0) + time.time() - began,
+                }  # fmt: skip
+                if s.step > start:
+                    save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
+            if s.stopping:
+                run.say(f"base: stopped at step {s.step}; run the same command again to go on")
+                raise SystemExit(0)
+            if s.due(settings.eval_every, first=True) and (s.step > start or not start):
+                val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, micro)
+                best = min(best, val_bpb)
+                run.log(s.step, val_bpb=val_bpb)
+            if s.due(settings.sample_every):
+                print_samples(run, model, tokenizer)
+    return run.metrics
+
+
+if __name__ == "__main__":
+    main(parse_settings(Settings, __doc__))

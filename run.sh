@@ -1,0 +1,346 @@
+#!/usr/bin/env bash
+# Set everything up, then run the main job: text -> tokenizer -> base model -> scores.
+#
+# Usage:  bash run.sh [ACTION] [--tier=NAME] [--data=WHAT] [--tag=NAME] [--dry-run] [FLAGS]
+# ACTION  all     set up, then every stage: skips what is done, goes on with what broke off; default
+#         setup   make .venv, install the locked packages, build the Rust extension
+#         test    set up, then pytest; the words after `test` go to pytest
+#         bench   set up, then measure this machine: a table and bench.json
+#         lock    renew requirements.lock from pyproject.toml
+# --tier  cpu laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
+# --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
+# --tag   name of the run's folder                      default: main, or after your --data
+# FLAGS   --shards, --documents go to prepare.py; --vocab-size, --max-chars to train_tokenizer.py;
+#         all others to pretrain.py, such as --depth=6 or --num-iterations=100
+# --dry-run prints the commands and runs nothing.
+#
+# Environment: NANOCHAT_BASE_DIR holds data and runs (default ~/.cache/nanochat), NANOCHAT_VENV
+# the packages (default .venv); NANOCHAT_PYTHON is a Python that has them, without any set-up.
+set -euo pipefail
+
+# 1. Tiers ------------------------------------------------------------------------------------
+# Hours and dollars are of all stages, at prices of rented machines. With fewer cards than the tier
+# names (or more) the result is the same and the time in proportion. How many rows a forward pass
+# takes follows from the free memory (pretrain.py), but on the smallest cards.
+# tier  GPUs  data  vocabulary  flags of pretrain.py
+d4="--depth=4 --max-seq-len=256 --total-batch-size=4096 --num-iterations=1200"
+TIERS="
+cpu      1  world  4096   $d4                        # 2 cores, 4 GB: 12 minutes, free
+laptop   1  world  4096   $d4 --device-batch-size=8  # one card of 6 GB or more: 5 minutes, free
+mps      1  world  4096   $d4                        # Apple silicon: 10 minutes, free
+gpu1     1  hub    65536  --depth=10                 # 24 or 32 GB: 6 to 16 hours, \$4
+                                                     # (--depth=12: twice the time and cost)
+8xa6000  8  hub    65536  --depth=16                 # 8 x 48 GB: 8 hours, \$50
+8xh100   8  hub    65536  --depth=20                 # 8 x 80 GB: 4 hours, \$100 (A100: 10 hours)
+8xh200   8  hub    65536  --depth=32                 # 8 x 141 GB: 33 hours, \$1000
+"
+
+find_tier() { # sets gpus, and tier where none is asked for
+  local mib=0 smi fits
+  gpus=0
+  if smi=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null); then
+    gpus=$(grep -c . <<<"$smi" || true)
+    mib=$(sort -n <<<"$smi" | head -n 1)
+    [[ $mib =~ ^[0-9]+$ ]] || mib=24000 # cards that share the host's memory do not say
+  fi
+  case ${CUDA_VISIBLE_DEVICES-all} in
+    all) ;;
+    "" | -*) gpus=0 ;;
+    *) [ "$gpus" -eq 0 ] || gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) ;;
+  esac
+  fits=laptop
+  if [ "$mib" -gt 22000 ]; then fits=gpu1; fi
+  if [ "$mib" -gt 40000 ]; then fits=8xa6000; fi
+  if [ "$mib" -gt 70000 ]; then fits=8xh100; fi
+  if [ "$mib" -gt 120000 ] && [ "$gpus" -ge 8 ]; then fits=8xh200; fi # a d32 wants them all
+  if [ "$gpus" -eq 0 ]; then fits=cpu; fi
+  if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
+  tier=${tier:-$fits}
+}
+
+load_tier() { # sets data, vocab, train, and ranks: processes that pretrain
+  local name preset
+  while read -r name ranks data vocab preset; do
+    if [ "$name" = "$tier" ]; then break; fi
+  done <<<"$TIERS"
+  [ "$name" = "$tier" ] || fail 2 "--tier=$tier is not a tier; choose one of:" \
+    "$(grep -o '^[a-z0-9]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
+  read -ra train <<<"${preset%%#*}"
+  if [ "$data" = hub ]; then
+    [ "$gpus" -gt 0 ] || [ -n "$dry" ] ||
+      fail 2 "--tier=$tier wants GPUs, and nvidia-smi shows none; --dry-run prints its commands"
+    if [ "$gpus" -gt 0 ]; then ranks=$gpus; fi
+  fi
+}
+
+# Shards for the model in train: 20 tokens a parameter (without the embedding), 4.8 characters a
+# token, 250 million characters a shard, a quarter to spare. d20: 477 M parameters, 9.5 G tokens,
+# 46 G characters, 231 shards.
+count_shards() {
+  local word depth=0 width params
+  for word in "${train[@]}"; do
+    case $word in --depth=*) depth=${word#*=} ;; esac
+  done
+  [[ $depth =~ ^[0-9]+$ && $vocab =~ ^[0-9]+$ ]] || return 0 # pretrain.py says what is wrong
+  width=$((64 * depth)) params=$((12 * depth * width * width + vocab * width))
+  echo $((params * 20 * 48 * 125 / 250000000 / 1000 + 2))
+}
+
+# 2. Words ------------------------------------------------------------------------------------
+say() { printf '%s\n' "run.sh: $*"; }
+fail() { # fail STATUS SENTENCE: status 2 for a wrong command line
+  printf '%s\n' "run.sh: ${*:2}" >&2
+  exit "$1"
+}
+absolute() { # the path that the caller means, whose folder is not ours
+  case $1 in /*) echo "$1" ;; \~/*) echo "$HOME${1#\~}" ;; *) echo "$caller/$1" ;; esac
+}
+run() { # run a command, or print it under --dry-run
+  if [ -z "$dry" ]; then "$@"; else printf '%q ' "$@" | sed 's/ $//' && echo; fi
+}
+
+# 3. Set-up -----------------------------------------------------------------------------------
+fetch() { # print what a URL holds; give up soon where there is no network
+  if command -v curl >/dev/null; then curl -fsSL --connect-timeout 5 --max-time 60 "$1"
+  else wget -q --tries=1 --timeout=5 -O - "$1"; fi 2>/dev/null
+}
+
+find_uv() { # sets uv; gets it from its makers or else, with pip, from the package registry
+  local bin=$venv-uv/bin script
+  for uv in uv "$bin/uv" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
+    if "$uv" --version >/dev/null 2>&1; then return; fi
+  done
+  say "installing uv in $venv-uv"
+  uv=$bin/uv
+  if script=$(fetch https://astral.sh/uv/install.sh) &&
+    UV_UNMANAGED_INSTALL=$bin sh -s -- --quiet <<<"$script"; then return; fi
+  python3 -c 'import ensurepip, venv' 2>/dev/null ||
+    fail 1 "neither uv nor a python3 with its venv module is here to install packages with:" \
+      "install one of them (Debian, Ubuntu: apt install python3-venv)"
+  python3 -m venv --clear "$venv-uv"
+  "$bin/python" -m pip install -q --disable-pip-version-check uv ||
+    fail 1 "uv cannot be installed: is a package registry within reach?"
+}
+
+make_venv() {
+  local said
+  if [ -z "$dry" ]; then
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
+    rm -f "$venv"/.done-*
+  fi
+  said=$(run "$uv" venv -q --allow-existing --python='>=3.10,<3.15' "$venv" 2>&1) ||
+    fail 1 "$venv is not made: is there a Python from 3.10 to 3.14? uv says: ${said%%$'\n'*}"
+  if [ -n "$said" ]; then echo "$said"; fi
+}
+
+is_done() { [ -z "$dry" ] && [ "$(cat "$venv/.done-$1" 2>/dev/null)" = "$2" ]; }
+once() { # once NAME CONTENT COMMAND...: run a command unless it has succeeded for this content
+  if is_done "$1" "$2"; then return; fi
+  "${@:3}"
+  if [ -z "$dry" ]; then echo "$2" >"$venv/.done-$1"; fi
+}
+
+install_packages() { # install_packages [--extra=dev]
+  local options=("$@")
+  # The default torch for Linux brings 5 GB of CUDA. uv knows the builds for each driver, and for
+  # none, and which one fits here.
+  if [ -n "$dry" ] || UV_HTTP_TIMEOUT=5 UV_HTTP_RETRIES=0 "$uv" pip compile -q --no-deps \
+    --torch-backend=auto --python="$python" - <<<torch >/dev/null 2>&1; then
+    options+=(--torch-backend=auto)
+  else
+    say "the index of torch's builds cannot be reached: taking the default build"
+  fi
+  run "$uv" pip install --python="$python" --constraint=requirements.lock \
+    --requirement=pyproject.toml maturin "${options[@]}" ||
+    fail 1 "the packages are not installed, for the reason above; the same command tries again"
+}
+
+find_cargo() { # puts a cargo that is new enough on PATH; gets it with rustup
+  local bin=${CARGO_HOME:-$HOME/.cargo}/bin script want
+  want=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
+  PATH=$PATH:$bin
+  if cargo_is "$want"; then return; fi
+  say "installing Rust with rustup"
+  if script=$(fetch https://sh.rustup.rs); then
+    sh -s -- -y -q --profile minimal --no-modify-path <<<"$script" && PATH=$bin:$PATH
+  fi
+  cargo_is "$want" ||
+    fail 1 "Rust $want or newer is missing and rustup cannot be reached: install cargo and rustc"
+}
+cargo_is() { # cargo_is VERSION: that one or newer
+  local have
+  have=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) && [ -n "$have" ] &&
+    [ "$(printf '%s\n' "$1" "$have" | sort -V | head -n 1)" = "$1" ]
+}
+
+find_compiler() { # Rust links with it; torch.compile needs its C++ half
+  local name
+  for name in cc gcc clang; do
+    if ! "$name" --version >/dev/null 2>&1; then continue; fi
+    [ "$name" = cc ] || export RUSTFLAGS="${RUSTFLAGS-} -C linker=$name"
+    return 0
+  done
+  fail 1 "a C compiler is missing: install one (Debian, Ubuntu: apt install build-essential;" \
+    "Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+}
+
+build_extension() {
+  if [ -z "$dry" ]; then rm -rf "$venv/wheels"; fi
+  run "$venv/bin/maturin" build -q --release --locked --interpreter="$python" \
+    --out="$venv/wheels" || fail 1 "the Rust extension is not built, for the reason above"
+  run "$uv" pip install -q --python="$python" --reinstall --no-deps --no-index \
+    --find-links="$venv/wheels" nanochat-flat
+}
+
+set_up() { # set_up [--extra=dev]
+  local sources
+  if [ -n "${NANOCHAT_PYTHON-}" ]; then return; fi
+  uv=uv sources=$(cat tokenizer.rs pyproject.toml Cargo.* | cksum)
+  # behind a proxy that re-signs traffic only the system's certificates are right
+  if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export UV_SYSTEM_CERTS=1; fi
+  if [ -z "$dry" ]; then
+    find_uv
+    if ! is_done extension "$sources"; then find_cargo && find_compiler; fi
+  fi
+  make_venv
+  once "packages$*" "$(cksum <requirements.lock)" install_packages "$@"
+  once extension "$sources" build_extension
+}
+
+lock() { # without hashes for torch, as each kind of machine has its own build, nor its CUDA
+  find_uv
+  "$uv" pip compile -q --universal --python-version=3.10 --extra=dev --generate-hashes \
+    --no-annotate --custom-compile-command='bash run.sh lock' pyproject.toml | awk '
+    /^[^ #]/ { cuda = /^(nvidia-|cuda-|triton==)/; torch = /^torch==/ }
+    cuda || torch && /^ / { next }
+    torch { sub(/ \\$/, "") }
+    { print }' >requirements.lock.new
+  mv requirements.lock.new requirements.lock
+}
+
+# 4. Stages -----------------------------------------------------------------------------------
+child="" stopped=0
+stop() { # on Ctrl-C or SIGTERM the stage saves and ends, and the job with it
+  stopped=$1
+  if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; else exit "$1"; fi
+}
+
+stage() { # stage NAME COMMAND...: run one stage to its end
+  local name=$1 guard=() status=0
+  shift
+  if [ -n "$dry" ]; then run "$@" && return; fi
+  printf '\n== %s, after %d:%02d min\n' "$name" $((SECONDS / 60)) $((SECONDS % 60))
+  # no stage may outlive a killed run.sh and meet the next one; torchrun must end its workers
+  guard=(setpriv --pdeathsig "$([ "$ranks" -gt 1 ] && echo TERM || echo KILL)")
+  "${guard[@]}" true 2>/dev/null || guard=()
+  # in the background, as bash hears a signal only then; with SIGINT, which bash takes from it
+  (trap - INT TERM && exec ${guard[@]+"${guard[@]}"} "$@") </dev/null &
+  child=$!
+  wait "$child" || status=$?
+  while [ "$stopped" -gt 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+  child=""
+  [ "$stopped" -eq 0 ] || fail "$stopped" "stopped in $name; the same command goes on from there"
+  [ "$status" -eq 0 ] || fail "$status" "$name ended with status $status, for the reason above"
+}
+
+main_job() { # main_job [flags of evaluate.py]
+  local launch=("$python")
+  if [ "$ranks" -gt 1 ]; then
+    launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks") # is torchrun
+  fi
+  # a wrong flag, or a time that is not what one wants, is seen before hours of work
+  stage plan "$python" pretrain.py "${train[@]}" --plan --plan-vocab-size="$vocab" \
+    --plan-count="$ranks"
+  stage prepare "$python" prepare.py --data="$data" --source="$source" \
+    ${prepare[@]+"${prepare[@]}"}
+  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
+    "${tokenizer[@]}"
+  stage pretrain "${launch[@]}" pretrain.py --tag="$tag" --source="$source" "${train[@]}"
+  stage evaluate "$python" evaluate.py -i base --tag="$tag" "$@"
+}
+
+# 5. Main -------------------------------------------------------------------------------------
+caller=$PWD
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+action=all tier="" wanted="" tag="" size="" dry="" prepare=() tokenizer=() flags=() pytest=()
+while [ $# -gt 0 ]; do
+  word=$1
+  shift
+  case $word in # --a_b 1 is --a-b=1
+    --dry-run | --dry_run | --help | --*=*) ;;
+    --*) if [ $# -gt 0 ] && [[ $1 != --* ]]; then word=$word=$1 && shift; fi ;;
+  esac
+  value=${word#*=} name=${word%%=*}
+  case $name in --*) word=${name//_/-}${word#"$name"} ;; esac
+  case $word in
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$root/run.sh" && exit ;;
+    --dry-run) dry=yes ;;
+    --tier=*) tier=$value ;;
+    --data=*) wanted=$value ;;
+    --tag=*) tag=$value ;;
+    --tier | --data | --tag) fail 2 "$word needs a value, as in $word=NAME" ;;
+    --shards=* | --documents=*) prepare+=("$word") ;;
+    --vocab-size=*) size=$value ;;
+    --max-chars=*) tokenizer+=("$word") ;;
+    --*) flags+=("$word") ;;
+    test) action=test pytest=("$@") && break ;;
+    all | setup | bench | lock) action=$word ;;
+    *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
+  esac
+done
+venv=$(absolute "${NANOCHAT_VENV:-$root/.venv}")
+python=${NANOCHAT_PYTHON:-$venv/bin/python}
+if [[ $python = */* ]]; then python=$(absolute "$python"); fi
+if [ -n "${NANOCHAT_BASE_DIR-}" ]; then
+  NANOCHAT_BASE_DIR=$(absolute "$NANOCHAT_BASE_DIR") && export NANOCHAT_BASE_DIR
+fi
+
+find_tier
+load_tier
+if [ "$action" = bench ]; then # fixed, so that tables compare
+  wanted=${wanted:-world} tag=bench
+  train=(--depth=4 --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096) vocab=4096
+  if [ "$gpus" -gt 0 ]; then train=(--depth=12) vocab=65536; fi
+  train+=(--num-iterations=60)
+fi
+if [ -z "$wanted" ] || [ "$wanted" = "$data" ]; then tag=${tag:-main}; else data=$wanted; fi
+case $data in
+  world | climbmix) source=$data ;;
+  hub) source=fineweb-edu ;;
+  *)
+    data=$(absolute "$data")
+    [ -e "$data" ] || fail 2 "--data=$wanted: no such file or folder, nor world, hub or climbmix"
+    if [ -d "$data" ]; then data=$(cd "$data" && pwd); fi
+    source=$(basename "$data" | tr '[:upper:]' '[:lower:]' |
+      sed 's/\..*//; s/[^a-z0-9]\{1,\}/-/g; s/^-//; s/-$//; s/^$/text/')
+    case $source in world | eval | climbmix | fineweb-edu) source=$source-files ;; esac ;;
+esac
+tag=${tag:-$source}
+train+=(${flags[@]+"${flags[@]}"})
+vocab=${size:-$vocab} tokenizer+=("--vocab-size=$vocab")
+case $data in
+  hub | climbmix) prepare=("--shards=$(count_shards)" ${prepare[@]+"${prepare[@]}"}) ;;
+esac
+
+cd "$root"
+if [ -n "$dry" ]; then run cd "$root"; fi
+trap 'stop 130' INT
+trap 'stop 143' TERM
+case $action in
+  setup) set_up ;;
+  lock) lock ;;
+  test)
+    set_up --extra=dev
+    run exec "$python" -m pytest test_all.py ${pytest[@]+"${pytest[@]}"} ;;
+  bench)
+    set_up
+    run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/bench"
+    main_job --bench ;;
+  all)
+    set_up
+    main_job
+    if [ -n "$dry" ]; then exit; fi
+    say "done after $((SECONDS / 60)) min; now talk to the model, or have it complete a text:"
+    printf '  %s\n' "$python $root/chat.py -i base --tag=$tag" \
+      "$python $root/chat.py -i base --tag=$tag -p 'The capital of France is'" ;;
+esac
