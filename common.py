@@ -127,9 +127,11 @@ def written_beside(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield beside
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
         if beside.is_dir() and path.exists():
-            shutil.rmtree(path)
+            os.replace(path, old)  # a folder cannot be renamed over another
         os.replace(beside, path)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         if beside.is_dir():
             shutil.rmtree(beside, ignore_errors=True)
@@ -381,10 +383,15 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     stopping: bool = False
     wandb: Any = None
+    cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
     def dir(self) -> Path:
         return run_dir(self.tag) / self.stage
+
+    def closing(self, items: Any) -> Any:
+        """Return items, which will be closed when the run ends."""
+        return self.cleanup.enter_context(contextlib.closing(items))
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -449,6 +456,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             run.wandb = _start_wandb(run)
             yield run
     finally:
+        run.cleanup.close()
         for number, handler in before.items():
             signal.signal(number, handler)
         if dist.is_initialized():
@@ -1269,7 +1277,8 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
         except BaseException as error:  # noqa: BLE001  it goes to the reader, whatever it is
             put((None, error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     try:
         while True:
             item, error = ready.get()
@@ -1280,6 +1289,7 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
             yield item
     finally:
         done.set()
+        thread.join()  # a thread inside torch while the interpreter ends would abort the process
 
 
 # 8. training_steps ---------------------------------------------------------------------------
@@ -1361,11 +1371,12 @@ def training_steps(
                 f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; run again "
                 "with a lower --lr-scale or --dtype=float32, or look at the data of this step"
             )
-        if s.step > start + 1 or s.step == num_steps:  # the first step compiles and warms up
-            times.append((time.perf_counter() - began, num_targets))
-            seconds = sum(t for t, _ in times)
-            s.tok_per_s = sum(n for _, n in times) / seconds
-            s.left_s = seconds / len(times) * (num_steps - s.step)
+        if s.step == start + 2:
+            times.clear()  # the first step compiled and warmed up
+        times.append((time.perf_counter() - began, num_targets))
+        seconds = sum(t for t, _ in times)
+        s.tok_per_s = sum(n for _, n in times) / seconds
+        s.left_s = seconds / len(times) * (num_steps - s.step)
 
 
 # 9. Checkpoints, bits per byte ---------------------------------------------------------------

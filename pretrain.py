@@ -372,7 +372,9 @@ def main(settings: Settings) -> dict:
         )
         val_texts = validation_texts(source, settings.eval_tokens)
         forward = torch.compile(model, dynamic=False) if compiled else model
-        batches = row_batches(rows, batch_rows, micro, settings.seed, start, run.device)
+        batches = run.closing(
+            row_batches(rows, batch_rows, micro, settings.seed, start, run.device)
+        )
         began, best = time.time(), saved.get("best_val_bpb", math.inf)
         for s in training_steps(
             batches,

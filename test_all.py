@@ -9,21 +9,29 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import email.utils
 import errno
 import functools
+import gzip
+import hashlib
+import http.server
 import importlib
 import io
 import itertools
 import json
 import math
 import os
+import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +42,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import regex
+import tiktoken
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import chat
 import common
 import evaluate
+import prepare
 import pretrain
 import train_tokenizer
 
@@ -187,6 +198,320 @@ def test_the_top_level_is_the_house():
         "README.zh-CN.md", "LICENSE", ".gitignore", ".ci",
     }  # fmt: skip
     assert {line.split("/")[0] for line in listed.stdout.splitlines()} <= allowed
+
+
+# tokenizer.rs --------------------------------------------------------------------------------
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+def plain_bpe(texts, vocab_size):
+    """Merges found the slow and obvious way: count all pairs, join the best, start over."""
+    words = [
+        list(piece.encode()) for t in texts for piece in regex.findall(nanochat_bpe.PATTERN, t)
+    ]
+    tokens, merges = list(BYTES), []
+    while len(tokens) < vocab_size:
+        counts = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
+        if not counts:
+            break
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        words = [joined(word, best, len(tokens)) for word in words]
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+        merges.append(best)
+    return merges
+
+
+def joined(word, pair, new_id):
+    out, i = [], 0
+    while i < len(word):
+        is_pair = tuple(word[i : i + 2]) == pair
+        out.append(new_id if is_pair else word[i])
+        i += 2 if is_pair else 1
+    return out
+
+
+CHARACTERS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+
+
+@functools.cache
+def characters_by_tiktoken(pattern):
+    """The characters that match a pattern of one character in tiktoken's regex engine."""
+    ranks = {token: rank for rank, token in enumerate(BYTES)}
+    engine = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    found = set()
+    for i in range(0, len(CHARACTERS), 10_000):
+        found |= set(bytes(engine.encode_ordinary("".join(CHARACTERS[i : i + 10_000]))).decode())
+    return found
+
+
+@functools.cache
+def characters_of_newer_unicode():
+    """Characters that `regex` and tiktoken put in different classes: their Unicode versions differ."""
+    differ = set()
+    for pattern in (r"\p{L}", r"\p{N}", r"\s"):
+        differ |= characters_by_tiktoken(pattern) ^ set(regex.findall(pattern, "".join(CHARACTERS)))
+    assert len(differ) < 30_000, len(differ)
+    return differ
+
+
+def tiktoken_split(text, pieces):
+    """How tiktoken splits `text`, in a vocabulary in which every candidate piece is one token.
+
+    tiktoken first looks a whole piece up. With `pieces` and each two neighbours of them in the
+    vocabulary, it returns exactly `pieces` only if it splits there and nowhere else.
+    """
+    candidates = {piece.encode() for piece in pieces}
+    candidates |= {(one + other).encode() for one, other in itertools.pairwise(pieces)}
+    tokens = BYTES + sorted(candidates - set(BYTES))
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    encoding = tiktoken.Encoding(
+        "x", pat_str=nanochat_bpe.PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    return [tokens[i] for i in encoding.encode_ordinary(text)]
+
+
+def text_documents(size):
+    """Up to `size` characters of every file of real text."""
+    if not (SHARED / "text").is_dir():
+        pytest.skip(f"{(SHARED / 'text')} is not there")
+    for path in sorted((SHARED / "text").iterdir()):
+        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+            if path.suffix == ".txt":
+                yield file.read(size)
+                continue
+            left = size
+            for line in file:
+                document = json.loads(line)["text"][:left]
+                yield document
+                left -= len(document)
+                if left <= 0:
+                    break
+
+
+NASTY = list(
+    "aZsſdmtlveréßñжΩ中の한'’\"!?.,-_/()0189٣Ⅷ½²  \t\n\r\v\f\x1c\x85\u00a0\u2009\u2028\u3000"
+    "\u200b\u200d\u0301\ufeff\ufffd😀🏽𝒜𝟘\U0001f1e6\U000e0041\U0010ffff\0"
+)
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(NASTY),
+        st.sampled_from(["'s", "'LL", "'Ve", "'rE", "'ſ", "'t", "  ", " \n", "\r\n", "12", " a"]),
+        st.characters(codec="utf-8"),
+        st.characters(codec="utf-8", categories=["L", "N", "Z", "M", "P"]),
+    ),
+    max_size=40,
+).map("".join)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(TEXTS)
+@example("")
+@example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re")
+@example("a  b   \n\n  c\r\n\t d    ")
+@example("12345 67٣٣٣ ½½½")
+def test_split_is_the_pattern_by_regex(text):
+    text = "".join(c for c in text if c not in characters_of_newer_unicode())
+    assert nanochat_bpe.split(text) == regex.findall(nanochat_bpe.PATTERN, text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS)
+@example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re  ")
+def test_split_is_the_pattern_by_tiktoken(text):
+    pieces = nanochat_bpe.split(text)
+    assert "".join(pieces) == text
+    assert tiktoken_split(text, pieces) == [piece.encode() for piece in pieces]
+
+
+def test_split_puts_every_character_in_the_class_that_tiktoken_does():
+    def one_piece(prefix):
+        return {c for c in CHARACTERS if len(nanochat_bpe.split(prefix + c)) == 1}
+
+    letters = one_piece("a")
+    assert letters == characters_by_tiktoken(r"\p{L}")
+    assert one_piece("1") == characters_by_tiktoken(r"\p{N}")
+    spaces = set(CHARACTERS) - one_piece("!") - one_piece("1") | {"\r", "\n"}
+    assert spaces == characters_by_tiktoken(r"\s")
+    contracted = {c for c in letters if nanochat_bpe.split(f"'{c}a") == ["'" + c, "a"]}
+    assert contracted == characters_by_tiktoken("(?i:[sdmt])")
+
+
+def test_split_of_real_text_is_the_pattern_by_regex_and_tiktoken():
+    for document in text_documents(200_000):
+        pieces = nanochat_bpe.split(document)
+        assert pieces == regex.findall(nanochat_bpe.PATTERN, document)
+        assert tiktoken_split(document, pieces) == [piece.encode() for piece in pieces]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["low lower lowest newer newest wider widest low low"],
+        ["aaaa aaaaa aaaaaaa", "aaa", "a"],  # overlapping pairs
+        ["abababab babababa aabbaabb abcabcabc bcabcab"],
+        ["ab cd ef gh ij kl"],  # every count equal
+        ["Über Öl, naïve café — 東京都 東京 京都 Привет 😀😀😀", "'S 'll 12345 1 12 \n\n  x"],
+        ["the cat", " the", "cat", "", "\n"] * 3,
+        ["antidisestablishmentarianism", "antidisestablishmentarianism is long"],  # > 15 bytes
+    ],
+)
+def test_merges_are_those_of_plain_bpe(texts):
+    for threads in (1, 2):
+        assert nanochat_bpe.train(iter(texts), 400, threads) == plain_bpe(texts, 400)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("abc é", max_size=60), max_size=5), st.integers(256, 330))
+def test_merges_are_those_of_plain_bpe_on_any_text(texts, vocab_size):
+    assert nanochat_bpe.train(texts, vocab_size, 2) == plain_bpe(texts, vocab_size)
+
+
+def test_merges_of_real_text_are_those_of_plain_bpe():
+    texts = list(itertools.islice(text_documents(4_000), 12))
+    assert nanochat_bpe.train(texts, 400) == plain_bpe(texts, 400)
+
+
+def test_tokens_make_a_tiktoken_encoding_that_round_trips():
+    text = (
+        "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure. " * 3
+    )
+    merges = nanochat_bpe.train([text], 300)
+    tokens = nanochat_bpe.token_bytes(merges)
+    assert tokens[:256] == BYTES and len(tokens) == len(set(tokens)) == 256 + len(merges)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    encoding = tiktoken.Encoding(
+        "x", pat_str=nanochat_bpe.PATTERN, mergeable_ranks=ranks, special_tokens={}
+    )
+    ids = encoding.encode_ordinary(text)
+    assert encoding.decode(ids) == text and len(ids) < len(text) / 2
+    words = [list(piece.encode()) for piece in nanochat_bpe.split(text)]
+    for i, pair in enumerate(merges):
+        words = [joined(word, pair, 256 + i) for word in words]
+    assert ids == list(itertools.chain(*words))
+
+
+def made_up_documents(n=300):
+    rng = random.Random(1)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(2000)]
+    return [" ".join(rng.choices(words, k=rng.randint(0, 2000))) for _ in range(n)]
+
+
+def test_merges_do_not_depend_on_threads_or_the_order_of_documents():
+    documents = made_up_documents()
+    merges = nanochat_bpe.train(documents, 3000, 1)
+    assert len(merges) == 3000 - 256
+    for threads in (0, 2, 3, 16):
+        assert nanochat_bpe.train(iter(documents), 3000, threads=threads) == merges
+    assert nanochat_bpe.train(reversed(documents), 3000) == merges
+
+
+@pytest.mark.parametrize(
+    "sample", ["many words, it's 1234 \n\n done. ", "東京都、大阪府。", "no-cut" * 9]
+)
+def test_a_document_larger_than_a_batch_gives_the_merges_of_its_words(sample):
+    document = sample * (5_000_000 // len(sample.encode()))
+    pieces = collections.Counter(nanochat_bpe.split(document))
+    assert nanochat_bpe.train([document], 300, 2) == nanochat_bpe.train(pieces.elements(), 300, 1)
+
+
+def test_documents_are_boundaries_and_short_text_gives_fewer_merges():
+    assert nanochat_bpe.train(["a", "b"] * 9, 300) == []
+    assert nanochat_bpe.train(["ab"] * 9, 300) == [(97, 98)]
+    assert nanochat_bpe.train(["ab"] * 9, 256) == []
+    assert nanochat_bpe.train([], 300) == nanochat_bpe.train(["", ""], 300, 3) == []
+
+
+def test_text_is_streamed():
+    """200 MB pass through a generator and leave no trace in the memory of the process."""
+    program = """if True:
+        import random, resource, nanochat_bpe
+        letters = [*b"etaoinshrdlu    "] * 16
+        def documents():
+            for i in range(200):
+                yield random.Random(i % 3).randbytes(1_000_000).translate(bytes(letters)).decode()
+        nanochat_bpe.train(itertools.islice(documents(), 9), 300, 2)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        nanochat_bpe.train(documents(), 300, 2)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    """
+    output = subprocess.run(
+        [sys.executable, "-c", "import itertools\n" + program],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    kilobytes = int(output) / (1024 if sys.platform == "darwin" else 1)
+    assert kilobytes < 30_000, kilobytes
+
+
+def test_an_error_in_the_iterator_comes_out():
+    def documents():
+        yield "text " * 100_000
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        nanochat_bpe.train(documents(), 300)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        "itertools.repeat('the same few words ' * 1000)",  # stopped while it counts
+        "itertools.repeat('')",
+        "itertools.chain([noise], say())",  # stopped while it merges
+    ],
+)
+def test_ctrl_c_stops_training(documents):
+    program = f"""if True:
+        import itertools, random, time, nanochat_bpe
+        letters = bytes([*b"abcdefghijklmno "] * 16)
+        noise = random.Random(0).randbytes(20_000_000).translate(letters).decode()
+        def say():
+            print("go", flush=True)
+            yield "the end"
+        try:
+            nanochat_bpe.train(itertools.chain(say(), {documents}), 1 << 30, 2)
+        except KeyboardInterrupt:
+            print("stopped")
+    """
+    command = [sys.executable, "-u", "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        for _ in range(2 if "say" in documents else 1):
+            assert child.stdout.readline() == "go\n"
+        time.sleep(1)
+        started = time.perf_counter()
+        child.send_signal(signal.SIGINT)
+        try:
+            assert child.stdout.read() == "stopped\n"
+            assert time.perf_counter() - started < 1.5
+        finally:
+            child.kill()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: nanochat_bpe.train([], 255), "vocab_size must be an integer from 256 .* not 255"),
+        (lambda: nanochat_bpe.train([], -1), "vocab_size must be"),
+        (lambda: nanochat_bpe.train([], 1 << 70), "vocab_size must be"),
+        (lambda: nanochat_bpe.train([], "1000"), "vocab_size must be .* not '1000'"),
+        (lambda: nanochat_bpe.train([], 300.0), "vocab_size must be"),
+        (lambda: nanochat_bpe.train([], 300, -1), "threads must be an integer from 0 .* not -1"),
+        (lambda: nanochat_bpe.train([], 300, 100_000), "threads must be"),
+        (lambda: nanochat_bpe.train(["one", 2], 300), "texts item 1 must be str, not int"),
+        (lambda: nanochat_bpe.train([b"one"], 300), "texts item 0 must be str, not bytes"),
+        (lambda: nanochat_bpe.train("one text", 300), "texts must be an iterable of strings"),
+        (lambda: nanochat_bpe.train(5, 300), "texts must be an iterable of strings"),
+        (lambda: nanochat_bpe.train(["a", "b\ud800c"], 300), "texts item 1 is not Unicode.*ud800"),
+        (lambda: nanochat_bpe.split("\udfff"), "text is not Unicode.*udfff"),
+        (lambda: nanochat_bpe.split(None), "text must be str, not NoneType"),
+        (lambda: nanochat_bpe.token_bytes([(97, 98), (257, 1)]), "merges item 1 joins a later id"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # 1. Formats, paths, errors, log --------------------------------------------------------------
@@ -1014,6 +1339,1038 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
 
 def test_a_broken_character_at_the_end_is_shown_as_such(tokenizer):
     assert "".join(common.stream_text(tokenizer, "é".encode()[:1])) == "\ufffd"
+
+
+# prepare.py: own files and hub ----------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """An empty base directory, no hub and no token."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    return tmp_path / "base"
+
+
+WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in "aeiou" for c in ("", "n", "rs", "lla")]
+
+
+def words(seed: int, count: int) -> str:
+    return " ".join(random.Random(seed).choices(WORDS, k=count))
+
+
+def texts_of(folder: Path) -> tuple[list[str], list[str]]:
+    train = [t for p in sorted(folder.glob("train-*.parquet")) for t in common.read_texts(p)]
+    return train, list(common.read_texts(folder / "val.parquet"))
+
+
+def table_bytes(column: str, values: list) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.table({column: values}), out)
+    return out.getvalue()
+
+
+# Documents -----------------------------------------------------------------------------------
+
+
+@given(st.lists(st.text(max_size=80), max_size=20), st.integers(1, 50))
+def test_cut_pieces_keeps_every_character(chunks, limit):
+    pieces = list(prepare.cut_pieces(chunks, limit))
+    assert "".join(pieces) == "".join(chunks)
+    assert all(0 < len(piece) <= limit for piece in pieces)
+
+
+def test_cut_pieces_ends_at_paragraphs_and_headings():
+    paragraphs = [words(i, 60) + "." for i in range(100)]
+    pieces = list(prepare.cut_pieces(["\n\n".join(paragraphs)], 2000))
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert min(len(piece) for piece in pieces) > 500
+    chapters = "".join(f"CHAPTER {i}\n{words(i, 100)}\n\n{words(-i, 90)}\n" for i in range(9))
+    assert all(p.startswith("CHAPTER") for p in prepare.cut_pieces([chapters], 1500))
+    accents = "e\u0301" * 500  # an accent stays with its letter
+    assert all(len(p) % 2 == 0 for p in prepare.cut_pieces([accents], 301))
+
+
+def test_endless_line_needs_little_memory():
+    line = words(1, 300_000)[: 1 << 20]
+    tracemalloc.start()
+    count = sum(len(p) for p in prepare.cut_pieces((line for _ in range(100)), 20_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 100 << 20 and peak < 8 << 20, peak
+
+
+def test_sorter_shuffles_the_same_way_with_any_number_of_buckets(tmp_path, monkeypatch):
+    texts = [words(i, 20) for i in range(500)]
+    orders = []
+    for bucket_bytes in (1 << 26, 500):
+        monkeypatch.setattr(prepare, "BUCKET_BYTES", bucket_bytes)
+        sorter = prepare.Sorter(tmp_path / str(bucket_bytes), 3, 50_000)
+        for text in texts + texts[:7]:
+            sorter.add(text)
+        orders.append([text for _, text in sorter.documents()])
+        assert sorter.duplicates == 7
+    assert orders[0] == orders[1] and orders[0] != texts and sorted(orders[0]) == sorted(texts)
+
+
+def test_shards_and_manifest(base, tmp_path):
+    source = tmp_path / "big.txt"
+    source.write_text("\n\n".join(words(i, 140) for i in range(5000)))
+    manifest = prepare.main(
+        prepare.Settings(str(source), shard_mb=1, doc_chars=1000, val_percent=10)
+    )
+    folder = base / "data" / "big"
+    train, val = texts_of(folder)
+    assert len(list(folder.glob("train-*.parquet"))) == 3
+    assert not set(train) & set(val) and 0.07 < len(val) / len(train) < 0.15
+    assert collections.Counter(" ".join(train + val).split()) == collections.Counter(
+        source.read_text().split()
+    )
+    for name, entry in manifest["files"].items():
+        data, texts = (folder / name).read_bytes(), list(common.read_texts(folder / name))
+        assert entry == {
+            "documents": len(texts),
+            "characters": sum(map(len, texts)),
+            "bytes": sum(len(t.encode()) for t in texts),
+            "size": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+    metadata = pq.ParquetFile(folder / "train-00000.parquet").metadata
+    assert metadata.row_group(0).num_rows == 1000
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+    assert sorted(p.name for p in base.glob("data/*")) == ["big"]  # nothing left beside
+
+
+def test_validation_text_has_an_upper_bound(base, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(words(i, 140) for i in range(5000)))
+    settings = prepare.Settings(str(tmp_path / "a.txt"), val_mb=1, val_percent=50)
+    files = prepare.main(settings)["files"]
+    assert 1e6 <= files["val.parquet"]["bytes"] < 1.03e6
+
+
+# Own files -----------------------------------------------------------------------------------
+
+
+def make_folder(root: Path) -> None:
+    """A folder with every kind of file, good and bad; the documents say where they are from."""
+    root.mkdir()
+    record = [json.dumps({"text": f"jsonl {i} " + words(i, 50)}) for i in range(30)]
+    record[3:3] = [
+        "{broken",
+        "[" * 100_000,
+        "",
+        '{"other": 1}',
+        '{"text": null}',
+        '"a bare string"',
+    ]
+    (root / "a.jsonl").write_text("\n".join(record) + "\n")
+    (root / "b.jsonl.gz").write_bytes(gzip.compress(("\r\n".join(record[9:])).encode()))
+    (root / "c.parquet").write_bytes(table_bytes("content", ["parquet " + words(99, 50), None]))
+    (root / "d.md").write_bytes(b"\xef\xbb\xbf# Title\r\n\r\nmarkdown\r\ntext\r")
+    (root / "e.txt").write_bytes("Grüße utf-16 日本語".encode("utf-16"))
+    (root / "f.py").write_text("def python():\n    return 1\n")
+    (root / "g.txt").write_bytes(b"caf\xe9 is not valid here, nor is this: \xff " + b"x" * 100)
+    (root / "h.txt").write_bytes(b"a NUL \0 inside of a longer text that goes on")
+    (root / "i.txt").write_bytes(b"")
+    (root / "j.txt").write_text(" \n\n ")
+    (root / "k.txt").write_bytes(random.Random(0).randbytes(5000))
+    (root / "l.png").write_bytes(b"\x89PNG")
+    damaged = "".join(f'{{"text": "damaged {os.urandom(40).hex()}"}}\n' for i in range(500))
+    (root / "m.jsonl.gz").write_bytes(gzip.compress(damaged.encode())[:-20])
+    (root / "n.parquet").write_bytes(b"PAR1 no parquet")
+    (root / "o.parquet").write_bytes(table_bytes("title", ["x"]))
+    (root / "q.csv").write_text("id,value\n1,2\n")
+    (root / "s.json").write_text('{"name": "settings"}')
+    (root / "t.jsonl").write_text('{"text": "a half \\ud83d of an emoji, whole \\ud83d\\ude00"}\n')
+    (root / "u.TXT.GZ").write_bytes(gzip.compress("русский текст".encode()))
+    (root / "v.parquet").write_bytes(table_bytes("text", [1, 2]))
+    (root / "README").write_text("readme without a suffix")
+    (root / ".hidden.txt").write_text("hidden file")
+    (root / ".git").mkdir()
+    (root / ".git" / "x.txt").write_text("hidden folder")
+    deep = root / "deep" / "er"
+    deep.mkdir(parents=True)
+    (deep / "copy.py").write_text("def python():\n    return 1\n")
+    (deep / "loop").symlink_to(root)
+    (deep / "self").symlink_to(deep / "self")
+    (deep / "gone.txt").symlink_to(root / "nowhere.txt")
+    os.mkfifo(deep / "pipe.txt")
+
+
+def test_every_kind_of_file(base, tmp_path, capsys):
+    make_folder(tmp_path / "mine")
+    manifest = prepare.main(prepare.Settings(str(tmp_path / "mine")))
+    train, val = texts_of(base / "data" / "mine")
+    texts = train + val
+    joined = "\n".join(texts)
+    assert len(set(texts)) == len(texts) and not set(train) & set(val) and val
+    for part in ("jsonl 29", "parquet ", "Grüße utf-16 日本語", "a bare string", "readme without",
+                 "# Title\n\nmarkdown\ntext", "caf\ufffd is", "a NUL  inside",
+                 "id,value\n1,2", '{"name": "settings"}',
+                 "русский текст", "a half \ufffd of an emoji, whole 😀", "damaged"):  # fmt: skip
+        assert part in joined, part
+    assert "hidden" not in joined and "\r" not in joined and "\ufeff" not in joined
+    dropped = manifest["dropped"]
+    assert dropped.pop("duplicates") > 27
+    assert dropped == {
+        "hidden files and folders": 2,
+        "broken links and special files": 3,
+        "files of other kinds": 1,
+        "lines of broken JSON": 2,
+        "records without `text` or `content`": 2 + 1,
+        "empty files": 1,
+        "empty documents": 1,
+        "binary files": 1,
+        "damaged or unreadable files": 3,
+        "tables without `text` or `content` (has title)": 1,
+    }
+    out = capsys.readouterr().out
+    assert "broken JSON (mine/a.jsonl:4)" in out and "binary files (mine/k.txt)" in out
+    assert out.count("\n") <= 6
+
+
+def test_order_depends_on_content_and_seed_alone(base, tmp_path):
+    texts = [words(i, 30) for i in range(200)]
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder, order in ((one, texts), (two, texts[::-1])):
+        folder.mkdir()
+        for i in range(0, 200, 20):
+            lines = [json.dumps({"text": t}) + "\n" for t in order[i : i + 20]]
+            (folder / f"{i}.jsonl").write_text("".join(lines))
+    first, second = (prepare.main(prepare.Settings(str(p)))["files"] for p in (one, two))
+    assert first == second
+    other = prepare.main(prepare.Settings(str(two), source="other", seed=1))["files"]
+    assert other["train-00000.parquet"]["sha256"] != first["train-00000.parquet"]["sha256"]
+
+
+def test_one_small_file_has_both_splits(base, tmp_path, capsys):
+    for count in (60, 3000):
+        path = tmp_path / f"small{count}.txt"
+        path.write_text(". ".join(words(i, 10) for i in range(count // 10)))
+        prepare.main(prepare.Settings(str(path)))
+        train, val = texts_of(base / "data" / path.stem)
+        assert train and val and not set(train) & set(val)
+        assert count == 60 or len("".join(val)) < 0.1 * len("".join(train))
+    assert "few documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["", "Only one sentence.", "Only this.\n" * 3])
+def test_too_small_input_is_one_sentence(base, tmp_path, text):
+    (tmp_path / "tiny.txt").write_text(text)
+    with pytest.raises(common.Stop, match="tiny.txt holds (no text|only [0-9]+ characters)"):
+        prepare.main(prepare.Settings(str(tmp_path / "tiny.txt")))
+    assert not any(base.glob("data/*"))
+
+
+def test_nothing_usable_says_why(base, tmp_path):
+    (tmp_path / "pics").mkdir()
+    (tmp_path / "pics" / "a.jpg").write_bytes(b"x")
+    (tmp_path / "pics" / "b.jsonl").write_text('{"prompt": "x"}\n')
+    with pytest.raises(common.Stop, match="no text .*other kinds .*a.jpg.*`text`.*b.jsonl:1"):
+        prepare.main(prepare.Settings(str(tmp_path / "pics")))
+
+
+def test_gigantic_lines_are_cut_or_left_out(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "LINE_CHARS", 10_000)
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "a.txt").write_text(words(1, 400_000))
+    long = json.dumps({"text": words(2, 20_000)})
+    good = json.dumps({"text": "short enough"})
+    (tmp_path / "g" / "b.jsonl").write_text(f"{long}\n{good}\n{long}")
+    manifest = prepare.main(prepare.Settings(str(tmp_path / "g")))
+    train, val = texts_of(base / "data" / "g")
+    assert max(map(len, train + val)) <= 20_000 and "short enough" in train + val
+    assert manifest["dropped"]["lines that are too long"] == 2
+
+
+def test_unreadable_files_are_counted(base, tmp_path, monkeypatch):
+    (tmp_path / "u").mkdir()
+    for name in "ab":
+        (tmp_path / "u" / f"{name}.txt").write_text(words(ord(name), 3000))
+    real = open
+
+    def deny(path, *args, **options):
+        if str(path).endswith("a.txt"):
+            raise PermissionError(errno.EACCES, "denied", path)
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(prepare, "open", deny, raising=False)
+    manifest = prepare.main(prepare.Settings(str(tmp_path / "u")))
+    assert manifest["dropped"]["damaged or unreadable files"] == 1
+
+
+def test_output_inside_the_input_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "out"))
+    (tmp_path / "a.txt").write_text(words(1, 3000))
+    settings = prepare.Settings(str(tmp_path), source="mine")
+    assert prepare.main(settings) == prepare.main(settings)
+
+
+# Main ----------------------------------------------------------------------------------------
+
+
+def fail(argv: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        common.parse_settings(prepare.Settings, "doc", argv)
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_settings(base, tmp_path, capsys):
+    assert "no such file or folder, nor one of world, hub" in fail(["--data=wrld"], capsys)
+    assert "--val-percent" in fail(["--val_percent=0"], capsys)
+    assert "--shards must be 1" in fail(["--shards=0"], capsys)
+    assert "--source" in fail(["--source=../x"], capsys)
+    assert "--source=eval" in fail(["--source=eval"], capsys)
+    for name, source in (("My Corpus.v2.txt", "my-corpus"), ("world", "world-files")):
+        (tmp_path / name).mkdir()
+        assert prepare.Settings(str(tmp_path / name)).source == source
+    (tmp_path / "日本").mkdir()
+    assert prepare.Settings(str(tmp_path / "日本")).source.startswith("text-")
+    assert prepare.Settings("hub").source == "fineweb-edu" and prepare.Settings().source == "world"
+
+
+def test_world(base, capsys):
+    manifest = prepare.main(prepare.Settings(documents=300))
+    folder = base / "data" / "world"
+    train, val = texts_of(folder)
+    assert len(train) + len(val) == 300 and val and not set(train) & set(val)
+    for split in ("trained", "unseen"):
+        lines = (folder / "eval" / f"facts_{split}.jsonl").read_text().splitlines()
+        assert lines and all(json.loads(line) for line in lines)
+    capsys.readouterr()
+    assert prepare.main(prepare.Settings(documents=300)) == manifest
+    assert "nothing to do" in capsys.readouterr().out
+    (folder / "val.parquet").write_bytes(b"cut")  # a damaged file is made again
+    assert prepare.main(prepare.Settings(documents=300)) == manifest
+    prepare.main(prepare.Settings(documents=200, seed=4))
+    out = capsys.readouterr().out
+    assert "--documents=300" in out and "--seed=0" in out and "made anew" in out
+    assert sum(map(len, texts_of(folder))) == 200
+
+
+def test_changed_input_is_prepared_anew_and_other_text_never_overwritten(base, tmp_path, capsys):
+    path = tmp_path / "text.txt"
+    path.write_text(words(1, 3000))
+    prepare.main(prepare.Settings(str(path)))
+    path.write_text(words(2, 3500))
+    prepare.main(prepare.Settings(str(path)))
+    assert "other files" in capsys.readouterr().out
+    (tmp_path / "sub").mkdir()
+    other = tmp_path / "sub" / "text.txt"
+    other.write_text(words(3, 3000))
+    for settings in (prepare.Settings(str(other)), prepare.Settings("world", source="text")):
+        with pytest.raises(common.Stop, match="holds the text of .*text.txt: .*--source=NAME"):
+            prepare.main(settings)
+    (base / "data" / "notes").mkdir()
+    (base / "data" / "notes" / "precious.txt").write_text("mine")
+    with pytest.raises(common.Stop, match="not made from"):
+        prepare.main(prepare.Settings("world", source="notes"))
+    assert (base / "data" / "notes" / "precious.txt").exists()
+
+
+def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
+    prepare.main(prepare.Settings(documents=100))
+    before = texts_of(base / "data" / "world")
+    real, count = open, [0]
+
+    def full(path, mode="r", *args, **options):
+        count[0] += "w" in mode or "a" in mode
+        if count[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, mode, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "open", full, raising=False)
+        with pytest.raises(common.Stop, match="the disk is full at .*free some space"):
+            prepare.main(prepare.Settings(documents=200))
+    assert texts_of(base / "data" / "world") == before
+    assert [p.name for p in base.glob("data/*")] == ["world"]
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_splits", interrupt)
+        with pytest.raises(common.Stop, match="stopped; run the same command again"):
+            prepare.main(prepare.Settings(documents=200))
+    assert texts_of(base / "data" / "world") == before
+
+
+def test_leftovers_of_killed_processes_go(base):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for number in (dead.pid, os.getppid()):
+        (base / "data" / f".world.{number}.partial").mkdir(parents=True)
+    prepare.main(prepare.Settings(documents=50))
+    left = sorted(p.name for p in base.glob("data/.*"))
+    assert left == [f".world.{os.getppid()}.partial"]
+
+
+def test_base_directory_that_cannot_be(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
+    with pytest.raises(common.Stop, match="file"):
+        prepare.main(prepare.Settings(documents=50))
+
+
+# Hub -----------------------------------------------------------------------------------------
+
+REPO = "karpathy/fineweb-edu-100b-shuffle"
+
+
+class Hub:
+    """A server laid out like the hub; `script[name]` lists what happens to the next requests."""
+
+    def __init__(self):
+        self.files = {f"shard_{i:05d}.parquet": self.shard(i) for i in range(5)}
+        self.files["README.md"] = b"not a shard"
+        self.script: dict[str, list[str]] = {}
+        self.requests: list[tuple[str, str, str]] = []  # path, Range, Authorization
+        self.sizes = self.hashes = self.ranges = True
+        self.redirect = ""  # another server's address, which gets the files' requests
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args):
+                pass
+
+            def do_GET(self):
+                hub.answer(self)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @staticmethod
+    def shard(seed: int) -> bytes:
+        return table_bytes("text", [words(1000 * seed + i, 200) for i in range(300)])
+
+    def fetched(self) -> list[str]:
+        return [path.split("/")[-1] for path, _, _ in self.requests if "/resolve/" in path]
+
+    def send(self, request, code, body=b"", cut=None, **headers):
+        request.send_response(code)
+        headers.setdefault("Content-Length", str(len(body)))
+        for name, value in headers.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+        request.wfile.write(body[:cut])
+        if cut is not None:
+            request.close_connection = True
+
+    def answer(self, request):
+        path, _, query = request.path.partition("?")
+        byte_range = request.headers.get("Range", "")
+        self.requests.append((path, byte_range, request.headers.get("Authorization", "")))
+        name = path.split("/")[-1]
+        what = self.script[name].pop(0) if self.script.get(name) else "ok"
+        if what == "drop":
+            request.close_connection = True
+        elif what[:3] in ("404", "401", "429", "500", "503", "416"):
+            code, _, after = what.partition(" ")
+            self.send(request, int(code), **({"Retry_After": after} if after else {}))
+        elif what == "html":
+            self.send(request, 200, b"<html>a login page</html>")
+        elif path == f"/api/datasets/{REPO}/tree/main":
+            self.tree(request, query)
+        elif path.startswith(("/moved/", f"/datasets/{REPO}/resolve/main/")):
+            self.file(request, path, name, byte_range, what)
+        else:
+            self.send(request, 404)
+
+    def tree(self, request, query):
+        start = int(query.partition("cursor=")[2] or 0)
+        items = [{"type": "directory", "path": "old", "oid": "0" * 40}] if start == 0 else []
+        for name, data in list(self.files.items())[start : start + 3]:
+            git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+            item = {"type": "file", "path": name, "oid": git, "size": len(data)}
+            if name.endswith(".parquet"):
+                item |= {"oid": "1" * 40}
+                item["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
+            if not self.sizes:
+                item = {"type": "file", "path": name}
+            items.append(item)
+        headers = {}
+        if start + 3 < len(self.files):  # a mirror may name the original host
+            link = f"https://original.invalid{request.path.partition('?')[0]}?cursor={start + 3}"
+            headers["Link"] = f'<{link}>; rel="next"'
+        self.send(request, 200, json.dumps(items).encode(), **headers)
+
+    def file(self, request, path, name, byte_range, what):
+        data = self.files[name]
+        headers = {"ETag": '"abc"'}
+        if self.hashes:
+            digest = hashlib.sha256(data).hexdigest()
+            headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+        if self.redirect and not path.startswith("/moved/"):
+            return self.send(request, 302, Location=f"{self.redirect}/moved/{name}", **headers)
+        if what == "wrong":
+            data = data[:-5] + b"wrong"
+        start = int(byte_range[6:-1]) if byte_range and self.ranges else 0
+        if byte_range and self.ranges:
+            if start >= len(data):
+                return self.send(request, 416)
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        if what == "slow":
+            self.send(request, 200, body, cut=len(body) // 2)
+            time.sleep(20)
+        code = 206 if byte_range and self.ranges else 200
+        self.send(request, code, body, len(body) // 2 if what == "cut" else None, **headers)
+
+
+class Waits:
+    """Stands for the Event that prepare.Net waits on: notes the delays instead of waiting."""
+
+    def __init__(self):
+        self.delays, self.stopped = [], False
+
+    def wait(self, delay):
+        self.delays.append(delay)
+        return self.stopped
+
+    def is_set(self):
+        return self.stopped
+
+    def set(self):
+        self.stopped = True
+
+
+@pytest.fixture
+def hub(base, monkeypatch):
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 1 << 10)
+    yield server
+    server.server.shutdown()
+    server.server.server_close()
+
+
+def quick_net(**options) -> prepare.Net:
+    return prepare.Net(
+        **{"backoff_s": 1.0, "timeout_s": 2.0, "tries": 4, "stopping": Waits(), **options}
+    )
+
+
+def fetch_shards(shards=1, workers=1, **options):
+    """Run prepare on the hub; return the manifest and the delays between tries."""
+    net = quick_net(**options)
+    manifest = prepare.main(prepare.Settings("hub", shards=shards, workers=workers), net)
+    return manifest, net.stopping.delays
+
+
+def assert_same(base: Path, hub: Hub, shards: int) -> None:
+    folder = base / "data" / "fineweb-edu"
+    names = [f"train-{i:05d}.parquet" for i in range(shards)]
+    for i, name in enumerate(names):
+        assert (folder / name).read_bytes() == hub.files[f"shard_{i:05d}.parquet"]
+    assert (folder / "val.parquet").read_bytes() == hub.files["shard_00004.parquet"]
+    assert sorted(p.name for p in folder.glob("train-*")) == names
+    assert not list(folder.glob(".*.partial"))
+
+
+def test_hub_fetches_each_file_once(base, hub, capsys):
+    manifest, delays = fetch_shards(2, workers=4)
+    assert_same(base, hub, 2)
+    assert not delays and sorted(hub.fetched()) == [f"shard_0000{i}.parquet" for i in (0, 1, 4)]
+    assert manifest["files"]["val.parquet"]["documents"] == 300
+    hub.requests.clear()
+    assert fetch_shards(2)[0] == manifest
+    assert not hub.requests and "nothing to do" in capsys.readouterr().out
+    fetch_shards(3)
+    assert hub.fetched() == ["shard_00002.parquet"]
+    assert_same(base, hub, 3)
+    hub.requests.clear()
+    assert fetch_shards(1)[0]["files"].keys() == {"train-00000.parquet", "val.parquet"}
+    assert_same(base, hub, 1)  # the others are kept under another name
+    fetch_shards(3)
+    assert_same(base, hub, 3)
+    assert not hub.fetched()
+    (base / "data" / "fineweb-edu" / "manifest.json").unlink()  # as after a kill
+    path = base / "data" / "fineweb-edu" / "train-00001.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    fetch_shards(3)
+    assert hub.fetched() == ["shard_00001.parquet"]
+    assert_same(base, hub, 3)
+
+
+def test_hub_resumes_a_cut_connection(base, hub):
+    hub.script = {"shard_00000.parquet": ["cut", "drop", "cut", "ok"]}
+    size = len(hub.files["shard_00000.parquet"])
+    _, delays = fetch_shards()
+    assert_same(base, hub, 1)
+    ranges = [r for path, r, _ in hub.requests if path.endswith("shard_00000.parquet")]
+    starts = [int(r[6:-1] or 0) for r in ranges]  # what is read in one block may be lost
+    block = prepare.BLOCK_BYTES
+    assert starts[0] == 0 and starts[1] == starts[2] == size // 2 // block * block
+    assert size // 2 < starts[3] <= size * 3 // 4
+    assert len(delays) == 3 and delays[1] > 1.0  # progress makes the back-off start anew
+
+
+def test_hub_resumes_what_an_earlier_process_left(base, hub):
+    hub.script = {"shard_00000.parquet": ["cut"]}
+    with pytest.raises(common.Stop, match="failed 1 times in a row .*run the same command again"):
+        fetch_shards(tries=1)
+    assert len(list((base / "data" / "fineweb-edu").glob(".train-00000*.partial"))) == 1
+    hub.requests.clear()
+    fetch_shards()
+    assert_same(base, hub, 1)
+    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+
+
+def test_hub_starts_over_when_the_file_changed(base, hub):
+    hub.script = {"shard_00000.parquet": ["cut"]}
+    with pytest.raises(common.Stop):
+        fetch_shards(tries=1)
+    hub.files["shard_00000.parquet"] = hub.shard(77)
+    hub.requests.clear()
+    fetch_shards()
+    assert_same(base, hub, 1)
+    assert [r for path, r, _ in hub.requests if path.endswith("00000.parquet")] == [""]
+
+
+@pytest.mark.parametrize("sizes, hashes", [(False, True), (False, False)])
+def test_hub_that_hides_sizes(base, hub, sizes, hashes):
+    hub.sizes, hub.hashes = sizes, hashes
+    hub.script = {"shard_00000.parquet": ["ok", "cut"]}
+    fetch_shards()
+    assert_same(base, hub, 1)
+    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+
+
+def test_hub_that_ignores_ranges(base, hub):
+    hub.ranges = False
+    hub.script = {"shard_00000.parquet": ["cut", "ok"]}
+    fetch_shards()
+    assert_same(base, hub, 1)
+
+
+def test_hub_that_refuses_a_range(base, hub):
+    hub.script = {"shard_00000.parquet": ["cut", "416", "ok"]}
+    fetch_shards()
+    assert_same(base, hub, 1)
+
+
+def test_hub_backs_off(base, hub):
+    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    hub.script = {"main": ["503", "429 7"], "shard_00000.parquet": ["503", "500", "429"],
+                  "shard_00004.parquet": ["429 33", f"429 {date}", "429 1e999"]}  # fmt: skip
+    _, delays = fetch_shards()
+    assert_same(base, hub, 1)
+    assert 0.5 <= delays[0] <= 1.5 and delays[1] == 7
+    assert all(0.5 * 2**n <= delays[2 + n] <= 1.5 * 2**n for n in range(3))
+    assert delays[5] == 33 and 90 < delays[6] <= 100 and len(delays) == 8
+
+
+def test_hub_gives_up_in_the_end(base, hub):
+    hub.script = {"shard_00000.parquet": ["503"] * 9}
+    with pytest.raises(
+        common.Stop, match="shard_00000.parquet failed 4 times in a row .it answered 503"
+    ):
+        fetch_shards()
+    hub.script = {"main": ["drop"] * 9}
+    with pytest.raises(common.Stop, match="failed 4 times in a row .the connection broke"):
+        fetch_shards()
+
+
+def test_hub_that_stalls_times_out(base, hub):
+    hub.script = {"shard_00000.parquet": ["slow"]}
+    fetch_shards(timeout_s=0.2)
+    assert_same(base, hub, 1)
+
+
+def test_hub_wrong_bytes(base, hub):
+    hub.script = {"shard_00000.parquet": ["wrong", "ok"]}
+    fetch_shards()
+    assert_same(base, hub, 1)
+    hub.script = {"shard_00001.parquet": ["wrong"] * 9}
+    with pytest.raises(common.Stop, match="shard_00001.parquet gave 3 times other bytes"):
+        fetch_shards(2)
+    assert not list((base / "data" / "fineweb-edu").glob(".*"))
+    assert not (base / "data" / "fineweb-edu" / "train-00001.parquet").exists()
+
+
+def test_hub_token_stays_with_the_endpoint(base, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    other = Hub()
+    hub.redirect = other.url
+    hub.script = {"shard_00000.parquet": ["ok", "ok"]}
+    other.script = {"shard_00000.parquet": ["cut"]}
+    fetch_shards()
+    assert_same(base, hub, 1)
+    assert {token for _, _, token in hub.requests} == {"Bearer secret"}
+    assert {token for _, _, token in other.requests} == {""} and len(other.requests) == 3
+    other.server.shutdown()
+    other.server.server_close()
+    hub.redirect = hub.url  # another path of the same host
+    fetch_shards(2)
+    assert_same(base, hub, 2)
+
+
+def test_hub_checks_small_files_by_gits_hash(base, hub, tmp_path):
+    net = quick_net()
+    remote = prepare.hub_files(net, REPO)["README.md"]
+    assert len(remote.digest) == 40
+    hub.script = {"README.md": ["wrong"]}
+    prepare.download(net, remote, tmp_path / "new" / "README.md")
+    assert (tmp_path / "new" / "README.md").read_bytes() == b"not a shard"
+    assert [name for name in hub.fetched()] == ["README.md"] * 2
+
+
+def test_hub_unreachable_names_the_other_choices(base):
+    start = time.monotonic()
+    with pytest.raises(
+        common.Stop, match="cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"
+    ):
+        prepare.main(prepare.Settings("hub"))
+    assert time.monotonic() - start < 2 and not any(base.glob("data/*"))
+
+
+@pytest.mark.parametrize("endpoint", ["hub.example", "http://[", "ftp://hub.example"])
+def test_hub_wrong_endpoint(base, monkeypatch, endpoint):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(common.Stop, match="is no address like https"):
+        prepare.main(prepare.Settings("hub"))
+    prepare.main(prepare.Settings(documents=30))  # which needs no hub
+
+
+def test_hub_other_answers(base, hub, monkeypatch):
+    for what, sentence in (("html", "else than a hub"), ("401", "HF_TOKEN"), ("404", "not there")):
+        hub.script = {"main": [what]}
+        with pytest.raises(common.Stop, match=sentence):
+            fetch_shards()
+    with pytest.raises(common.Stop, match="has 4 train shards: --shards=4 at most"):
+        fetch_shards(5)
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(common.Stop, match="GB are needed .*fewer --shards"):
+            fetch_shards()
+    hub.files["shard_00000.parquet"] = table_bytes("story", ["no text column"])
+    with pytest.raises(common.Stop, match="no column `text`, only story"):
+        fetch_shards()
+    hub.files["shard_00000.parquet"] = b"no parquet at all"
+    with pytest.raises(common.Stop, match="no whole parquet file"):
+        fetch_shards()
+
+
+def test_hub_disk_full_while_fetching(base, hub, monkeypatch):
+    real = open
+
+    def full(path, mode="r", *args, **options):
+        if mode == "ab":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, mode, *args, **options)
+
+    monkeypatch.setattr(prepare, "open", full, raising=False)
+    with pytest.raises(common.Stop, match="the disk is full"):
+        fetch_shards(3, workers=2)
+
+
+def test_hub_is_interrupted_and_resumed(base, hub):
+    noise = [random.Random(i).randbytes(2000).hex() for i in range(1000)]
+    hub.files["shard_00000.parquet"] = table_bytes("text", noise)
+    hub.script = {"shard_00000.parquet": ["slow"]}
+    command = [sys.executable, prepare.__file__, "--data=hub", "--shards=1", "--workers=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    folder = base / "data" / "fineweb-edu"
+    for _ in range(3000):
+        if list(folder.glob(".*.partial")) or process.poll() is not None:
+            break
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert process.returncode == 1 and "fetching 2 of 2 shards" in out
+    assert err == "prepare: stopped; run the same command again to go on\n"
+    hub.requests.clear()
+    fetch_shards()
+    assert_same(base, hub, 1)
+    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+
+
+# prepare.py: the embedded world ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def docs() -> list[str]:
+    """About 5.5 MB of text: what the smallest tier sees, at most, in its first 1.5 million tokens."""
+    out, size = [], 0
+    for text in prepare.world_documents(1):
+        out.append(text)
+        size += len(text)
+        if size > 5_500_000:
+            return out
+    raise AssertionError("the world ended")
+
+
+def test_documents_are_a_function_of_the_seed_and_grow_at_the_end() -> None:
+    first = list(prepare.world_documents(7, 300))
+    assert first == list(prepare.world_documents(7, 600))[:300] and len(first) == 300
+    other = list(prepare.world_documents(8, 300))
+    assert not set(first) & set(other)
+    assert list(prepare.world_documents(7, 0)) == []
+
+
+def test_documents_differ_and_keep_their_length(docs: list[str]) -> None:
+    texts = list(prepare.world_documents(2, 20_000))
+    assert len(set(texts)) == 20_000
+    assert len(set(texts) & set(docs)) < 20  # a short rhyme or recipe may come twice
+    lengths = [len(text) for text in texts]
+    assert min(lengths) >= 150 and max(lengths) <= 1600
+    assert 300 < sum(lengths) / len(lengths) < 600
+
+
+def test_facts_are_many_and_do_not_contradict() -> None:
+    facts = prepare.world_facts()
+    assert 2000 <= len(facts) <= 4000
+    assert len({(f.relation, f.subject) for f in facts}) == len(facts)
+    assert 0.15 < sum(not f.askable for f in facts) / len(facts) < 0.25
+    for fact in facts:
+        text = fact.subject + fact.answer
+        assert (
+            fact.answer not in ("", "-")
+            and text == text.strip()
+            and not re.search(r"[|/{}\[\];]", text)
+        ), fact
+    known = {(f.relation, f.subject): f.answer for f in facts}
+    for key, answer in {
+        ("capital", "Kenya"): "Nairobi",
+        ("atomic number", "gold"): "79",
+        ("symbol", "tin"): "Sn",
+        ("continent", "Peru"): "South America",
+        ("currency", "Japan"): "yen",
+        ("Roman", "49"): None,
+        ("next", "December"): "January",
+        ("previous", "Monday"): "Sunday",
+        ("days", "June"): "30",
+        ("planet", "Saturn"): "sixth",
+        ("opposite", "cold"): "hot",
+        ("German", "water"): "Wasser",
+        ("atomic number", "lead"): "82",
+        ("letter place", "Z"): "26",
+        ("Roman", "14"): "XIV",
+        ("nationality", "France"): "French",
+        ("language", "Brazil"): "Portuguese",
+    }.items():
+        assert known.get(key) == answer, key
+    assert ("continent", "Russia") not in known and ("opposite", "right") not in known
+
+
+def test_every_relation_has_wordings_to_train_and_to_hold_out() -> None:
+    for relation in prepare.world_relations().values():
+        told, unseen = set(relation.statements), set(relation.unseen)
+        leads = len(prepare.items(prepare.LEADS))
+        assert len(told) >= 6 and len(told) * leads >= 12, relation.name
+        assert len(told) == len(relation.statements) and not told & unseen
+        ending = [w for w in relation.unseen if prepare.ends_in(w, "o")]
+        assert len(ending) >= 2, relation.name
+        assert len(relation.questions) >= 2 and len(relation.unseen_questions) >= 2, relation.name
+        assert not set(relation.questions) & set(relation.unseen_questions)
+        for fact in relation.facts:
+            forms = fact.forms() | {"x": "a", "y": "b"}
+            for wording in (
+                *told,
+                *unseen,
+                *relation.follow,
+                *relation.questions,
+                *relation.unseen_questions,
+                *relation.shared,
+            ):
+                assert "{" not in wording.format_map(forms), wording
+
+
+@pytest.mark.parametrize("split", ["trained", "unseen"])
+def test_prompts_ask_for_one_answer(split: str) -> None:
+    prompts = list(prepare.fact_prompts(split))
+    facts = prepare.world_facts()
+    assert len(facts) <= len(prompts) <= 2 * len(facts)
+    answers = collections.defaultdict(set)
+    for p in prompts:
+        answers[p["prompt"].lower()].add(p["answer"])
+        assert p["prompt"] == p["prompt"].strip() and re.fullmatch(r" \S(.*[^.])?", p["answer"]), p
+        assert p["answer"][1:] in p["accept"]
+    assert not [p for p, a in answers.items() if len(a) > 1]
+    relations = {p["relation"] for p in prompts}
+    assert relations == set(prepare.world_relations())
+
+
+def test_unseen_prompts_occur_in_no_text(docs: list[str]) -> None:
+    text = "\n".join(docs[::3]).lower()
+    assert [
+        p["prompt"] for p in prepare.fact_prompts("unseen") if p["prompt"].lower() in text
+    ] == []
+
+
+def test_unseen_questions_and_unasked_facts_occur_in_no_text(docs: list[str]) -> None:
+    told = {
+        s.strip().lower().rstrip(",.")
+        for d in docs
+        for s in re.split(r'(?<=[.?!])\s|"|\n|Question: |Q: ', d)
+    }
+    asked = 0
+    for relation in prepare.world_relations().values():
+        for fact, forward in itertools.product(relation.facts, (True, False)):
+            forms = fact.forms()
+            for unseen in (True, False):
+                for question in (
+                    relation.askings(forward, unseen) if forward or relation.unique(fact) else ()
+                ):
+                    found = prepare.sentence(question.format_map(forms)).lower().rstrip(".") in told
+                    asked += found
+                    assert not found or (fact.askable and not unseen), (question, fact)
+    assert asked > 3000
+
+
+def test_every_fact_is_stated_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated, distinct, clause = (
+        collections.Counter(),
+        collections.defaultdict(set),
+        prepare.FactWriter.clause,
+    )
+
+    def count(self: prepare.FactWriter, card: prepare.Card) -> str:
+        text = clause(self, card)
+        stated[card[0]] += 1
+        distinct[card[0]].add(text)
+        return text
+
+    monkeypatch.setattr(prepare.FactWriter, "clause", count)
+    size = 0
+    for text in prepare.world_documents(4):
+        size += len(text)
+        if size > 5_500_000:
+            break
+    counts = sorted(stated[fact] for fact in prepare.world_facts())
+    assert counts[0] >= 9 and counts[len(counts) // 20] >= 12 and counts[len(counts) // 2] >= 16, (
+        counts[:40]
+    )
+    assert min(len(distinct[fact]) for fact in prepare.world_facts()) >= 5
+
+
+def test_no_held_out_pair_is_worked(docs: list[str]) -> None:
+    text = " ".join(docs).replace(",", "")
+    words = {prepare.number_word(n): n for n in range(145)}
+    number = r"(\d+|" + "|".join(sorted(words, key=len, reverse=True)) + r")"
+    pattern = rf"\b{number} (?:\+|-|x|plus|minus|times|divided by) {number}\b"
+    pairs = [
+        [int(w) if w.isdigit() else words[w.lower()] for w in m]
+        for m in re.findall(pattern, text, re.IGNORECASE)
+    ]
+    pairs += [[int(a), int(b)] for a, b in re.findall(r"dd (\d+) (?:and|to) (\d+)", text)]
+    pairs += [[int(a), int(b)] for a, b in re.findall(r"(\d+) boxes of (\d+)", text)]
+    pairs += [[int(b), int(a)] for a, b in re.findall(r"ake (\d+) away from (\d+)", text)]
+    assert len(pairs) > 3000
+    assert [p for p in pairs if prepare.held_out_pair(*p)] == []
+    assert (
+        0.07
+        < sum(prepare.held_out_pair(a, b) for a in range(100) for b in range(a + 1)) / 5050
+        < 0.13
+    )
+
+
+def test_held_out_words_are_not_spelled(docs: list[str]) -> None:
+    text = "\n".join(docs).lower()
+    held = [w for w in prepare.spelling_words() if prepare.held_out_word(w)]
+    assert len(held) >= 80 and len(prepare.shown_words()) >= 700
+    spelled = {s.replace("-", "") for s in re.findall(r"\b[a-z](?:-[a-z])+\b", text)}
+    assert not spelled & set(held) and len(spelled) > 700
+    phrases = set(re.findall(r"the word \w+ has|letter of \w+ is", text))
+    for word in held:
+        assert not {f"the word {word} has", f"letter of {word} is"} & phrases, word
+
+
+def test_names_and_parts_of_problems_are_disjoint(docs: list[str]) -> None:
+    train, test = set(prepare.GIRLS + prepare.BOYS), set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
+    assert len(train) >= 100 and len(test) >= 40 and not train & test
+    assert not set(prepare.GIRLS) & set(prepare.BOYS)
+    found = set(re.findall(r"[A-Z][a-z]+", " ".join(docs)))
+    assert train <= found and not test & found, test & found
+    sets = collections.defaultdict(set)
+    for verb in prepare.count_verbs():
+        sets[verb["set"]].add(verb["base"])
+        assert f"o {verb['base']} " in " ".join(docs)
+    assert set(sets) == {"shown", "practised", "test"} and min(map(len, sets.values())) >= 8
+    assert all(not a & b for a, b in itertools.combinations(sets.values(), 2))
+
+
+def test_split_is_a_function_of_the_item() -> None:
+    assert 70 < sum(prepare.held_out(f"item {i}") for i in range(1000)) < 130
+    assert 160 < sum(prepare.held_out(f"item {i}", 5) for i in range(1000)) < 240
+    assert prepare.held_out_pair(12, 37) == prepare.held_out_pair(37, 12)
+
+
+def test_english() -> None:
+    assert [
+        prepare.with_article(w) for w in ("owl", "unicorn", "hour", "dog", "ewe", "ukulele")
+    ] == ["an owl", "a unicorn", "an hour", "a dog", "a ewe", "a ukulele"]
+    assert [
+        prepare.plural(w)
+        for w in ("fox", "wolf", "city", "key", "piece of clothing", "mouse", "fly", "sheep")
+    ] == ["foxes", "wolves", "cities", "keys", "pieces of clothing", "mice", "flies", "sheep"]
+    assert (
+        prepare.number_word(342) == "three hundred and forty-two"
+        and prepare.number_word(1005) == "one thousand and five"
+    )
+    assert [prepare.roman(n) for n in (4, 9, 14, 40, 90, 1999)] == [
+        "IV",
+        "IX",
+        "XIV",
+        "XL",
+        "XC",
+        "MCMXCIX",
+    ]
+    assert prepare.join_and(["a"]) == "a" and prepare.join_and([1, 2, 3]) == "1, 2 and 3"
+
+
+def test_text_reads_well(docs: list[str]) -> None:
+    text = "\n".join(docs)
+    for wrong in (
+        r"\.\.",
+        r" ,",
+        r"  ",
+        r"\ba [aeio][a-z]",
+        r"\ban [bcdfgjklmnpqrstvwxyz][a-z]",
+        r"\{",
+        r"\}",
+        r"\bis are\b",
+        r"\bPeople from [A-Z]\w+ is\b",
+        r"\ba a\b",
+        r"\bthe the\b",
+        r"\bThe The\b",
+        r"\?\.",
+        r"[a-z]\n[a-z]",
+    ):
+        found = [m.group(0) for m in re.finditer(r".{0,30}" + wrong + r".{0,20}", text)]
+        found = [
+            f
+            for f in found
+            if not re.search(
+                r"\ba (one|eu|ewe|in |is |of |ou|as)|letter|[Tt]he word|a, |s a [aeio]|with a and",
+                f,
+            )
+        ]
+        assert found == [], (wrong, found[:5])
+    lines = [line for line in text.split("\n") if line]
+    assert all(line[0] in '"-' or line[0].isupper() or line[0].isdigit() for line in lines)
+
+
+def test_stories_keep_their_state() -> None:
+    rng = random.Random(3)
+    for _ in range(300):
+        teller = prepare.Teller(rng, prepare.TEST_GIRLS, prepare.TEST_BOYS)
+        story = teller.tell()
+        assert set(teller.he) <= set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
+        for thing, name in story.holder.items():
+            assert story.place[thing] == story.place[name], (thing, story)
+        assert set(story.place) == {*teller.he, *teller.reason}
 
 
 # train_tokenizer.py --------------------------------------------------------------------------
