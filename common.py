@@ -35,6 +35,7 @@ import queue
 import re
 import shutil
 import signal
+import sysconfig
 import threading
 import time
 import zlib
@@ -330,7 +331,9 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Say whether torch.compile can work here: a GPU with Triton, or a CPU with a C++ compiler."""
+    """Say whether torch.compile can work here: Python's headers, and Triton or a C++ compiler."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     compiler = os.environ.get("CXX") or "g++"
@@ -350,7 +353,8 @@ def compile_or_not(
         say(f"compile: off{short if choice == 'auto' else ''}")
         return False
     if not can_compile(device):
-        say("compile: off: there is no " + ("Triton" if device.type == "cuda" else "C++ compiler"))
+        need = "Triton" if device.type == "cuda" else "a C++ compiler"
+        say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
         return False
     say("compile: on: the first step takes a minute or so")
     return True
@@ -444,7 +448,8 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     def stop(number: int, frame: Any) -> None:
         if run.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
-        run.say("stopping after this step; Ctrl-C again stops at once")
+        if rank == 0 and not run.stopping:  # print could be what the signal interrupted
+            os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
         run.stopping = True
 
     in_main = threading.current_thread() is threading.main_thread()

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -221,9 +223,11 @@ def memory_bytes(config: GPTConfig, micro_batch: int, world_size: int, item: int
 def fit_micro_batch(config: GPTConfig, batch_rows: int, device: torch.device, item: int) -> int:
     """Choose the rows of a forward pass: what fits the device, no more than a rank's share."""
     rows = accum_steps(batch_rows, 1)  # a rank's share
-    if device.type != "cuda":
-        return min(rows, max(1, 8192 // config.max_seq_len))  # more gains nothing in a CPU's caches
-    room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest: fragments, workspaces
+    if device.type == "cuda":
+        room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest: fragments, workspaces
+    else:
+        rows = min(rows, max(1, 8192 // config.max_seq_len))  # more gains nothing in the caches
+        room = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     ranks = world()[1]
 
     def need(rows: int) -> int:
@@ -233,8 +237,8 @@ def fit_micro_batch(config: GPTConfig, batch_rows: int, device: torch.device, it
         rows = -(-rows // 2)
     if need(rows) > room:
         raise MissingInput(
-            f"a model of --depth={config.n_layer} needs about {need(1) / 1e9:.0f} GB and this GPU "
-            f"has {room / 1e9:.0f} GB free: take a smaller --depth or --max-seq-len"
+            f"a model of --depth={config.n_layer} needs about {need(1) / 1e9:.0f} GB and "
+            f"{device.type} has {room / 1e9:.0f} GB for it: take a smaller --depth or --max-seq-len"
         )
     return rows
 
@@ -309,6 +313,42 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
     return texts
 
 
+# 5. Start and resumption ---------------------------------------------------------------------
+
+
+def newest_checkpoint(run: Run, settings: Settings) -> tuple[Path | None, dict]:
+    """Return the checkpoint to go on from and its meta, or None and {} for a new run.
+
+    Raises MissingInput where the run there has other settings.
+    """
+    if settings.restart:
+        if run.rank == 0:
+            shutil.rmtree(run.dir, ignore_errors=True)
+        run.rewind_log(-1)
+        return None, {}
+    found = list_checkpoints(settings.tag, "base")
+    if not found:
+        run.rewind_log(-1)
+        return None, {}
+    check_resume(found[-1], settings, settings.may_differ)
+    return found[-1], read_meta(found[-1])
+
+
+def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype,
+             peak: float) -> None:  # fmt: skip
+    """Print what was derived, each with its reason."""
+    T, rows = config.max_seq_len, horizon.batch_rows
+    accum = accum_steps(rows, micro)
+    run.say(f"model: {format_count(config.num_params())} parameters: width {config.n_embd} "
+            f"(64 x depth {config.n_layer}), {config.n_head} heads of {config.head_dim}, "
+            f"context {T}, vocabulary {config.vocab_size:,}")  # fmt: skip
+    run.say(f"steps: {horizon.num_steps:,} ({horizon.reasons[0]}), {horizon.tokens(T):,} tokens")
+    run.say(f"batch: {rows * T:,} tokens ({horizon.reasons[1]}) = {run.world_size} ranks x "
+            f"{accum} passes x {micro} rows x {T}")  # fmt: skip
+    run.say(f"device: {run.device}, {str(dtype)[6:]}, matmul peak {format_count(peak)}FLOP/s, "
+            f"{format_count(config.flops_per_token())}FLOP a token")  # fmt: skip
+
+
 # 9. Main -------------------------------------------------------------------------------------
 
 
@@ -323,36 +363,20 @@ def main(settings: Settings) -> dict:
         horizon = derive_horizon(settings, config)
         T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
         run.num_steps = num_steps
-        if settings.restart and run.rank == 0:
-            shutil.rmtree(run.dir, ignore_errors=True)
-            run.rewind_log(-1)
-        newest = (list_checkpoints(settings.tag, "base") or [None])[-1]
-        start, saved = 0, {}
-        if newest and not settings.restart:
-            check_resume(newest, settings, settings.may_differ)
-            saved = read_meta(newest)
-            start = saved["step"]
-            if start == num_steps:
-                run.say(f"base: {newest} is there, finished")
-                return saved["metrics"]
+        newest, saved = newest_checkpoint(run, settings)
+        start = saved.get("step", 0)
+        if newest and start == num_steps:
+            run.say(f"base: {newest} is there, finished")
+            return saved["metrics"]
+
+        # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        micro = settings.device_batch_size or fit_micro_batch(
-            config, batch_rows, run.device, dtype.itemsize
-        )
-        micro = saved.get("micro_batch", micro) if not settings.device_batch_size else micro
-        accum = accum_steps(batch_rows, micro)
-        peak = peak_flops(run.device, dtype)
-        flops = config.flops_per_token()
-        seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.4)
-        run.say(f"model: {format_count(config.num_params())} parameters: width {config.n_embd} "
-                f"(64 x depth {config.n_layer}), {config.n_head} heads of {config.head_dim}, "
-                f"context {T}, vocabulary {config.vocab_size:,}")  # fmt: skip
-        run.say(f"steps: {num_steps:,} ({horizon.reasons[0]}), {horizon.tokens(T):,} tokens")
-        run.say(f"batch: {batch_rows * T:,} tokens ({horizon.reasons[1]}) = {run.world_size} ranks "
-                f"x {accum} passes x {micro} rows x {T}")  # fmt: skip
-        run.say(f"device: {run.device}, {str(dtype)[6:]}, matmul peak {format_count(peak)}FLOP/s, "
-                f"{format_count(flops)}FLOP a token")  # fmt: skip
+        micro = settings.device_batch_size or saved.get("micro_batch", 0)
+        micro = micro or fit_micro_batch(config, batch_rows, run.device, dtype.itemsize)
         choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
+        peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
+        describe(run, config, horizon, micro, dtype, peak)
+        seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.3)
         compiled = compile_or_not(choice, seconds, run.device, run.say)
 
         model = GPT.create(config, run.device, dtype)
@@ -361,51 +385,46 @@ def main(settings: Settings) -> dict:
         )
         optimizer = Optimizer(groups, dtype, compiled)
         optimizer.scale_lr(settings.lr_scale)
-        if start:
+        if newest:
             model.load_state_dict(load_file(newest, "model.pt", run.device))
             load_optimizer(newest, optimizer)
             run.rewind_log(start)
             run.say(f"base: going on from {newest}")
         rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run.say)
-        run.say(
-            f"rows: {len(rows):,} of {T} tokens, {num_steps * batch_rows / len(rows):.2f} epochs"
-        )
+        epochs = num_steps * batch_rows / len(rows)
+        run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
         val_texts = validation_texts(source, settings.eval_tokens)
         forward = torch.compile(model, dynamic=False) if compiled else model
-        batches = run.closing(
-            row_batches(rows, batch_rows, micro, settings.seed, start, run.device)
-        )
         began, best = time.time(), saved.get("best_val_bpb", math.inf)
         for s in training_steps(
-            batches,
+            run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),
             lambda batch: forward(batch.ids, batch.targets),
             optimizer,
             lambda step: trapezoid(
                 step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
             ),
             num_steps,
-            accum=accum,
+            accum=accum_steps(batch_rows, micro),
             start=start,
             stop=lambda: run.stopping,
         ):
-            if s.step > start and (s.due(settings.log_every) or s.step == num_steps):
+            new, last = s.step > start, s.step == num_steps
+            if new and (last or s.due(settings.log_every)):
                 mfu = s.tok_per_s * flops / (peak * run.world_size)
                 run.log(
                     s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, left_s=s.left_s
                 )
-            last = s.step == num_steps
-            if last or s.stopping or s.due(settings.save_every):  # saved before any evaluation
+            if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
                     "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": micro,
                     "best_val_bpb": best, "source": source, "metrics": run.metrics,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
-                if s.step > start:
-                    save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
+                save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
             if s.stopping:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and (s.step > start or not start):
+            if s.due(settings.eval_every, first=True) and (new or not start):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, micro)
                 best = min(best, val_bpb)
                 run.log(s.step, val_bpb=val_bpb)

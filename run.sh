@@ -73,16 +73,16 @@ load_tier() { # sets data, vocab, train, and ranks: processes that pretrain
   fi
 }
 
-# Shards for the model in train: 20 tokens a parameter (without the embedding), 4.8 characters a
-# token, 250 million characters a shard, a quarter to spare. d20: 477 M parameters, 9.5 G tokens,
-# 46 G characters, 231 shards.
+# Shards for the model in train: 20 tokens a parameter, 4.8 characters a token, 250 million
+# characters a shard, a quarter to spare. d20: 561 M parameters, 11.2 G tokens, 54 G characters,
+# 271 shards.
 count_shards() {
   local word depth=0 width params
   for word in "${train[@]}"; do
     case $word in --depth=*) depth=${word#*=} ;; esac
   done
   [[ $depth =~ ^[0-9]+$ && $vocab =~ ^[0-9]+$ ]] || return 0 # pretrain.py says what is wrong
-  width=$((64 * depth)) params=$((12 * depth * width * width + vocab * width))
+  width=$((64 * depth)) params=$((12 * depth * width * width + 2 * vocab * width))
   echo $((params * 20 * 48 * 125 / 250000000 / 1000 + 2))
 }
 
@@ -222,7 +222,9 @@ lock() { # without hashes for torch, as each kind of machine has its own build, 
 child="" stopped=0
 stop() { # on Ctrl-C or SIGTERM the stage saves and ends, and the job with it
   stopped=$1
-  if [ -n "$child" ]; then kill "$child" 2>/dev/null || true; else exit "$1"; fi
+  if [ -z "$child" ]; then exit "$1"; fi
+  # torchrun would end the ranks after 30 seconds, saved or not: they are told, and it ends then
+  { [ "$ranks" -gt 1 ] && pkill -TERM -P "$child" 2>/dev/null; } || kill "$child" || true
 }
 
 stage() { # stage NAME COMMAND...: run one stage to its end
@@ -230,8 +232,10 @@ stage() { # stage NAME COMMAND...: run one stage to its end
   shift
   if [ -n "$dry" ]; then run "$@" && return; fi
   printf '\n== %s, after %d:%02d min\n' "$name" $((SECONDS / 60)) $((SECONDS % 60))
-  # no stage may outlive a killed run.sh and meet the next one; torchrun must end its workers
-  guard=(setpriv --pdeathsig "$([ "$ranks" -gt 1 ] && echo TERM || echo KILL)")
+  # no stage may outlive a killed run.sh and meet the next one; torchrun must end its ranks, and
+  # hear of Ctrl-C only from here
+  guard=(setpriv --pdeathsig KILL)
+  if [ "$ranks" -gt 1 ]; then guard=(setpriv --pdeathsig TERM setsid); fi
   "${guard[@]}" true 2>/dev/null || guard=()
   # in the background, as bash hears a signal only then; with SIGINT, which bash takes from it
   (trap - INT TERM && exec ${guard[@]+"${guard[@]}"} "$@") </dev/null &

@@ -637,7 +637,7 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch):
     assert not common.compile_or_not("yes", 1, CPU, said.append)
     monkeypatch.setattr(common, "can_compile", lambda device: True)
     assert common.compile_or_not("auto", 1e6, CPU, said.append)
-    assert "C++ compiler" in said[2] and len(said) == 5
+    assert "C++ compiler" in said[2] and "python3-dev" in said[3] and len(said) == 5
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
@@ -1662,9 +1662,9 @@ def test_changed_input_is_prepared_anew_and_other_text_never_overwritten(base, t
     (tmp_path / "sub").mkdir()
     other = tmp_path / "sub" / "text.txt"
     other.write_text(words(3, 3000))
-    for settings in (prepare.Settings(str(other)), prepare.Settings("world", source="text")):
+    for chosen in (prepare.Settings(str(other)), prepare.Settings("world", source="text")):
         with pytest.raises(common.Stop, match="holds the text of .*text.txt: .*--source=NAME"):
-            prepare.main(settings)
+            prepare.main(chosen)
     (base / "data" / "notes").mkdir()
     (base / "data" / "notes" / "precious.txt").write_text("mine")
     with pytest.raises(common.Stop, match="not made from"):
