@@ -859,7 +859,7 @@ class HeadLoss(torch.autograd.Function):
         budget = 1 << (21 if hidden.device.type == "cpu" else 26)
         V, W = config.vocab_size, weight.to(hidden.dtype)
         columns = torch.arange(W.size(0), device=hidden.device)
-        pad = torch.where(columns < V, 0.0, -math.inf)  # padded ids take no probability
+        real = (columns < V).float()  # padded ids take no probability
         loss = torch.zeros((), device=hidden.device)
         d_weight = torch.zeros_like(weight)
         d_hidden = []
@@ -867,13 +867,15 @@ class HeadLoss(torch.autograd.Function):
         for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
             z = (h @ W.t()).float()
             t = t.clamp_min(0)[:, None]
-            capped = softcap(z, config.softcap)
-            logits = capped + pad
-            lse = logits.logsumexp(-1, keepdim=True)
-            loss = loss + ((lse - logits.gather(1, t))[:, 0] * m).sum()
-            d_logits = ((logits - lse).exp() - (columns == t).float()) * m[:, None]
+            logits = softcap(z, config.softcap)
+            # capped logits have no need of their maximum taken off: one pass and one exp less
+            top = 0.0 if config.softcap else logits.amax(-1, keepdim=True)
+            e = (logits - top).exp() * real
+            total = e.sum(-1, keepdim=True)
+            loss = loss + ((total.log() + top - logits.gather(1, t))[:, 0] * m).sum()
+            d_logits = (e / total - (columns == t).float()) * m[:, None]
             if config.softcap:
-                d_logits = d_logits * (1 - (capped / config.softcap).square())
+                d_logits = d_logits * (1 - (logits / config.softcap).square())
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
             d_weight = d_weight + (d_logits.t() @ h).float()

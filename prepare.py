@@ -2315,32 +2315,58 @@ def world_facts() -> list[Fact]:
     return [fact for relation in world_relations().values() for fact in relation.facts]
 
 
+@cache
+def all_statements() -> list[str]:
+    """Return every plain statement of the training text, sorted."""
+    told = set()
+    for relation in world_relations().values():
+        for fact in relation.facts:
+            for forward in (True, False) if relation.unique(fact) else (True,):
+                told |= {sentence(w.format_map(fact.forms())) for w in relation.wordings(forward)}
+    return sorted(told)
+
+
+def is_open(prompt: str, accept: list[str]) -> bool:
+    """Say whether another statement of the text begins like prompt but goes on otherwise."""
+    told = all_statements()
+    for text in told[bisect.bisect_left(told, prompt) :]:
+        rest = text.removeprefix(prompt)
+        if rest == text:
+            return False
+        if rest[0] in " ," and not rest.lstrip().startswith(tuple(accept)):
+            return True
+    return False
+
+
 def fact_prompts(split: Literal["trained", "unseen"]) -> Iterator[dict[str, object]]:
     """Yield what a base model must complete: {"prompt", "answer", "relation", "accept", "wording"}.
 
     A prompt ends just before the answer, without the blank; the answer begins with it. One prompt
-    asks for each fact's answer, another for its subject where that is unique. The wordings of
-    "unseen" occur in no training text.
+    asks for each fact's answer, another for its subject where that is unique; a prompt that the
+    text also continues otherwise ("A dog is" a mammal, a kind of pet) is passed over. The
+    wordings of "unseen" occur in no training text.
     """
     for relation in world_relations().values():
         for fact in relation.facts:
             for letter in "os" if relation.unique(fact) else "o":
                 choices = relation.wordings(letter == "o", split == "unseen")
                 choices = [w for w in choices if ends_in(w, letter)]
-                if choices:
-                    salt = zlib.crc32(f"{fact.key} {fact.subject} {letter}".encode())
-                    wording, _, form = choices[salt % len(choices)].rpartition("{")
+                salt = zlib.crc32(f"{fact.key} {fact.subject} {letter}".encode())
+                for i in range(len(choices)):
+                    wording, _, form = choices[(salt + i) % len(choices)].rpartition("{")
                     answer = fact.forms()[form[:-1]]
                     prompt = sentence(wording.format_map(fact.forms()) + answer)
                     prompt = prompt[: prompt.rindex(answer)].rstrip()
                     answer = answer.rstrip(".")
-                    yield {
-                        "prompt": prompt,
-                        "answer": " " + answer,
-                        "relation": relation.name,
-                        "accept": spellings(answer),
-                        "wording": f"{relation.name}: {wording}{{{form}",
-                    }
+                    if not is_open(prompt, spellings(answer)):
+                        yield {
+                            "prompt": prompt,
+                            "answer": " " + answer,
+                            "relation": relation.name,
+                            "accept": spellings(answer),
+                            "wording": f"{relation.name}: {wording}{{{form}",
+                        }
+                        break
 
 
 def spellings(answer: str) -> list[str]:

@@ -383,7 +383,9 @@ def main(settings: Settings) -> dict:
         groups = optimizer_groups(
             model, settings.matrix_lr, settings.embed_lr, settings.head_lr, settings.weight_decay
         )
-        optimizer = Optimizer(groups, dtype, compiled)
+        # Muon's products may be bf16 where that is fast, also in fp32 training (as torch's own)
+        muon_dtype = pick_dtype(run.device, saved.get("muon_dtype", ""))
+        optimizer = Optimizer(groups, muon_dtype, compiled)
         optimizer.scale_lr(settings.lr_scale)
         if newest:
             model.load_state_dict(load_file(newest, "model.pt", run.device))
@@ -416,7 +418,7 @@ def main(settings: Settings) -> dict:
                 )
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": micro,
+                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:], "compiled": compiled, "micro_batch": micro,
                     "best_val_bpb": best, "source": source, "metrics": run.metrics,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
