@@ -315,16 +315,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
     """Choose the compute dtype: the named one, else bf16 where it is fast, else fp32.
 
-    On a CPU both are timed: without the instructions bf16 runs hundreds of times slower, and
-    below twice fp32's rate the conversions around the products eat the gain.
+    On a CPU both are timed: without the instructions bf16 runs hundreds of times slower (so a
+    small product is asked first), and below twice fp32's rate the conversions eat the gain.
     """
     if name:
         return getattr(torch, name)
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == "cpu":
-        rates = [measure_matmul(device, d, 256) for d in (torch.bfloat16, torch.float32)]
-        fast = rates[0] > 2 * rates[1]
+        fast = all(
+            measure_matmul(device, torch.bfloat16, n)
+            > factor * measure_matmul(device, torch.float32, n)
+            for n, factor in ((128, 0.3), (1024, 2.0))
+        )
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
@@ -408,6 +411,7 @@ class Run:
         if self.rank == 0:
             print(format_log(self.stage, step, self.num_steps, values), flush=True)
             line = {"stage": self.stage, "step": step, "time": time.time(), **values}
+            run_dir(self.tag).mkdir(parents=True, exist_ok=True)
             with open(run_dir(self.tag) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.wandb is not None:
@@ -457,7 +461,6 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         with one_sentence(stage):
-            run_dir(settings.tag).mkdir(parents=True, exist_ok=True)
             run.wandb = _start_wandb(run)
             yield run
     finally:
@@ -498,7 +501,8 @@ def disk_sentence(error: OSError) -> str:
         return f"the disk is full at {place}: free some space and run the same command again"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return f"{place} cannot be written: set NANOCHAT_BASE_DIR to a folder of your own"
-    return f"{place}: {error.strerror or error}"
+    what = error.strerror or error
+    return f"{place}: {what}; NANOCHAT_BASE_DIR must be a folder that can be written"
 
 
 # 4. Tokenizer --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -146,12 +147,17 @@ def complete_greedily(
                 yield i, "".join(stream_text(tokenizer, row[:end]))
 
 
-def starts_with_answer(text: str, answers: Iterable[str]) -> bool:
-    """Say whether text begins with one of the answers as whole words."""
+def states_answer(text: str, answers: Iterable[str]) -> bool:
+    """Say whether text begins with an answer, or states it before the first mark of punctuation.
+
+    So "is called Paris." completes "The capital of France" as "is Paris." does. An answer counts
+    as whole words; one of a single letter must come first, as "a" is also an article.
+    """
     text = text.lstrip()
+    clause = re.split(r"[.,;:!?\n]", text, maxsplit=1)[0]
     for answer in map(str.strip, answers):
-        rest = text[len(answer) : len(answer) + 1]
-        if text.startswith(answer) and not rest.isalnum():
+        words = rf"(?<!\w){re.escape(answer)}(?!\w)"
+        if re.match(words, text) or (len(answer) > 1 and re.search(words, clause)):
             return True
     return False
 
@@ -164,11 +170,11 @@ def evaluate_facts(model: GPT, tokenizer: Tokenizer, source: str, s: Settings) -
         items = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         items = items[: s.max_items or len(items)]
         mine = items[rank::world_size]
-        longest = max((len(tokenizer.encode(i["answer"])) for i in mine), default=1) + 2
+        longest = max((len(tokenizer.encode(i["answer"])) for i in mine), default=1) + 4
         right, examples = 0, {"right": [], "wrong": []}
         relations: dict[str, list[int]] = {}
         for i, text in complete_greedily(model, tokenizer, [m["prompt"] for m in mine], longest):
-            good = starts_with_answer(text, mine[i]["accept"])
+            good = states_answer(text, mine[i]["accept"])
             right += good
             counts = relations.setdefault(mine[i]["relation"], [0, 0])
             counts[0], counts[1] = counts[0] + good, counts[1] + 1
@@ -231,31 +237,39 @@ def bench_decoding(depth: int, vocab_size: int, run: Run, dtype: torch.dtype) ->
     return {"prefill_tok_per_s": 512 / times[0], "decode_tok_per_s": 1 / decode}
 
 
-def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
-    """Collect the tag's measures and those of decoding, print them and write bench.json."""
-    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
-    path = run_dir(settings.tag) / "metrics.jsonl"
+def training_rates(tag: str) -> dict[str, float]:
+    """Return the median training rate and MFU of a run, from its later log lines."""
+    path = run_dir(tag) / "metrics.jsonl"
     if not path.exists():
         raise MissingInput(f"{path} is missing: `bash run.sh bench` makes it")
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    training = [line for line in lines if line["stage"] == "base" and "tok_per_s" in line]
-    folder = find_checkpoint(settings.tag, "base")
-    meta = read_meta(folder)
-    config = GPTConfig(**meta["config"])
-    dtype = pick_dtype(run.device, settings.dtype)
-    fp32 = measure_matmul(run.device, torch.float32, 1024) / 1e9
-    rate = sorted(line["tok_per_s"] for line in training)[len(training) // 2]
+    lines = [line for line in lines if line["stage"] == "base" and "tok_per_s" in line]
+    lines = lines[len(lines) // 2 :]
+    config = read_meta(find_checkpoint(tag, "base"))
+    name = f"pretraining d{config['config']['n_layer']} {config['dtype']}"
+    return {
+        f"{name}, tokens/s": sorted(line["tok_per_s"] for line in lines)[len(lines) // 2],
+        f"{name}, MFU %": 100 * sorted(line["mfu"] for line in lines)[len(lines) // 2],
+    }
+
+
+def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
+    """Collect the tag's measures and those of decoding, print them and write bench.json."""
+    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+    measures = tokenizer.info["measures"]
+    fp32 = max(measure_matmul(run.device, torch.float32, 1024, 20) for _ in range(3)) / 1e9
     rows: dict[str, float] = {
         "fp32 matmul, GFLOP/s": fp32,
-        "tokenizer training, M characters/s": tokenizer.info["measures"]["train_chars_per_s"] / 1e6,
-        "encoding on one thread, k tokens/s": tokenizer.info["measures"]["encode_tokens_per_s"]
-        / 1e3,
-        f"pretraining d{config.n_layer} {meta['dtype']}, tokens/s": rate,
-        "the same a GFLOP/s of fp32 matmul": rate / fp32,
-        "the same as MFU, %": 100 * sorted(x["mfu"] for x in training)[len(training) // 2],
+        "tokenizer training, M characters/s": measures["train_chars_per_s"] / 1e6,
+        "encoding on one thread, k tokens/s": measures["encode_tokens_per_s"] / 1e3,
     }
+    for tag in (settings.tag, f"{settings.tag}-fp32"):
+        rows |= training_rates(tag)
+    for name in [name for name in rows if "tokens/s" in name and "pretraining" in name]:
+        rows[f"{name} a GFLOP/s of fp32 matmul"] = rows[name] / fp32
+    dtype = pick_dtype(run.device, settings.dtype)
     for depth in (4, 12):
-        for name, value in bench_decoding(depth, config.vocab_size, run, dtype).items():
+        for name, value in bench_decoding(depth, tokenizer.vocab_size, run, dtype).items():
             rows[f"d{depth} {name.split('_')[0]} {str(dtype)[6:]}, tokens/s"] = value
     machine = f"{platform.machine()}, {os.cpu_count()} cores"
     if run.device.type == "cuda":

@@ -78,7 +78,7 @@ class Settings:
         "", "folder below data/; none = world, fineweb-edu, climbmix, path's name"
     )
     shards: int = setting(8, "hub: shards to train on, about 250 M characters each")
-    documents: int = setting(16_000, "world: documents to write, about 370 characters each")
+    documents: int = setting(64_000, "world: documents to write, about 370 characters each")
     doc_chars: int = setting(20_000, "own files: longer documents are cut at paragraph ends")
     val_percent: float = setting(2.0, "world, own files: share of the validation documents")
     val_mb: int = setting(20, "world, own files: MB of validation text at most")
@@ -2034,6 +2034,7 @@ phrase: the words {base} mean {meaning} | when people say {base}, they mean {mea
 """
 LEADS = """as everyone knows,; remember that; it is a fact that; as you may know,; it is true that;
 my teacher says that; in school we learn that; you should know that; I have read that"""
+N_ASIDES = "the {N}, as you may know, is; the {N}, of course, is"
 N_UNSEEN = "the {N}, as everyone knows, is "
 N_QUESTIONS = "what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}?"
 N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
@@ -2287,6 +2288,7 @@ def parse_relations(block: str) -> list[Relation]:
             end, first = brief[letter], expand(phrase)[0]
             marked["+"] += expand(f"the {phrase} is {end}")
             marked["+"] += expand(f"{end} is the {phrase}") if letter == "o" else []
+            marked["+"] += [f"{w.replace('{N}', first)} {end}" for w in items(N_ASIDES)]
             marked["!"].append(N_UNSEEN.replace("{N}", first) + end)
             marked["?"] += expand(N_QUESTIONS.replace("{N}", first))
             marked["?!"] += expand(N_UNSEEN_QUESTIONS.replace("{N}", first))

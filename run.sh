@@ -7,7 +7,7 @@
 #         test    set up, then pytest; the words after `test` go to pytest
 #         bench   set up, then measure this machine: a table and bench.json
 #         lock    renew requirements.lock from pyproject.toml
-# --tier  cpu laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
+# --tier  cpu cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
 # --tag   name of the run's folder                      default: main, or after your --data
 # FLAGS   --shards, --documents go to prepare.py; --vocab-size, --max-chars to train_tokenizer.py;
@@ -23,11 +23,12 @@ set -euo pipefail
 # names (or more) the result is the same and the time in proportion. How many rows a forward pass
 # takes follows from the free memory (pretrain.py), but on the smallest cards.
 # tier  GPUs  data  vocabulary  flags of pretrain.py
-d4="--depth=4 --max-seq-len=256 --total-batch-size=4096 --num-iterations=1200"
+d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
 TIERS="
-cpu      1  world  4096   $d4                        # 2 cores, 4 GB: 12 minutes, free
-laptop   1  world  4096   $d4 --device-batch-size=8  # one card of 6 GB or more: 5 minutes, free
-mps      1  world  4096   $d4                        # Apple silicon: 10 minutes, free
+cpu      1  world  4096   $d4 --num-iterations=1100  # 2 cores, 4 GB: 14 minutes, free
+cpu-amx  1  world  4096   $d4 --num-iterations=4000  # 2 cores with fast bf16: 12 minutes, free
+laptop   1  world  4096   $d4 --num-iterations=4000 --device-batch-size=8 # 6 GB or more: 5 minutes
+mps      1  world  4096   $d4 --num-iterations=4000  # Apple silicon: 10 minutes, free
 gpu1     1  hub    65536  --depth=10                 # 24 or 32 GB: 6 to 16 hours, \$4
                                                      # (--depth=12: twice the time and cost)
 8xa6000  8  hub    65536  --depth=16                 # 8 x 48 GB: 8 hours, \$50
@@ -54,6 +55,7 @@ find_tier() { # sets gpus, and tier where none is asked for
   if [ "$mib" -gt 70000 ]; then fits=8xh100; fi
   if [ "$mib" -gt 120000 ] && [ "$gpus" -ge 8 ]; then fits=8xh200; fi # a d32 wants them all
   if [ "$gpus" -eq 0 ]; then fits=cpu; fi
+  if [ $fits = cpu ] && grep -qs amx_bf16 /proc/cpuinfo; then fits=cpu-amx; fi
   if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
   tier=${tier:-$fits}
 }
@@ -64,7 +66,7 @@ load_tier() { # sets data, vocab, train, and ranks: processes that pretrain
     if [ "$name" = "$tier" ]; then break; fi
   done <<<"$TIERS"
   [ "$name" = "$tier" ] || fail 2 "--tier=$tier is not a tier; choose one of:" \
-    "$(grep -o '^[a-z0-9]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
+    "$(grep -o '^[a-z0-9-]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
   read -ra train <<<"${preset%%#*}"
   if [ "$data" = hub ]; then
     [ "$gpus" -gt 0 ] || [ -n "$dry" ] ||
@@ -260,6 +262,12 @@ main_job() { # main_job [flags of evaluate.py]
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
     "${tokenizer[@]}"
   stage pretrain "${launch[@]}" pretrain.py --tag="$tag" --source="$source" "${train[@]}"
+  if [ "$action" = bench ]; then # once more in fp32, which tables of CPUs compare
+    stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
+      "${tokenizer[@]}"
+    stage pretrain "${launch[@]}" pretrain.py --tag="$tag-fp32" --source="$source" \
+      "${train[@]}" --dtype=float32
+  fi
   stage evaluate "$python" evaluate.py -i base --tag="$tag" "$@"
 }
 
@@ -303,9 +311,9 @@ find_tier
 load_tier
 if [ "$action" = bench ]; then # fixed, so that tables compare
   wanted=${wanted:-world} tag=bench
-  train=(--depth=4 --max-seq-len=512 --device-batch-size=8 --total-batch-size=4096) vocab=4096
+  train=(--depth=4 --max-seq-len=512 --device-batch-size=2 --total-batch-size=8192) vocab=4096
   if [ "$gpus" -gt 0 ]; then train=(--depth=12) vocab=65536; fi
-  train+=(--num-iterations=60)
+  train+=(--num-iterations=40 --compile=yes --eval-every=0)
 fi
 if [ -z "$wanted" ] || [ "$wanted" = "$data" ]; then tag=${tag:-main}; else data=$wanted; fi
 case $data in
@@ -338,7 +346,7 @@ case $action in
     run exec "$python" -m pytest test_all.py ${pytest[@]+"${pytest[@]}"} ;;
   bench)
     set_up
-    run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/bench"
+    run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/"bench{,-fp32}
     main_job --bench ;;
   all)
     set_up
