@@ -1560,7 +1560,9 @@ def evaluate_bpb(
             sums[0] += nats.double().sum().item() if device.type != "mps" else nats.sum().item()
             sums[1] += int((weights[targets.clamp_min(0)] * (targets != IGNORE)).sum())
         sums[2] += len(chunk)
-    nats, num_bytes, num_documents = all_sum(sums.to(device)).tolist()
+    if world_size > 1:  # NCCL sums on the device, and mps has no float64
+        sums = all_sum(sums.to(device))
+    nats, num_bytes, num_documents = sums.tolist()
     return nats / math.log(2) / max(1.0, num_bytes), int(num_documents)
 
 

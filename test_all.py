@@ -185,6 +185,12 @@ assert not torch.cuda.is_initialized()
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["common", *STAGES])
+def test_a_device_is_never_compared_with_a_string(name):
+    text = (HERE / f"{name}.py").read_text("utf-8")
+    assert not re.search(r"""\bdevice\s*(==|!=|in|not in)\s*["'(]""", text)
+
+
 def test_the_top_level_is_the_house():
     listed = subprocess.run(
         ["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=False
