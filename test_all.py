@@ -23,6 +23,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -189,6 +190,38 @@ assert not torch.cuda.is_initialized()
 def test_a_device_is_never_compared_with_a_string(name):
     text = (HERE / f"{name}.py").read_text("utf-8")
     assert not re.search(r"""\bdevice\s*(==|!=|in|not in)\s*["'(]""", text)
+
+
+def test_every_command_in_the_readme_parses():
+    text = (HERE / "README.md").read_text("utf-8")
+    commands = re.findall(r"(?:python|torchrun[^\n`#]*?) (\w+)\.py([^\n`#|]*)", text)
+    parsed = 0
+    for name, rest in commands:
+        if name in STAGES:
+            cls = importlib.import_module(name).Settings
+            words = shlex.split(rest.replace("~/my/notes", str(HERE)))
+            assert common.parse_settings(cls, "", words), rest
+            parsed += 1
+    assert parsed >= 8
+
+
+def test_every_action_and_tier_of_run_sh_prints_its_commands():
+    bash = shutil.which("bash")
+    if bash is None:
+        pytest.skip("no bash")
+    tiers = ["cpu", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
+    for words in [["test"], ["bench"], ["setup"], *([f"--tier={tier}"] for tier in tiers)]:
+        done = subprocess.run(
+            [bash, "run.sh", "--dry-run", *words], cwd=HERE, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        for name, rest in re.findall(r"(\w+)\.py(.*)$", done.stdout, re.MULTILINE):
+            if name in STAGES:
+                settings_of = importlib.import_module(name).Settings
+                common.parse_settings(settings_of, "", shlex.split(rest))
+    wrong = subprocess.run([bash, "run.sh", "tset"], cwd=HERE, capture_output=True, check=False)
+    assert wrong.returncode == 2 and b"choose one of" in wrong.stderr
 
 
 def test_the_top_level_is_the_house():
@@ -518,6 +551,53 @@ def test_ctrl_c_stops_training(documents):
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+TRAINERS = {
+    "nanochat_bpe": "nanochat_bpe.train(texts, 32768, 2)",
+    "rustbpe": "rustbpe.Tokenizer().train_from_iterator(iter(texts), 32768, pattern=P)",
+    "tokenizers": "t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=32768,"
+    " show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))",
+}
+RACE = """
+import gzip, json, pathlib, resource, sys, time
+import nanochat_bpe, {package}
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+P = nanochat_bpe.PATTERN
+t = Tokenizer(models.BPE())
+split = pre_tokenizers.Split(Regex(P.replace("?+", "?").replace("++", "+")), "isolated")
+byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+t.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+texts, size = [], 0
+while size < 1e8:
+    for path in sorted(pathlib.Path(sys.argv[1]).glob("*.jsonl.gz")):
+        for line in gzip.open(path, "rt"):
+            if size < 1e8:
+                texts.append(json.loads(line)["text"])
+                size += len(texts[-1])
+start = time.perf_counter()
+{call}
+print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_training_is_faster_than_other_packages_at_no_more_memory():
+    pytest.importorskip("rustbpe")
+    pytest.importorskip("tokenizers")
+    if not (SHARED / "text").is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    runs = collections.defaultdict(list)
+    for package in [*TRAINERS] * 3:
+        code = RACE.format(package=package, call=TRAINERS[package])
+        out = subprocess.run([sys.executable, "-c", code, str(SHARED / "text")], check=True,
+                             capture_output=True, env={**os.environ, "RAYON_NUM_THREADS": "2"})  # fmt: skip
+        runs[package].append([float(word) for word in out.stdout.split()])
+    seconds, memory = ({p: sorted(r[i] for r in runs[p])[1] for p in runs} for i in (0, 1))
+    print(seconds, memory)
+    assert seconds["rustbpe"] >= 4 * seconds["nanochat_bpe"]
+    assert seconds["tokenizers"] >= 8 * seconds["nanochat_bpe"]
+    assert memory["nanochat_bpe"] <= memory["rustbpe"]
 
 
 # 1. Formats, paths, errors, log --------------------------------------------------------------
