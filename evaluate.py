@@ -147,19 +147,10 @@ def complete_greedily(
                 yield i, "".join(stream_text(tokenizer, row[:end]))
 
 
-def states_answer(text: str, answers: Iterable[str]) -> bool:
-    """Say whether text begins with an answer, or states it before the first mark of punctuation.
-
-    So "is called Paris." completes "The capital of France" as "is Paris." does. An answer counts
-    as whole words; one of a single letter must come first, as "a" is also an article.
-    """
-    text = text.lstrip()
-    clause = re.split(r"[.,;:!?\n]", text, maxsplit=1)[0]
-    for answer in map(str.strip, answers):
-        words = rf"(?<!\w){re.escape(answer)}(?!\w)"
-        if re.match(words, text) or (len(answer) > 1 and re.search(words, clause)):
-            return True
-    return False
+def starts_with_answer(text: str, answers: Iterable[str]) -> bool:
+    """Say whether text begins with one of the answers as whole words."""
+    words = (rf"{re.escape(answer.strip())}(?!\w)" for answer in answers)
+    return any(re.match(word, text.lstrip()) for word in words)
 
 
 def evaluate_facts(model: GPT, tokenizer: Tokenizer, source: str, s: Settings) -> dict[str, Any]:
@@ -170,11 +161,11 @@ def evaluate_facts(model: GPT, tokenizer: Tokenizer, source: str, s: Settings) -
         items = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         items = items[: s.max_items or len(items)]
         mine = items[rank::world_size]
-        longest = max((len(tokenizer.encode(i["answer"])) for i in mine), default=1) + 4
+        longest = max((len(tokenizer.encode(i["answer"])) for i in mine), default=1) + 2
         right, examples = 0, {"right": [], "wrong": []}
         relations: dict[str, list[int]] = {}
         for i, text in complete_greedily(model, tokenizer, [m["prompt"] for m in mine], longest):
-            good = states_answer(text, mine[i]["accept"])
+            good = starts_with_answer(text, mine[i]["accept"])
             right += good
             counts = relations.setdefault(mine[i]["relation"], [0, 0])
             counts[0], counts[1] = counts[0] + good, counts[1] + 1

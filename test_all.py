@@ -2688,12 +2688,11 @@ def test_batched_greedy_completions_equal_the_engines(tokenizer):
 
 @pytest.mark.parametrize(
     ("text", "good"),
-    [(" Paris.", True), (" Paris", True), (" Parisian", False), (" called Paris. Rome", True),
-     ("Paris, France", True), (" 12", False), (" Lyon.", True), (" Rome. Paris is", False),
-     (" in the east, not Paris", False), (" e.", True), (" a letter e", False)],
+    [(" Paris.", True), (" Paris", True), (" Parisian", False), (" the Paris", False),
+     ("Paris, France", True), (" 12", False), (" Lyon.", True), (" e.", True), (" egg", False)],
 )  # fmt: skip
-def test_an_answer_is_stated_in_the_first_clause(text, good):
-    assert evaluate.states_answer(text, [" Paris", "Lyon", "e"]) == good
+def test_an_answer_comes_first_and_is_whole_words(text, good):
+    assert evaluate.starts_with_answer(text, [" Paris", "Lyon", "e"]) == good
 
 
 def test_evaluation_measures_saves_and_skips(tiny_run, capsys):
