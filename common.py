@@ -814,6 +814,12 @@ class GPT(nn.Module):
         )  # (T, D/2)
         self.cos, self.sin = angle.cos()[None, :, None], angle.sin()[None, :, None]
 
+    def cast_weights(self) -> GPT:
+        """Cast the weights to the activations' dtype, once, for use without training."""
+        self.to(self.dtype)
+        self.init_rope()  # the rotation tables stay fp32
+        return self
+
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """Compute the last norm's output for ids (B, T); with a cache they continue its rows."""
         start = cache.length if cache is not None else 0
@@ -1322,7 +1328,6 @@ class Step:
 
     step: int  # finished updates
     num_steps: int
-    first: int  # where this process began
     loss: float = math.nan  # of the last update, nats per target
     lr: float = 0.0  # factor of the last update
     tok_per_s: float = 0.0
@@ -1357,7 +1362,7 @@ def training_steps(
     stop() on any rank ends all after the step. Raises Stop where the loss is not finite.
     """
     device = optimizer.units[0].params[0].device
-    s = Step(start, num_steps, start)
+    s = Step(start, num_steps)
     s.stopping = bool(all_sum(torch.tensor(float(stop()), device=device)).item())
     times: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
     while True:
@@ -1603,8 +1608,7 @@ class Engine:
     """Generates from one model; weights are cast once to the compute dtype."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer):
-        self.model, self.tokenizer = model.to(model.dtype), tokenizer
-        self.model.init_rope()
+        self.model, self.tokenizer = model.cast_weights(), tokenizer
 
     @torch.inference_mode()
     def generate(self, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:

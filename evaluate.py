@@ -209,8 +209,7 @@ def write_samples(model: GPT, tokenizer: Tokenizer, seed: int) -> dict[str, Any]
 def bench_decoding(depth: int, vocab_size: int, run: Run, dtype: torch.dtype) -> dict[str, float]:
     """Measure prefill and batch-1 decoding of a random model of `depth`, in tokens/s."""
     config = GPTConfig(vocab_size, depth, 64 * depth, max(1, depth // 2), max(1, depth // 2), 1024)
-    model = GPT.create(config, run.device, dtype).to(dtype)
-    model.init_rope()
+    model = GPT.create(config, run.device, dtype).cast_weights()
     with torch.inference_mode():
         cache = KVCache(config, 1, run.device, dtype)
         prompt = torch.randint(vocab_size, (1, 512), device=run.device)
@@ -303,8 +302,7 @@ def main(settings: Settings) -> dict[str, Any]:
             if all(saved.get(key) == value for key, value in asked.items()):
                 report = saved
         dtype = pick_dtype(run.device, settings.dtype)
-        model = load_model(folder, run.device, dtype).to(dtype)
-        model.init_rope()
+        model = load_model(folder, run.device, dtype).cast_weights()
         for task in [settings.task] if settings.task else TASKS:
             if task not in report["done"]:
                 if task == "bpb":

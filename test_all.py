@@ -1206,7 +1206,7 @@ def test_steps_are_yielded_before_each_update_and_after_the_last():
     assert [x[1] for x in seen] == [True, False, True, True]
     assert [x[4] for x in seen] == [False, False, False, True]
     assert not any(x[3] for x in seen) and one.optimizer.steps == 3
-    first = common.Step(0, 10, 0)
+    first = common.Step(0, 10)
     assert not first.due(5) and first.due(5, first=True)
 
 

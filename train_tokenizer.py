@@ -146,9 +146,10 @@ def main(settings: Settings) -> dict[str, float]:
     """Train, evaluate and save the tokenizer; return its measures."""
     folder = run_dir(settings.tag) / "tokenizer"
     source = find_source(settings.source)
+    # threads and restart change no merge
+    asked = {**asdict(settings), "source": source, "threads": 0, "restart": False}
     if (folder / "tokenizer.json").exists() and not settings.restart:
         have = Tokenizer.load(folder)
-        asked = {**asdict(settings), "source": source, "threads": 0, "restart": False}
         if have.info["settings"] == asked:
             print(f"tokenizer: {folder} is there, {have.vocab_size:,} ids")
             return have.info["measures"]
@@ -178,8 +179,7 @@ def main(settings: Settings) -> dict[str, float]:
         print(f"tokenizer: {name.replace('_', ' ')} {value:,.2f}")
     for name, value in compare_encodings(held_out).items():
         print(f"tokenizer: {name} has {value:.2f} bytes per token")
-    kept = {**asdict(settings), "source": source, "threads": 0, "restart": False}
-    tokenizer.info = {"source": source, "settings": kept, "measures": measures}
+    tokenizer.info = {"source": source, "settings": asked, "measures": measures}
     tokenizer.save(folder)
     return measures
 
