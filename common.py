@@ -17,10 +17,12 @@ On disk, below the base directory (NANOCHAT_BASE_DIR, default ~/.cache/nanochat)
 from __future__ import annotations
 
 import argparse
+import ast
 import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import dataclasses
 import difflib
 import errno
@@ -30,17 +32,22 @@ import importlib.util
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -461,6 +468,8 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         with one_sentence(stage):
+            if stage != "eval" and rank == 0:
+                run.cleanup.enter_context(alone_at_work(run))
             run.wandb = _start_wandb(run)
             yield run
     finally:
@@ -469,6 +478,28 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def alone_at_work(run: Run) -> Iterator[None]:
+    """Keep a second process out of a run's stage while this one trains it.
+
+    Raises MissingInput where one is at work. A file system without locks is left unguarded.
+    """
+    import fcntl
+
+    run_dir(run.tag).mkdir(parents=True, exist_ok=True)
+    with open(run_dir(run.tag) / f".{run.stage}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MissingInput(
+                f"another process is training {run.stage} of the run {run.tag!r}: wait for it, or "
+                "give another --tag"
+            ) from None
+        except OSError:
+            pass
+        yield
 
 
 def _start_wandb(run: Run) -> Any:
@@ -588,6 +619,164 @@ class Tokenizer:
         return self.encoding.decode_bytes(ids)
 
 
+def _need(path: Path) -> None:
+    if not path.exists():
+        raise MissingInput(f"{path} is missing: prepare.py makes it (--help says from what)")
+
+
+def read_conversations(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the conversations, or graded problems, of a .jsonl file that prepare.py made.
+
+    Raises MissingInput where the file is absent or a line is no conversation.
+    """
+    _need(path)
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                conversation = json.loads(line)
+                conversation["messages"][0]["role"]
+            except (ValueError, LookupError, TypeError):
+                raise MissingInput(
+                    f"{path}:{number}: this line is no conversation: run prepare.py again"
+                ) from None
+            yield conversation
+
+
+def _pieces(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, bool]]:
+    """Yield (text, special, own): what is encoded, and whether the assistant says it itself."""
+    system = ""
+    yield BOS, True, False
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role == "system":
+            system = f"{content}\n\n"
+        elif role == "user":
+            yield from (("<|user_start|>", True, False), (system + content, False, False))
+            yield "<|user_end|>", True, False
+            system = ""
+        else:
+            yield "<|assistant_start|>", True, False
+            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+            for part in parts:
+                kind, own = part["type"], part["type"] != "output"
+                if kind != "text":
+                    yield f"<|{kind}_start|>", True, own
+                yield part["text"], False, own
+                if kind != "text":
+                    yield f"<|{kind}_end|>", True, own
+            yield "<|assistant_end|>", True, True
+
+
+def render_conversations(
+    tokenizer: Tokenizer, conversations: list[list[dict[str, Any]]]
+) -> list[tuple[list[int], list[int]]]:
+    """Turn lists of messages into (ids, mask): mask 1 where the assistant's own tokens are.
+
+    A system message is put before the first user message. The tool's output, which the engine
+    forces, is not the assistant's own; its closing token is.
+    """
+    all_pieces = [list(_pieces(messages)) for messages in conversations]
+    texts = [text for pieces in all_pieces for text, special, _ in pieces if not special]
+    encoded = iter(tokenizer.encode_batch(texts))
+    rendered = []
+    for pieces in all_pieces:
+        ids: list[int] = []
+        mask: list[int] = []
+        for text, special, own in pieces:
+            new = [tokenizer.specials[text]] if special else next(encoded)
+            ids += new
+            mask += [int(own)] * len(new)
+        rendered.append((ids, mask))
+    return rendered
+
+
+def render_conversation(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]]
+) -> tuple[list[int], list[int]]:
+    """Turn one list of messages into (ids, mask), as render_conversations does."""
+    return render_conversations(tokenizer, [messages])[0]
+
+
+def render_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    """Turn messages, a user's last, into the ids after which the assistant's reply begins."""
+    ids, _ = render_conversation(tokenizer, messages)
+    return [*ids, tokenizer.specials["<|assistant_start|>"]]
+
+
+def reply_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, str]]:
+    """Turn a reply's ids into parts {"type": "text" | "python" | "output", "text"}."""
+    parts = []
+    for kind, group in itertools.groupby(typed_ids(tokenizer, ids), key=lambda pair: pair[0]):
+        parts.append({"type": kind, "text": tokenizer.decode([i for _, i in group])})
+    return parts
+
+
+def typed_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, int]]:
+    """Yield ("text" | "python" | "output", id) for the ordinary ids of a reply."""
+    names = {i: name for name, i in tokenizer.specials.items()}
+    kind = "text"
+    for i in ids:
+        name = names.get(i, "")
+        if not name:
+            yield kind, i
+        elif name in ("<|python_start|>", "<|output_start|>"):
+            kind = name[2:-8]
+        else:
+            kind = "text"
+
+
+def reply_text(parts: list[dict[str, str]]) -> str:
+    """Join the text parts of a reply: what it says, without the tool's."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+THOUSANDS = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,000
+NUMBER = re.compile(
+    rf"((?<![\w)\]])\$?[-\u2212]|)\$?({THOUSANDS}|[0-9]+|(?<![0-9])(?=\.[0-9]))(\.[0-9]+)?"
+)
+
+
+def last_number(text: str) -> str:
+    """Return the last number in a text as it is compared: $1,234.50 is 1234.5, 10.0 is 10.
+
+    "" if there is none. A minus counts where no word, number or bracket ends: 5-3 ends in 3.
+    """
+    found = NUMBER.findall(text)
+    if not found:
+        return ""
+    sign, whole, decimals = found[-1]
+    number = (whole.replace(",", "").lstrip("0") or "0") + decimals.rstrip("0").rstrip(".")
+    return number if not sign or number == "0" else f"-{number}"
+
+
+def grade(item: dict[str, Any], reply: str) -> bool:
+    """Say whether a reply's text is right for a graded item.
+
+    "number": its last number is the answer. "letter": it begins with that letter as a word.
+    "text": it has one of `accept` and none of `reject`, as whole words in any case; what is
+    rejected but is part of something accepted does not count. "code" is evaluate.py's own.
+    """
+    if item["grade"] == "number":
+        return last_number(reply) == last_number(item["answer"])
+    if item["grade"] == "letter":
+        return re.match(rf"\s*{re.escape(item['answer'])}\b", reply) is not None
+    assert item["grade"] == "text", item["grade"]
+    accepted = [text for text in item["accept"] if _says(reply, text)]
+    return bool(accepted) and not any(
+        _says(reply, text) and not any(_says(good, text) for good in item["accept"])
+        for text in item.get("reject", [])
+    )
+
+
+def _says(text: str, words: str) -> bool:
+    """Say whether words occur in text as whole words, whatever the case, spaces, apostrophes.
+
+    What a hyphen ties to is part of the word: c-a-t is not in c-a-t-s, nor twenty in twenty-one.
+    """
+    text, words = (" ".join(t.casefold().replace("\u2019", "'").split()) for t in (text, words))
+    return re.search(rf"(?<!\w)(?<!\w-){re.escape(words)}(?!-?\w)", text) is not None
+
+
 # 5. GPT --------------------------------------------------------------------------------------
 
 IGNORE = -1  # a target that has no loss
@@ -689,15 +878,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = None) -> Tensor:
     """Attend causally: the last query sees the last key, each at most `window` keys back.
 
     q (B, T, H, D); k and v (B, S, K, D), S >= T, H a multiple of K. Returns (B, T, H, D).
+    A mask (B, T, S) says instead which keys each query sees.
     """
     T, S = q.size(1), k.size(1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
     grouped = q.size(1) != k.size(1)
-    if T == 1:  # the caller gives the keys in the window only
+    if mask is not None:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
+    elif T == 1:  # the caller gives the keys in the window only
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     elif T == S and window >= S:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -709,21 +901,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of the positions that were computed, for one batch of rows."""
+    """The keys and values of the positions that were computed, for rows of unequal length."""
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, rows, config.max_seq_len, config.n_kv_head, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0  # positions filled
+        self.lengths = [0] * rows  # positions filled
+        self.masks: dict[int, Tensor] = {}  # of the tokens being appended, by window
+        self.positions: Tensor
 
-    def append(self, layer: int, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, K, D) of a layer; return all that the T queries may see."""
-        start, end = self.length, self.length + k.size(1)
-        assert end <= self.k.size(2), f"cache of {self.k.size(2)} positions cannot hold {end}"
-        self.k[layer, :, start:end], self.v[layer, :, start:end] = k, v
-        first = max(0, start - window + 1)
-        return self.k[layer, :, first:end], self.v[layer, :, first:end]
+    def part(self, start: int, end: int) -> KVCache:
+        """Return rows start to end; the storage is shared, the lengths are a copy."""
+        part = copy.copy(self)
+        part.k, part.v = self.k[:, start:end], self.v[:, start:end]
+        part.lengths = self.lengths[start:end]
+        return part
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make a row equal to another."""
+        n = self.lengths[source]
+        self.k[:, target, :n], self.v[:, target, :n] = self.k[:, source, :n], self.v[:, source, :n]
+        self.lengths[target] = n
+
+    def begin(self, T: int) -> Tensor:
+        """Prepare to append T tokens to every row; return their positions (B, T)."""
+        longest, room = max(self.lengths) + T, self.k.size(2)
+        assert longest <= room, f"cache of {room} positions cannot hold {longest}"
+        starts = torch.tensor(self.lengths, device=self.k.device)
+        self.masks = {}
+        self.positions = starts[:, None] + torch.arange(T, device=self.k.device)
+        return self.positions
+
+    def append(
+        self, layer: int, k: Tensor, v: Tensor, window: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k and v (B, T, K, D) of a layer; return what the T queries may see, and a mask.
+
+        The mask (B, T, keys) is None where all rows are equally long.
+        """
+        T, low, end = k.size(1), min(self.lengths), max(self.lengths) + k.size(1)
+        if low + T == end:
+            self.k[layer, :, low:end], self.v[layer, :, low:end] = k, v
+            first = max(0, low - window + 1)
+            return self.k[layer, :, first:end], self.v[layer, :, first:end], None
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        self.k[layer, rows, self.positions], self.v[layer, rows, self.positions] = k, v
+        if window not in self.masks:
+            back = self.positions[:, :, None] - torch.arange(end, device=k.device)  # (B, T, end)
+            self.masks[window] = (back >= 0) & (back < window)
+        return self.k[layer, :, :end], self.v[layer, :, :end], self.masks[window]
 
 
 class Attention(nn.Module):
@@ -739,9 +966,10 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
         q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))  # arXiv:2010.04245
+        mask = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v, self.window)
-        return self.out(attend(q, k, v, self.window).reshape(B, T, -1))
+            k, v, mask = cache.append(self.layer, k, v, self.window)
+        return self.out(attend(q, k, v, self.window, mask).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -821,16 +1049,20 @@ class GPT(nn.Module):
         return self
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Compute the last norm's output for ids (B, T); with a cache they continue its rows."""
-        start = cache.length if cache is not None else 0
-        T = ids.size(1)
-        assert start + T <= self.config.max_seq_len, f"position {start + T} is past the context"
-        cos, sin = (x[:, start : start + T].to(self.dtype) for x in (self.cos, self.sin))
+        """Compute the last norm's output for ids (B, T); with a cache they continue its rows.
+
+        The caller, who knows what is padding, sets the cache's lengths afterwards.
+        """
+        if cache is None:
+            T = ids.size(1)
+            assert T <= self.config.max_seq_len, f"position {T} is past the context"
+            cos, sin = (x[:, :T].to(self.dtype) for x in (self.cos, self.sin))
+        else:
+            positions = cache.begin(ids.size(1))
+            cos, sin = (x[0, positions].to(self.dtype) for x in (self.cos, self.sin))
         x = rms_norm(self.embed(ids).to(self.dtype))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
-        if cache is not None:
-            cache.length += T
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -1101,13 +1333,16 @@ def optimizer_groups(
 # 7. Rows -------------------------------------------------------------------------------------
 
 
-def pack_rows(documents: Iterable[list[int]], T: int, buffer: int = 512) -> Iterator[list[int]]:
+def pack_rows(
+    documents: Iterable[list[int]], T: int, buffer: int = 512, whole: bool = False
+) -> Iterator[list[int]]:
     """Pack documents into rows of T + 1 ids, best fit first, losing nothing.
 
     Each document begins with `<|bos|>`. A row takes the longest waiting document that fits; when
     none does, the longest is cut there and its rest waits, begun with `<|bos|>` again, so every
-    row begins with one and every other token is a target exactly once. The last row may be
-    shorter. `buffer` documents wait at a time: the choice of a best fit.
+    row begins with one and every other token is a target exactly once. With `whole` none is cut,
+    which asks for at most T + 1 ids each: the row stays shorter, as the last one may anyhow.
+    `buffer` documents wait at a time: the choice of a best fit.
     """
     waiting: list[tuple[int, int, list[int]]] = []  # sorted by length, then by arrival
     arrivals = itertools.count()
@@ -1126,6 +1361,10 @@ def pack_rows(documents: Iterable[list[int]], T: int, buffer: int = 512) -> Iter
         fit = bisect.bisect_left(waiting, (room + 1,))
         if fit:
             row += waiting.pop(fit - 1)[2]
+        elif whole:
+            assert row, f"a document of {waiting[-1][0]} ids does not fit in a row of {T + 1}"
+            yield row
+            row = []
         else:
             ids = waiting.pop()[2]
             row += ids[:room]
@@ -1151,11 +1390,85 @@ def encode_shard(path: Path, tokenizer: Tokenizer, T: int, out: Path) -> None:
                     yield [tokenizer.bos, *ids]
 
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    rows = []
-    for row in pack_rows(documents(), T):
-        rows.append(np.array(row + [tokenizer.bos] * (T + 1 - len(row)), dtype))
+    write_rows(pack_rows(documents(), T), T, tokenizer.bos, dtype, out)
+
+
+def write_rows(rows: Iterable[list[int]], T: int, bos: int, dtype: Any, out: Path) -> None:
+    """Write rows of at most T + 1 ids as an array, filled up with bos, beside and renamed."""
+    arrays = [np.array(row + [bos] * (T + 1 - len(row)), dtype) for row in rows]
     with written_beside(out) as beside, open(beside, "wb") as file:
-        np.save(file, np.stack(rows) if rows else np.zeros((0, T + 1), dtype))
+        np.save(file, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
+
+
+NO_TARGET = 1 << 30  # added to an id of a conversation's row that must not be learned
+
+
+def cut_conversation(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], limit: int
+) -> list[dict[str, Any]]:
+    """Drop turns from the end until the messages have at most `limit` ids; [] if none is left."""
+    while messages and len(render_conversation(tokenizer, messages)[0]) > limit:
+        messages = messages[:-2] if messages[-1]["role"] == "assistant" else messages[:-1]
+    return messages if any(m["role"] == "assistant" for m in messages) else []
+
+
+@dataclass
+class Mixed:
+    """What became of the conversations of a file: rows of one kind and tokens, counted."""
+
+    used: dict[str, int] = field(default_factory=dict)  # conversations by kind
+    cut: int = 0  # too long for the context: their last turns are left out
+    left_out: int = 0  # too long even in their first turn
+
+
+def conversation_rows(
+    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool = False
+) -> tuple[Rows, Mixed]:
+    """Pack the conversations of a .jsonl file whole into rows, and count them by kind.
+
+    Targets are the assistant's own tokens, or with learn_all those of users
+    too (never what the tool says). The rows are cached below data/SOURCE/tokens/.
+    """
+    _need(path)
+    learned = "all" if learn_all else "own"
+    name = f"{path.stem}-{learned}-{path.stat().st_size}-{_crc32(path):08x}.npy"
+    out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
+    counts = out.with_suffix(".json")
+    if world()[0] == 0 and not (out.exists() and counts.exists()):
+        mixed = Mixed()
+        documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
+        rows = pack_rows(documents, T, whole=True)
+        write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
+        write_json(counts, dataclasses.asdict(mixed))
+    barrier()
+    return Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
+
+
+def _conversation_ids(
+    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool, mixed: Mixed
+) -> Iterator[list[int]]:
+    conversations = read_conversations(path)
+    while chunk := list(itertools.islice(conversations, 1024)):
+        for conversation in chunk:
+            kind = conversation.get("kind", "own")
+            mixed.used[kind] = mixed.used.get(kind, 0) + 1
+        texts = [conversation["messages"] for conversation in chunk]
+        for messages, (ids, mask) in zip(texts, render_conversations(tokenizer, texts)):
+            if len(ids) > T + 1:
+                shorter = cut_conversation(tokenizer, messages, T + 1)
+                mixed.cut += bool(shorter)
+                mixed.left_out += not shorter
+                if not shorter:
+                    continue
+                ids, mask = render_conversation(tokenizer, shorter)
+            output = False
+            flagged = []
+            for i, own in zip(ids, mask):
+                output |= i == tokenizer.specials["<|output_start|>"]
+                learned = own or (learn_all and not output and i != tokenizer.bos)
+                flagged.append(i if learned else i + NO_TARGET)
+                output &= i != tokenizer.specials["<|output_end|>"]
+            yield flagged
 
 
 class Rows:
@@ -1169,17 +1482,29 @@ class Rows:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
+    def row(self, index: int) -> np.ndarray:
+        """Return one row (T + 1,) as it is stored."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return self.arrays[shard][index - (self.ends[shard] - len(self.arrays[shard]))]
+
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return (ids, targets), each (len(indices), T) int64; an index of -1 is an empty row."""
-        rows = np.full((len(indices), self.arrays[0].shape[1]), self.bos, np.int64)
+        rows = np.full((len(indices), self.arrays[0].shape[1]), self.bos, np.int64)  # (B, T + 1)
         for i, index in enumerate(indices):
             if index >= 0:
-                shard = int(np.searchsorted(self.ends, index, side="right"))
-                array = self.arrays[shard]
-                rows[i] = array[index - (self.ends[shard] - len(array))]
-        ids, targets = torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+                rows[i] = self.row(int(index))
+        ids = torch.from_numpy(rows[:, :-1] % NO_TARGET)
+        targets = torch.from_numpy(np.where(rows[:, 1:] >= NO_TARGET, IGNORE, rows[:, 1:]))
         targets[(ids == self.bos) & (targets == self.bos)] = IGNORE
         return ids, targets
+
+    def joined(self, other: Rows, count: int) -> Rows:
+        """Return these rows and, spread evenly over them, `count` of another's, as one."""
+        picked = np.linspace(0, len(other), count, endpoint=False).astype(np.int64)
+        both = copy.copy(self)
+        both.arrays = [*self.arrays, np.stack([other.row(int(i)) for i in picked])]
+        both.ends = np.cumsum([len(array) for array in both.arrays])
+        return both
 
 
 def token_rows(
@@ -1231,19 +1556,23 @@ class Batch:
 
 
 def row_batches(
-    rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device
-) -> Iterator[Batch]:
+    rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device,
+    total: int = sys.maxsize,
+) -> Iterator[Batch]:  # fmt: skip
     """Yield this rank's micro-batches from step `start` on, without end, made ahead of use.
 
     A step takes batch_rows rows over all ranks, in `accum_steps` micro-batches a rank; rows are
     shuffled anew each epoch by the seed. Where the division leaves a remainder, empty rows fill
-    it, so that a step's rows depend on neither ranks nor micro-batch.
+    it, so that a step's rows depend on neither ranks nor micro-batch; so they do after `total`
+    rows, where a run ends with its last epoch and not with a whole batch.
     """
     rank, world_size = world()
     accum = accum_steps(batch_rows, micro_batch)
     orders: dict[int, np.ndarray] = {}
 
     def row_at(position: int) -> int:
+        if position >= total:
+            return -1
         epoch, place = divmod(position, len(rows))
         if epoch not in orders:
             orders.clear()
@@ -1527,6 +1856,75 @@ def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
             )
 
 
+def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None, dict[str, Any]]:
+    """Return the checkpoint that a stage goes on from and its meta, or None and {}.
+
+    With --restart, or where there is none, the stage's lines leave the log. Raises MissingInput
+    where the run there has other settings, or began from another model than parent holds.
+    """
+    settings = run.settings
+    if settings.restart and run.rank == 0:
+        shutil.rmtree(run.dir, ignore_errors=True)
+    barrier()
+    found = list_checkpoints(run.tag, run.stage)
+    if not found:
+        run.rewind_log(-1)
+        return None, {}
+    check_resume(found[-1], settings, settings.may_differ)
+    saved = read_meta(found[-1])
+    if parent and saved["parent"] != parent_key(parent):
+        raise MissingInput(
+            f"{run.dir} was trained from another model than {parent} holds now: begin it anew "
+            "with --restart, or give another --tag"
+        )
+    return found[-1], saved
+
+
+def parent_key(folder: Path) -> list[int]:
+    """Tell one checkpoint's weights from another's: their size and CRC-32."""
+    return read_meta(folder)["files"]["model.pt"]
+
+
+def continue_stage(
+    run: Run, parent: Path, newest: Path | None, compiled: bool, dtype: torch.dtype, warm: bool
+) -> tuple[GPT, Optimizer]:
+    """Load a stage's model and optimizer: its own newest checkpoint's, else its parent's weights.
+
+    The optimizer is built from the settings matrix_lr, embed_lr, head_lr and weight_decay, 0 for
+    the base run's; with `warm` it begins with the parent's moments.
+    """
+    model = load_model(newest or parent, run.device, dtype)
+    base = read_meta(find_checkpoint(run.tag, "base"))
+    names = ("matrix_lr", "embed_lr", "head_lr", "weight_decay")
+    rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
+    muon_dtype = pick_dtype(run.device, base["muon_dtype"])
+    optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
+    optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
+    if newest or warm:
+        load_optimizer(newest or parent, optimizer)
+    if newest:
+        run.rewind_log(read_meta(newest)["step"])
+        run.say(f"{run.stage}: going on from {newest}")
+    else:
+        run.say(f"{run.stage}: beginning from {parent}")
+    return model, optimizer
+
+
+@torch.no_grad()
+def evaluate_loss(model: GPT, rows: Rows, micro_batch: int) -> float:
+    """Return the mean nats per target over all rows, shared out over the ranks."""
+    rank, world_size = world()
+    device = model.embed.weight.device
+    sums = torch.zeros(2, device=device)
+    for first in range(rank * micro_batch, len(rows), world_size * micro_batch):
+        indices = np.arange(first, min(first + micro_batch, len(rows)))
+        ids, targets = (x.to(device) for x in rows.gather(indices))
+        sums[0] += token_losses(model, ids, targets).sum()
+        sums[1] += (targets != IGNORE).sum()
+    nats, count = all_sum(sums).tolist()
+    return nats / max(1.0, count)
+
+
 def document_windows(ids: list[int], bos: int, T: int) -> list[tuple[list[int], list[int]]]:
     """Cut a document's ids in windows (inputs, targets) of at most T: each id a target once.
 
@@ -1573,6 +1971,83 @@ def evaluate_bpb(
 
 # 10. Engine ----------------------------------------------------------------------------------
 
+OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow,
+    ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+}  # fmt: skip
+EXPRESSION = re.compile(r"""(?: [-0-9.,+*/%() ] | len\( | \.count\( | '[^'\\\n]*' | "[^"\\\n]*" )+""",
+                        re.VERBOSE)  # fmt: skip
+MAX_EXPRESSION, MAX_DEPTH = 256, 64  # characters; operations inside one another
+MAX_DIGITS, MAX_BITS = 30, 2048  # before the point in a result; of any number on the way to it
+DECIMALS = 6  # a result is rounded to these
+
+
+def calculate(expression: str) -> str:
+    """Return the value of an arithmetic expression as text, or "error": the assistant's tool.
+
+    Numbers (1,000 too), + - * / // % **, parentheses, 'text'.count('x') and len('text'). It walks
+    Python's syntax tree, so that nothing is executed, and counts in fractions, so that results
+    are exact: 0.1+0.2 is 0.3, 20/2 is 10. Every size, and with them the time, is bounded.
+    """
+    quoted = "'" in expression or '"' in expression
+    try:
+        if len(expression) > MAX_EXPRESSION or not EXPRESSION.fullmatch(expression):
+            return "error"
+        if not quoted:
+            expression = re.sub(THOUSANDS, lambda m: m[0].replace(",", ""), expression)
+        value = _evaluate(ast.parse(expression.strip(), mode="eval").body, MAX_DEPTH)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
+        return "error"
+    if abs(value) >= 10**MAX_DIGITS:
+        return "error"
+    scaled = round(value * 10**DECIMALS)
+    whole, rest = divmod(abs(scaled), 10**DECIMALS)
+    return "-" * (scaled < 0) + f"{whole}.{rest:0{DECIMALS}}".rstrip("0").rstrip(".")
+
+
+def _evaluate(node: ast.expr, depth: int) -> Fraction:
+    """Evaluate a syntax tree of what calculate allows. Raises ValueError for anything else."""
+    if depth == 0:
+        raise ValueError("too deep")
+    match node:
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return Fraction(repr(number))  # 0.1 as it is written
+        case ast.UnaryOp(op=ast.USub()):
+            return -_evaluate(node.operand, depth - 1)
+        case ast.Call(func=ast.Name(id="len"), args=[ast.Constant(value=str(text))], keywords=[]):
+            return Fraction(len(text))
+        case ast.Call(
+            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
+            args=[ast.Constant(value=str(part))],
+            keywords=[],
+        ):
+            return Fraction(text.count(part))
+        case ast.BinOp() if type(node.op) in OPERATORS:
+            left, right = (_evaluate(side, depth - 1) for side in (node.left, node.right))
+            if isinstance(node.op, ast.Pow):
+                value = _power(left, right)
+            else:
+                value = Fraction(OPERATORS[type(node.op)](left, right))
+            if _bits(value) > MAX_BITS:
+                raise ValueError("too large")
+            return value
+        case _:
+            raise ValueError(f"{type(node).__name__} is not allowed")
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator == 1:
+        if abs(exponent) * _bits(base) > MAX_BITS:
+            raise ValueError("too large")
+        return Fraction(base**exponent)
+    if base < 0:
+        raise ValueError("the root of a negative number")
+    return Fraction(repr(float(base) ** float(exponent)))
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -1591,58 +2066,243 @@ class Sampling:
             raise ValueError("top_p must be in (0, 1], top_k 0 or more, max_tokens 1 or more")
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose one id from logits (V,) by temperature, top-k and top-p (arXiv:1904.09751)."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    values, ids = (logits / sampling.temperature).sort(descending=True)
-    if sampling.top_k:
-        values, ids = values[: sampling.top_k], ids[: sampling.top_k]
-    probs = values.softmax(0)
-    if sampling.top_p < 1:
-        probs[probs.cumsum(0) - probs >= sampling.top_p] = 0  # the first is always kept
-    return int(ids[torch.multinomial(probs, 1, generator=generator)])
+def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:
+    """Choose an id from each row of logits (B, V) by its own settings and uniform number.
+
+    Temperature, then the k likeliest, then those of total probability p (arXiv:1904.09751), then
+    the first whose cumulated probability passes the number: a row's choice depends on no other.
+    """
+    chosen = logits.argmax(-1)
+    for filtered in (False, True):
+        rows = [i for i, s in enumerate(samplings)
+                if s.temperature and (s.top_k > 0 or s.top_p < 1) == filtered]  # fmt: skip
+        if not rows:
+            continue
+
+        def column(values: Iterable[float]) -> Tensor:
+            return torch.tensor(list(values), device=logits.device)[:, None]
+
+        mine = [samplings[i] for i in rows]
+        z = logits[rows].float() / column(s.temperature for s in mine)
+        if filtered:
+            V = z.size(-1)
+            k = max(min(s.top_k or V, V) for s in mine)
+            z, ids = z.topk(k) if k < V else z.sort(descending=True)
+            z[torch.arange(k, device=z.device) >= column(s.top_k or V for s in mine)] = -math.inf
+        probs = z.softmax(-1)
+        if filtered:  # the first is always kept
+            probs[probs.cumsum(-1) - probs >= column(s.top_p for s in mine)] = 0
+        sums = probs.cumsum(-1)
+        picked = (sums <= sums[:, -1:] * column(uniforms[i] for i in rows)).sum(-1, keepdim=True)
+        # rounding may pass the end, or end on an id of no probability
+        last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)
+        picked = torch.minimum(picked, last)
+        chosen[rows] = (ids.gather(1, picked) if filtered else picked)[:, 0]
+    return chosen.tolist()
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to go on from, and how; with `tool` the calculator answers its calls."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    tool: bool = True
+
+
+@dataclass
+class Reply:
+    """What followed a prompt: ids, with the forced ones marked 0 in mask, and why it ended."""
+
+    ids: list[int] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by the tool
+    reason: str = ""  # stop: a closing token, the last id; length: a limit
+
+
+CALL_TOKENS = 64  # a call of the tool that is longer ends in an error
+
+
+@dataclass
+class _Slot:
+    """A request at work: its reply so far, random numbers, and where it is in a tool call."""
+
+    key: int
+    request: Request
+    reply: Reply
+    uniforms: np.ndarray
+    limit: int  # tokens of the reply at most
+    call: list[int] | None = None  # the expression being written
+    forced: collections.deque[int] = field(default_factory=collections.deque)
 
 
 class Engine:
-    """Generates from one model; weights are cast once to the compute dtype."""
+    """Generates for many requests at once; they join and leave between steps.
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer):
+    The weights are cast once to the compute dtype. Row i of the cache belongs to the i-th active
+    slot. Equal prompts that join together are computed once.
+    """
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64):
         self.model, self.tokenizer = model.cast_weights(), tokenizer
+        self.device = model.embed.weight.device
+        self.cache = KVCache(model.config, slots, self.device, model.dtype)
+        self.active: list[_Slot] = []
+        self.stops = {tokenizer.bos, tokenizer.specials["<|assistant_end|>"]}
 
-    @torch.inference_mode()
-    def generate(self, prompt_ids: list[int], sampling: Sampling) -> Iterator[int]:
-        """Yield ids that follow prompt_ids, until `<|bos|>` (a document's end) or a limit.
+    def refresh(self, model: GPT) -> None:
+        """Take over the weights of a model in training."""
+        self.model.load_state_dict(model.state_dict())
 
-        The limits are sampling.max_tokens and the context, whose cache is never overwritten.
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
+        """Yield (index of the request, its reply) as they finish.
+
         Raises ValueError for a prompt that leaves no room.
         """
-        config, device = self.model.config, self.model.embed.weight.device
-        room = config.max_seq_len - len(prompt_ids)
-        if not prompt_ids or room < 1:
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens: this model takes 1 to "
-                f"{config.max_seq_len - 1}"
-            )
-        cache = KVCache(config, 1, device, self.model.dtype)
-        generator = torch.Generator(device).manual_seed(sampling.seed)
-        ids = torch.tensor([prompt_ids], device=device)
-        for _ in range(min(room, sampling.max_tokens)):
-            logits = self.model.logits(self.model.hidden(ids, cache)[0, -1])
-            chosen = sample(logits, sampling, generator)
-            if chosen == self.tokenizer.bos:
+        waiting = enumerate(requests)
+        while True:
+            room = len(self.cache.lengths) - len(self.active)
+            self._join(list(itertools.islice(waiting, room)))
+            if not self.active:
                 return
-            yield chosen
-            ids = torch.tensor([[chosen]], device=device)
+            for slot in self._leave():
+                yield slot.key, slot.reply
+            self._step()
+
+    def generate(self, request: Request) -> Iterator[int]:
+        """Yield the ids of one reply as they come; nothing else may be at work."""
+        assert not self.active, f"{len(self.active)} requests are at work"
+        self._join([(0, request)])
+        try:
+            while self.active:
+                yield self.active[0].reply.ids[-1]
+                self._leave()
+                self._step()
+        finally:
+            self.active.clear()
+
+    @torch.inference_mode()
+    def _join(self, requests: list[tuple[int, Request]]) -> None:
+        """Compute the prompts of new requests and choose each one's first token."""
+        context = self.model.config.max_seq_len
+        groups: dict[tuple[int, ...], list[_Slot]] = {}
+        for key, request in requests:
+            n = len(request.prompt_ids)
+            if not 1 <= n < context:
+                raise ValueError(f"the prompt has {n} tokens: this model takes 1 to {context - 1}")
+            sampling = request.sampling
+            limit = min(sampling.max_tokens, context - n)
+            count = limit if sampling.temperature else 0
+            draws = np.random.default_rng(sampling.seed).random(count)
+            slot = _Slot(key, request, Reply(), draws, limit)
+            groups.setdefault(tuple(request.prompt_ids), []).append(slot)
+        prompts = sorted(groups, key=len)  # equal lengths side by side waste less padding
+        while prompts:
+            count = max(1, min(len(prompts), 16384 // len(prompts[-1])))
+            part, prompts = prompts[-count:], prompts[:-count]
+            first, width = len(self.active), len(part[-1])
+            rows = self.cache.part(first, first + len(part))
+            rows.lengths = [0] * len(part)
+            ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in part], device=self.device)
+            hidden = self.model.hidden(ids, rows)  # what a padded position holds is never seen
+            ends = torch.tensor([len(p) - 1 for p in part], device=self.device)
+            logits = self.model.logits(hidden[torch.arange(len(part), device=self.device), ends])
+            self.cache.lengths[first : first + len(part)] = [len(p) for p in part]
+            leaders = [groups[p][0] for p in part]
+            others = [(i, slot) for i, p in enumerate(part) for slot in groups[p][1:]]
+            self.active += leaders
+            for i, slot in others:
+                self.cache.copy_row(first + i, len(self.active))
+                self.active.append(slot)
+            order = [*range(len(part)), *(i for i, _ in others)]
+            self._choose(self.active[first:], logits[order])
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Compute every active slot's next token."""
+        if not self.active:
+            return
+        rows = self.cache.part(0, len(self.active))
+        ids = torch.tensor([[slot.reply.ids[-1]] for slot in self.active], device=self.device)
+        logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
+        for i in range(len(self.active)):
+            self.cache.lengths[i] += 1
+        self._choose(self.active, logits)
+
+    def _choose(self, slots: list[_Slot], logits: Tensor) -> None:
+        """Append each slot's next id, forced or sampled, and follow the tool's protocol."""
+        free = [i for i, slot in enumerate(slots) if not slot.forced]
+        samplings = [slots[i].request.sampling for i in free]
+        uniforms = [slots[i].uniforms[len(slots[i].reply.ids)] if s.temperature else 0.0
+                    for i, s in zip(free, samplings)]  # fmt: skip
+        logits = logits if len(free) == len(slots) else logits[free]
+        chosen = dict(zip(free, sample(logits, samplings, uniforms))) if free else {}
+        for i, slot in enumerate(slots):
+            reply = slot.reply
+            reply.mask.append(int(i in chosen))
+            reply.ids.append(chosen[i] if i in chosen else slot.forced.popleft())
+            if i in chosen:
+                if reply.ids[-1] in self.stops:
+                    reply.reason = "stop"
+                elif slot.request.tool:
+                    self._follow(slot, reply.ids[-1])
+            if not reply.reason and len(reply.ids) == slot.limit:
+                reply.reason = "length"
+
+    def _follow(self, slot: _Slot, chosen: int) -> None:
+        """Notice a call of the tool, and at its end force the output."""
+        t = self.tokenizer
+        if chosen == t.specials["<|python_start|>"]:
+            slot.call = []
+        elif slot.call is not None and chosen != t.specials["<|python_end|>"]:
+            slot.call.append(chosen)
+            if len(slot.call) == CALL_TOKENS:
+                slot.forced.append(t.specials["<|python_end|>"])
+                self._force_output(slot, "error")
+        elif slot.call is not None:
+            self._force_output(slot, calculate(t.decode(slot.call)))
+
+    def _force_output(self, slot: _Slot, text: str) -> None:
+        t = self.tokenizer
+        slot.call = None
+        slot.forced += [t.specials["<|output_start|>"], *t.encode(text)]
+        slot.forced.append(t.specials["<|output_end|>"])
+
+    def _leave(self) -> list[_Slot]:
+        """Remove and return the finished slots; the last ones move into their rows."""
+        done = []
+        for i in reversed(range(len(self.active))):
+            if self.active[i].reply.reason:
+                done.append(self.active[i])
+                last = self.active.pop()
+                if i < len(self.active):
+                    self.cache.copy_row(len(self.active), i)
+                    self.active[i] = last
+        return done
 
     def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Yield the pieces of text that continue `text`, each of whole characters.
 
-        A prompt longer than the context keeps its end.
+        A prompt longer than the context keeps its end: half of it, or more where that fits.
         """
-        keep = max(1, self.model.config.max_seq_len - 1 - sampling.max_tokens)
+        context = self.model.config.max_seq_len
+        keep = max(context // 2, context - 1 - sampling.max_tokens)
         prompt_ids = [self.tokenizer.bos, *self.tokenizer.encode(text)[-keep:]]
-        yield from stream_text(self.tokenizer, self.generate(prompt_ids, sampling))
+        ids = self.generate(Request(prompt_ids, sampling, tool=False))
+        ordinary = (i for i in ids if i < len(self.tokenizer.merges) + 256)
+        yield from stream_text(self.tokenizer, ordinary)
+
+    def stream_reply(
+        self, messages: list[dict[str, Any]], sampling: Sampling
+    ) -> Iterator[tuple[str, str]]:
+        """Yield the pieces (type, text) of the assistant's reply, each of whole characters.
+
+        The type is "text", "python" (a call of the tool) or "output" (its result).
+        """
+        ids = self.generate(Request(render_prompt(self.tokenizer, messages), sampling))
+        typed = typed_ids(self.tokenizer, ids)
+        for kind, group in itertools.groupby(typed, key=lambda pair: pair[0]):
+            for piece in stream_text(self.tokenizer, (i for _, i in group)):
+                yield kind, piece
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
@@ -1653,3 +2313,143 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+# Runs apart from this program: waits for the program, which alone the limits are laid upon.
+SANDBOX_LAUNCHER = """
+import json, os, resource, sys
+limits, command = json.loads(sys.argv[1])
+child = os.fork()
+if child == 0:
+    for name, value in limits.items():
+        try:
+            resource.setrlimit(getattr(resource, name), (value, value))
+        except (AttributeError, OSError, ValueError):
+            pass  # a limit that this system lacks
+    os.execvp(command[0], command)
+ended = 0
+while ended != child:
+    ended, status = os.wait()
+code = os.waitstatus_to_exitcode(status)
+sys.exit(code if code >= 0 else 128 - code)
+"""
+SANDBOX_PROCESSES = 64  # of one user at a time
+NOBODY = 65534
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a generated program did: whether it ran to its end without an error, why, its output."""
+
+    passed: bool
+    reason: str
+    output: str  # stdout and stderr
+
+
+def run_code(
+    program: str,
+    timeout_s: float = 5.0,
+    memory_bytes: int = 1 << 29,
+    file_bytes: int = 1 << 20,
+    way: tuple[list[str], list[str]] | None = None,
+) -> Outcome:
+    """Run a Python program that a model wrote, and say whether it got to its end.
+
+    It is a process group of its own, with limits on time, CPU time, memory, number of processes
+    and the size of its output and of each file, in an empty temporary folder that is removed
+    afterwards, with a minimal environment and no stdin; when it ends or its time is up, the
+    group is killed. Where Linux permits, it has no network, what it started dies with it even
+    outside its group, and root's program runs as nobody; a trial finds the best `way` once.
+
+    What it does not protect from: reading any file that the user may read (for root: that nobody
+    or, where Python is root's own, root may read); writing the files of a user who is not root;
+    many files filling the disk while it runs; other Unix sockets; flaws of the kernel. Without
+    namespaces (macOS, most containers), also not from the network, nor from processes that left
+    the group; macOS limits no memory; root where it cannot become nobody, no number of processes.
+    For programs that err, not for programs by an enemy: that takes a virtual machine.
+    """
+    namespaces, user = sandbox_way() if way is None else way
+    end = f"end {os.urandom(8).hex()}"
+    source = f"{program}\n\n__import__('os').write(1, b'{end}')\n"
+    python = [sys.executable, "-I", "-X", "utf8"]
+    folder = Path(tempfile.mkdtemp(prefix="nanochat-"))
+    try:
+        (folder / "work").mkdir()
+        (folder / "program.py").write_text(source, "utf-8", errors="replace")
+        if os.geteuid() == 0:  # for nobody
+            folder.chmod(0o711)
+            (folder / "program.py").chmod(0o644)
+            (folder / "work").chmod(0o777)
+        cpu_s = math.ceil(timeout_s)
+        limits = {
+            "RLIMIT_CPU": cpu_s, "RLIMIT_AS": memory_bytes, "RLIMIT_FSIZE": file_bytes,
+            "RLIMIT_NPROC": SANDBOX_PROCESSES, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
+        }  # fmt: skip
+        command = [*user, *python, str(folder / "program.py")]
+        launcher = [*python, "-S", "-c", SANDBOX_LAUNCHER, json.dumps([limits, command])]
+        with open(folder / "output", "ab+") as output:
+            reason = _run_group([*namespaces, *launcher], folder / "work", output, timeout_s)
+            output.seek(0)
+            text = output.read(file_bytes).decode("utf-8", "replace")
+    finally:
+        _remove_tree(folder)
+    passed = not reason and end in text
+    reason = "passed" if passed else reason or "it stopped before its end"
+    return Outcome(passed, reason, text.replace(end, ""))
+
+
+def _run_group(command: list[str], work: Path, output: Any, timeout_s: float) -> str:
+    """Run a command as a process group in `work`, kill what is left of it; "" if it succeeded."""
+    environment = {"PATH": os.defpath, "HOME": str(work), "TMPDIR": str(work), "LC_ALL": "C"}
+    process = subprocess.Popen(
+        command, cwd=work, env=environment, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+    )  # fmt: skip
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return f"it took longer than {timeout_s:g} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            for _ in range(50):  # until the last is gone: it would count for the next program
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                time.sleep(0.01)
+        process.wait()
+    if code > 128:
+        return f"it was killed by signal {code - 128}"
+    return f"it ended with exit status {code}" if code else ""
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a folder whatever is in it; processes that are just dying may still add to it."""
+    for _ in range(20):
+        script = 'chmod -R u+rwx "$0"; rm -rf "$0"'  # takes any depth, unlike shutil.rmtree
+        subprocess.run(["sh", "-c", script, str(folder)], check=False, stderr=subprocess.DEVNULL)
+        if not folder.exists():
+            return
+        time.sleep(0.1)
+
+
+@functools.cache
+def sandbox_way() -> tuple[list[str], list[str]]:
+    """Find by trial the best commands that may precede a sandboxed Python and its program.
+
+    The first gives it a network and process numbers of its own, the second takes its rights away.
+    """
+    root = os.geteuid() == 0
+    unshare = ["unshare", *([] if root else ["--user"]), "--net", "--pid", "--fork", "--kill-child"]
+    nothing = ["setpriv", "--no-new-privs"]
+    users = [nothing]
+    if root:  # with the right to read anything where Python is in root's home
+        nothing += [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        read = "-all,+dac_read_search"
+        bounds = ("--inh-caps", "--ambient-caps", "--bounding-set")
+        users = [[*nothing, *(f"{bound}={caps}" for bound in bounds)] for caps in ("-all", read)]
+    same = (sys.version, sys.base_prefix)  # without its rights it might find another Python
+    trial = f"import decimal, sys\nassert (sys.version, sys.base_prefix) == {same!r}"
+    for way in itertools.product([unshare, []], [*users, []]):
+        there = all(shutil.which(command[0]) for command in way if command)
+        if there and run_code(trial, way=way).passed:
+            return way
+    return [], []

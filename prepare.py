@@ -1,10 +1,16 @@
-"""Get text: from the hub, from files of one's own, or from the embedded world.
+"""Get text and conversations: from the hub, from files of one's own, or the embedded world.
 
 Usage:   python prepare.py                                 # the embedded world, no network
          python prepare.py --data=../books                 # a folder or file of one's own
          python prepare.py --data=hub --shards=8           # FineWeb-Edu; --data=climbmix
-Reads:   the hub (HF_ENDPOINT, HF_TOKEN), a path, or nothing
-Writes:  data/SOURCE/train-00000.parquet ... val.parquet, manifest.json; world also eval/
+         python prepare.py --conversations=hub             # data/chat: SmolTalk, MMLU, GSM8K, ARC
+         python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, or ShareGPT's
+         python prepare.py --eval-data=hub                 # evaluation sets alone; or a folder
+Reads:   the hub (HF_ENDPOINT, HF_TOKEN), a path, or nothing; NANOCHAT_MIRROR, a place that has
+         eval_bundle.zip and words_alpha.txt, where their own addresses are out of reach
+Writes:  data/SOURCE/train-00000.parquet ... val.parquet, manifest.json; of the world also
+         data/world/{mid,sft,rl,val}.jsonl and eval/NAME.jsonl
+         data/SOURCE/{mid,sft,rl,val}.jsonl, conversations.json; data/eval/
 Method:  documents are cut at paragraph ends, then sorted by a hash of seed and text: this
          shuffles them, drops duplicates and splits off validation text in bounded memory
          and does not depend on how the files lie on the disk
@@ -15,7 +21,9 @@ from __future__ import annotations
 import bisect
 import codecs
 import contextlib
+import csv
 import email.utils
+import fnmatch
 import gzip
 import hashlib
 import io
@@ -25,15 +33,17 @@ import os
 import random
 import re
 import shutil
+import stat
 import sys
 import threading
 import time
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
@@ -50,12 +60,15 @@ from common import (
     MissingInput,
     Stop,
     base_dir,
+    calculate,
     check_name,
     data_dir,
     format_count,
     format_duration,
+    last_number,
     one_sentence,
     parse_settings,
+    read_conversations,
     setting,
     write_json,
     written_beside,
@@ -68,17 +81,23 @@ HUB = {
     "hub": ("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle"),  # 1,823 shards
     "climbmix": ("climbmix", "karpathy/climbmix-400b-shuffle"),  # 6,543 shards
 }
-RESERVED = {"world", "eval", *(folder for folder, _ in HUB.values())}
+RESERVED = {"world", "eval", "chat", "downloads", *(folder for folder, _ in HUB.values())}
 
 
 @dataclass
 class Settings:
     data: str = setting("world", "world, hub (FineWeb-Edu), climbmix, or a path of your own")
+    conversations: str = setting("", "hub, or .jsonl files of your own; then no text is prepared")
+    eval_data: str = setting("", "hub, or a folder of evaluation sets; then no text is prepared")
     source: str = setting(
-        "", "folder below data/; none = world, fineweb-edu, climbmix, path's name"
+        "", "folder below data/; none = world, fineweb-edu, climbmix, chat, path's name"
     )
+    name: str = setting("Nano", "what the assistant is called in its conversations")
     shards: int = setting(8, "hub: shards to train on, about 250 M characters each")
     documents: int = setting(64_000, "world: documents to write, about 370 characters each")
+    num_conversations: int = setting(
+        60_000, "world: conversations of mid; a quarter as many for sft, a tenth problems for rl"
+    )
     doc_chars: int = setting(20_000, "own files: longer documents are cut at paragraph ends")
     val_percent: float = setting(2.0, "world, own files: share of the validation documents")
     val_mb: int = setting(20, "world, own files: MB of validation text at most")
@@ -90,17 +109,28 @@ class Settings:
         if self.kind == "own" and not self.path.is_dir() and not self.path.is_file():
             others = ", ".join(["world", *HUB])
             raise ValueError(f"--data={self.data}: no such file or folder, nor one of {others}")
-        for name in ("shards", "documents", "val_mb", "shard_mb", "workers"):
+        for name in ("shards", "documents", "num_conversations", "val_mb", "shard_mb", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
         if self.doc_chars < 200:
             raise ValueError("--doc-chars must be 200 or more")
         if not 0 < self.val_percent <= 50:
             raise ValueError("--val-percent must be over 0 and at most 50: training needs both")
+        for name in ("conversations", "eval_data"):
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            path = Path(value).expanduser()
+            if value not in ("", "hub") and not (path.is_dir() or path.is_file()):
+                raise ValueError(f"{flag}={value}: no such file or folder, nor hub")
+            if value and self.data != "world":
+                raise ValueError(f"{flag} and --data take two commands: text is prepared by itself")
+        if not self.name.strip() or not self.name.isprintable():
+            raise ValueError("--name must be a name, on one line")
+        if self.eval_data not in ("", "hub") and not Path(self.eval_data).expanduser().is_dir():
+            raise ValueError(f"--eval-data={self.eval_data} must be a folder, or hub")
         self.source = self.source or self.default_source()
         check_name(self.source, "--source")
-        if self.source == "eval":
-            raise ValueError("--source=eval is the folder of the evaluation sets: take another")
+        if self.source in ("eval", "downloads") or (self.conversations and self.source == "world"):
+            raise ValueError(f"--source={self.source} is a folder with another use: take another")
 
     @property
     def kind(self) -> str:
@@ -112,12 +142,15 @@ class Settings:
 
     def default_source(self) -> str:
         """Derive the folder below data/: a fixed name, or the path's name in plain letters."""
-        if self.kind != "own":
-            return HUB[self.data][0] if self.kind == "hub" else "world"
-        plain = unicodedata.normalize("NFKD", self.path.name.split(".")[0].lower())
+        if "hub" in (self.conversations, self.kind):
+            return "chat" if self.conversations else HUB[self.data][0]
+        if self.kind == "world" and not self.conversations:
+            return "world"
+        path = Path(self.conversations or self.data).expanduser().resolve()
+        plain = unicodedata.normalize("NFKD", path.name.split(".")[0].lower())
         plain = plain.encode("ascii", "ignore").decode()
         slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-        slug = slug or "text-" + hashlib.sha256(str(self.path).encode()).hexdigest()[:6]
+        slug = slug or "text-" + hashlib.sha256(str(path).encode()).hexdigest()[:6]
         return f"{slug}-files" if slug in RESERVED else slug
 
     def identity(self) -> dict[str, Any]:
@@ -125,7 +158,8 @@ class Settings:
         if self.kind == "hub":
             return {"data": HUB[self.data][1], "shards": self.shards}
         names = ["val_percent", "val_mb", "shard_mb", "seed"]
-        names += ["documents"] if self.kind == "world" else ["doc_chars"]
+        world = ["documents", "num_conversations", "name"]
+        names += world if self.kind == "world" else ["doc_chars"]
         place = {"data": "world" if self.kind == "world" else str(self.path)}
         return place | {name: getattr(self, name) for name in names}
 
@@ -263,10 +297,10 @@ def write_shard(path: Path, documents: Iterator[str], cap_bytes: float) -> dict[
     return describe_shard(path)
 
 
-def write_splits(folder: Path, sorter: Sorter, settings: Settings) -> dict[str, dict]:
-    """Write val.parquet from the smallest hashes, then the train shards; describe each file.
+def split_documents(sorter: Sorter, settings: Settings) -> tuple[Iterator[str], Iterator[str]]:
+    """Return the validation texts, those of the smallest hashes, and then the training texts.
 
-    Both splits exist wherever there are two distinct documents, and share none.
+    Both exist wherever there are two distinct documents, and share none.
     """
     documents = sorter.documents()
     below = int(settings.val_percent / 100 * (1 << 128)).to_bytes(16, "big")
@@ -282,8 +316,13 @@ def write_splits(folder: Path, sorter: Sorter, settings: Settings) -> dict[str, 
             taken += len(text.encode())
             yield text
 
-    files = {"val.parquet": write_shard(folder / "val.parquet", validation(), float("inf"))}
-    train = chain(first_train, (text for _, text in documents))
+    return validation(), chain(first_train, (text for _, text in documents))
+
+
+def write_splits(folder: Path, sorter: Sorter, settings: Settings) -> dict[str, dict]:
+    """Write val.parquet, then the train shards; describe each file."""
+    val, train = split_documents(sorter, settings)
+    files = {"val.parquet": write_shard(folder / "val.parquet", val, float("inf"))}
     for number, text in enumerate(train):
         name = f"train-{number:05d}.parquet"
         cap_bytes = settings.shard_mb * 10**6
@@ -327,6 +366,7 @@ class Progress:
 
 def check_space(need: int, remedy: str) -> None:
     """Raise Stop where the base directory's disk has less than `need` bytes free."""
+    base_dir().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(base_dir()).free
     if free < need:
         have = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
@@ -347,6 +387,7 @@ def file_digest(path: Path, digest: str = "") -> str:
     return state.hexdigest()
 
 
+HUB_ADDRESS = "https://huggingface.co"
 BLOCK_BYTES = 1 << 18  # read at once; what a cut connection may lose
 
 
@@ -381,15 +422,17 @@ def retry_after(response: requests.Response) -> float:
 
 @dataclass
 class Net:
-    """How the hub is talked to. Only `endpoint` gets the token, redirects elsewhere do not."""
+    """How the hub is talked to. Only `endpoint` gets the token, redirects elsewhere do not.
 
-    endpoint: str = field(
-        default_factory=lambda: os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    )
+    Another server than a hub has another `variable` for its mirror, and gets no token at all.
+    """
+
+    endpoint: str = field(default_factory=lambda: os.environ.get("HF_ENDPOINT") or HUB_ADDRESS)
     tries: int = 8  # failures in a row without a byte gained
     backoff_s: float = 1.0
     timeout_s: float = 30.0
     stopping: threading.Event = field(default_factory=threading.Event)
+    variable: str = "HF_ENDPOINT"
 
     def __post_init__(self) -> None:
         self.endpoint = self.endpoint.rstrip("/")
@@ -398,11 +441,11 @@ class Net:
             parts = urlsplit(self.endpoint)
             good = parts.scheme in ("http", "https") and parts.hostname
         if not good:
-            raise Stop(f"HF_ENDPOINT={self.endpoint} is no address like https://huggingface.co")
+            raise Stop(f"{self.variable}={self.endpoint} is no address like {HUB_ADDRESS}")
 
     def sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Add HF_TOKEN to requests for the endpoint; requests drops it when another host comes."""
-        token = os.environ.get("HF_TOKEN", "").strip()
+        token = os.environ.get("HF_TOKEN", "").strip() if self.variable == "HF_ENDPOINT" else ""
         if token and urlsplit(request.url or "").netloc == urlsplit(self.endpoint).netloc:
             request.headers["Authorization"] = f"Bearer {token}"
         return request
@@ -414,7 +457,7 @@ class Net:
         try:
             response = requests.get(url, headers=headers, auth=self.sign, **options)
         except (ValueError, requests.TooManyRedirects):
-            raise Stop(f"{url} cannot be asked: is HF_ENDPOINT right?") from None
+            raise Stop(f"{url} cannot be asked: is {self.variable} right?") from None
         code = response.status_code
         if code in (200, 206, 416):
             return response
@@ -422,7 +465,9 @@ class Net:
         if code in (408, 429) or code >= 500:
             raise Busy(f"it answered {code}", retry_after(response))
         refused = "set HF_TOKEN to a token that may read it"
-        remedy = refused if code in (401, 403) else "it is not there, or HF_ENDPOINT is no hub"
+        remedy = f"it is not there, or {self.variable} is not right"
+        if code in (401, 403) and self.variable == "HF_ENDPOINT":
+            remedy = refused
         raise Stop(f"{url} answered {code}: {remedy}")
 
     def pause(self, failures: int, url: str, error: Exception) -> None:
@@ -444,12 +489,14 @@ class Net:
                 with self.open(url) as response:
                     return read(response)
             except (ValueError, AttributeError, KeyError, TypeError):
-                raise Stop(f"{url} answered something else than a hub does: is HF_ENDPOINT right?")
+                raise Stop(
+                    f"{url} answered something else than a hub does: is {self.variable} right?"
+                )
             except (Busy, requests.RequestException) as error:
                 if isinstance(next(iter(error.args), None), MaxRetryError):  # never connected
                     raise Stop(
-                        f"the hub at {self.endpoint} cannot be reached: check the network or set "
-                        "HF_ENDPOINT to a mirror; without one take --data=world, the embedded "
+                        f"{self.endpoint} cannot be reached: check the network or set "
+                        f"{self.variable} to a mirror; without one take --data=world, the embedded "
                         "text, or --data=PATH, files of your own"
                     ) from None
                 self.pause(failures, url, error)
@@ -485,7 +532,8 @@ def announced(net: Net, remote: Remote) -> Remote:
         for headers in (r.headers for r in [*response.history, response]):
             etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").strip('W/"')
             version = version or etag
-            digest = digest or (etag if re.fullmatch("[0-9a-f]{64}", etag) else "")
+            if net.variable == "HF_ENDPOINT" and re.fullmatch("[0-9a-f]{64}", etag):
+                digest = digest or etag  # elsewhere it may be the hash of something else
             size = size or int(headers.get("X-Linked-Size") or 0)
         size = size or int(response.headers.get("Content-Length") or 0)
         return Remote(remote.url, size or None, digest, version)
@@ -555,7 +603,7 @@ def download(net: Net, remote: Remote, path: Path, progress: Progress | None = N
         wrong += 1
         if wrong == 3:
             raise Stop(f"{remote.url} gave {wrong} times other bytes than the hub announces: "
-                       "try again later, or another HF_ENDPOINT")  # fmt: skip
+                       f"try again later, or another {net.variable}")  # fmt: skip
 
 
 def download_all(fetch: Callable[[str], Any], names: list[str], workers: int, net: Net) -> list:
@@ -852,6 +900,665 @@ def make_own(settings: Settings, files: OwnFiles, folder: Path) -> tuple[Sorter,
         need = "training and validation need two documents, better a million characters"
         raise MissingInput(f"{files.root} holds {what} that can be used{why}; {need}")
     return sorter, write_splits(folder, sorter, settings)
+
+
+# Conversations: hub and own files ------------------------------------------------------------
+
+# A conversation is read from a row of any of these forms into the one of common.py; a graded item
+# ends with a user's message, and has what grades the reply and, in `reply`, a right one.
+
+MAKER = "someone with a small open program for training chat models"  # {{author}} of own files
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant",
+}  # fmt: skip
+
+
+def own_content(content: Any, role: str) -> str | list[dict[str, str]]:
+    """Check a message's content, text or parts. Raises ValueError(reason, detail)."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, dict) else {} for part in content]
+        kinds = [str(part.get("type")) for part in parts]
+        for kind, part in zip(kinds, parts):
+            if kind not in ("text", "python", "output") or not isinstance(part.get("text"), str):
+                raise ValueError("part that is no text", kind[:40])
+        if set(kinds) <= {"text"}:
+            content = "\n".join(part["text"] for part in parts)
+        else:  # outer blanks of a part belong to it
+            texts = [clean(f"|{part['text']}|")[1:-1] for part in parts]
+            parts = [{"type": kind, "text": text} for kind, text in zip(kinds, texts)]
+            pairs = [(a["text"], b["text"]) for a, b in itertools.pairwise(parts)
+                     if a["type"] == "python" and b["type"] == "output"]  # fmt: skip
+            counts = [kinds.count("python"), kinds.count("output")]
+            if role != "assistant" or counts != [len(pairs)] * 2:
+                raise ValueError("tool call without its output")
+            if any(calculate(call) != output for call, output in pairs):
+                raise ValueError("tool call whose output is not the calculator's")
+            return parts
+    text = clean(content) if isinstance(content, str) else None
+    if not text:
+        raise ValueError("message without text" if text is None else "empty message")
+    return text
+
+
+def own_conversation(value: Any) -> dict[str, Any]:
+    """Read a conversation in the spelling of OpenAI, ShareGPT, a bare list, or of this project.
+
+    Raises ValueError(reason, detail) where there is nothing to learn from it.
+    """
+    row = value if isinstance(value, dict) else {"messages": value}
+    turns = row.get("messages", row.get("conversations"))
+    turns = turns if isinstance(turns, list) else []
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("no list of messages")
+    messages = []
+    for turn in turns:
+        said = str(turn.get("role", turn.get("from")))
+        if said not in ROLES:
+            raise ValueError("role that is not system, user or assistant", said[:40])
+        if turn.get("tool_calls") or turn.get("function_call"):
+            raise ValueError("call of a tool that is not the calculator")
+        content = own_content(turn.get("content", turn.get("value")), ROLES[said])
+        messages.append({"role": ROLES[said], "content": content})
+    graded = row.get("grade") in ("number", "letter", "text")
+    roles = [message["role"] for message in messages]
+    roles = roles[1:] if roles[0] == "system" else roles
+    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or not roles:
+        raise ValueError("roles out of order", " ".join(roles)[:40])
+    if (roles[-1] == "user") != graded:
+        raise ValueError("graded reply" if graded else "no reply at the end")
+    kind = row.get("kind")
+    item = {"kind": kind if isinstance(kind, str) and kind else "own", "messages": messages}
+    if graded:
+        item |= {key: row[key] for key in ("grade", "accept", "reject", "choices") if key in row}
+        item["answer"] = str(row.get("answer", ""))
+        if (row["grade"] == "text") != bool(row.get("accept")) or not (
+            item["answer"] or row["grade"] == "text"
+        ):
+            raise ValueError("problem without its answer")
+    return item
+
+
+def letter_question(question: str, choices: Sequence[str], letters: str = "ABCDE") -> str:
+    """Ask for a letter; the one layout of multiple choice, in training and in evaluation.
+
+    The letter stands behind its choice, where copying what follows finds it, and in parentheses,
+    where it is the same token as in the answer.
+    """
+    lines = [f"- {choice} ({letter})" for choice, letter in zip(choices, letters)]
+    return "\n".join([question, *lines, "Answer with the letter alone."])
+
+
+def letter_item(question: str, choices: Sequence[str], right: int) -> dict[str, Any]:
+    """Make a graded item of a question with choices."""
+    choices = [" ".join(choice.split()) for choice in choices]
+    if not 2 <= len(choices) <= 5 or not 0 <= right < len(choices):
+        raise ValueError("choices without their answer")
+    text, letter = letter_question(question.strip(), choices), "ABCDE"[right]
+    return {"messages": [{"role": "user", "content": text}], "choices": choices,
+            "grade": "letter", "answer": letter, "reply": letter}  # fmt: skip
+
+
+def mmlu_item(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row of MMLU, of a table or of a .csv file."""
+    row = row.get("train") or row  # one of the hub's tables wraps them
+    choices = row.get("choices") or [row[f"choice{i}"] for i in range(4)]
+    return letter_item(row["question"], choices, int(row["answer"]))
+
+
+def arc_item(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row of ARC, whose labels are letters or numbers."""
+    labels = list(row["choices"]["label"])
+    return letter_item(row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
+
+
+def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row of GSM8K: its marks <<16-3=13>> become calls of the tool, with their outputs."""
+    solution, _, answer = row["answer"].rpartition("####")
+    reply: list[dict[str, str]] = []
+    text = ""
+    for i, piece in enumerate(re.split("<<(.*?)>>", solution.strip())):
+        call, _, result = piece.partition("=")
+        call = call.strip().lstrip("+")
+        output = calculate(call) if i % 2 else "error"
+        if not i % 2:
+            text += piece
+        elif output == last_number(result) != "":
+            reply += [{"type": "text", "text": text}] if text else []
+            reply += [{"type": "python", "text": call}, {"type": "output", "text": output}]
+            text = ""
+    number = last_number(answer)
+    if not number:
+        raise ValueError("problem without its answer")
+    reply.append({"type": "text", "text": f"{text}\nThe answer is {number}."})
+    question = [{"role": "user", "content": row["question"].strip()}]
+    return {"messages": question, "grade": "number", "answer": number, "reply": reply}
+
+
+def humaneval_item(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row of HumanEval: a function to complete, and its tests."""
+    task = "Complete this Python function. Answer with the whole of it in a code block."
+    question = [{"role": "user", "content": f"{task}\n\n```python\n{row['prompt'].strip()}\n```"}]
+    reply = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
+    return {"messages": question, "grade": "code", "answer": "", "prompt": row["prompt"],
+            "tests": row["test"], "entry_point": row["entry_point"], "reply": reply}  # fmt: skip
+
+
+COUNT_LETTERS = """
+How many times does the letter {l} occur in the word {w}? | How many {l} are in {w}? |
+How many times is {l} in "{w}"? | Count the letter {l} in {w}. | How often does {w} have a {l}? |
+In the word "{w}", how many letters are {l}? | Tell me how many {l} there are in {w}. |
+What is the number of {l} in {w}?"""
+SPELL_OUT = """
+How do you spell {w}? | Spell the word {w}. | Spell "{w}" letter by letter. |
+Which letters does the word {w} consist of? | Write {w} one letter at a time."""
+
+
+def count_letters(rng: random.Random, word: str) -> dict[str, Any]:
+    """Ask how often a letter is in a word; the reply spells it and lets the tool count."""
+    letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+    asked = rng.choice(items(COUNT_LETTERS, "|")).format(l=letter, w=word)
+    count = word.count(letter)
+    there = f"There is 1 {letter}" if count == 1 else f"There are {count} {letter}'s"
+    reply = [{"type": "text", "text": f"The word {word} is spelled {'-'.join(word)}. "},
+             {"type": "python", "text": f"'{word}'.count('{letter}')"},
+             {"type": "output", "text": str(count)},
+             {"type": "text", "text": f" {there} in {word}."}]  # fmt: skip
+    return {"kind": "spelling", "messages": [{"role": "user", "content": asked}],
+            "grade": "number", "answer": str(count), "reply": reply}  # fmt: skip
+
+
+def spell_out(rng: random.Random, word: str) -> dict[str, Any]:
+    """Ask for a word's letters."""
+    asked = rng.choice(items(SPELL_OUT, "|")).format(w=word)
+    reply = f"{'-'.join(word)}."
+    return {"kind": "spelling", "messages": [{"role": "user", "content": asked}],
+            "grade": "text", "answer": "", "accept": ["-".join(word)], "reply": reply}  # fmt: skip
+
+
+def solved(item: dict[str, Any]) -> dict[str, Any]:
+    """Turn a graded item into a conversation in which it is answered; leave others as they are."""
+    if "grade" not in item:
+        return item
+    reply = {"role": "assistant", "content": item["reply"]}
+    return {"kind": item["kind"], "messages": [*item["messages"], reply]}
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set: what evaluation calls it, where it is on the hub and in folders laid out by hand.
+
+    In the patterns {} is the name of a split; the first that finds files counts.
+    """
+
+    title: str
+    repo: str
+    patterns: tuple[str, ...]  # below the repository
+    by_hand: str  # below a folder of one's own
+    train: str  # the splits
+    val: str
+    test: str
+    read: Callable[[Any], dict[str, Any]]
+
+
+SETS = {
+    "smoltalk": HubSet("SmolTalk", "HuggingFaceTB/smol-smoltalk", ("data/{}-*.parquet",),
+                       "smoltalk/{}.jsonl*", "train", "test", "", own_conversation),
+    "mmlu": HubSet("MMLU", "cais/mmlu", ("all/{}-*.parquet", "{}/train-*.parquet"),
+                   "mmlu/{}/*.csv", "auxiliary_train", "validation", "test", mmlu_item),
+    "arc-easy": HubSet("ARC-Easy", "allenai/ai2_arc", ("ARC-Easy/{}-*.parquet",),
+                       "arc/ARC-Easy/{}.json*", "train", "validation", "test", arc_item),
+    "arc-challenge": HubSet("ARC-Challenge", "allenai/ai2_arc", ("ARC-Challenge/{}-*.parquet",),
+                            "arc/ARC-Challenge/{}.json*", "train", "validation", "test", arc_item),
+    "gsm8k": HubSet("GSM8K", "openai/gsm8k", ("main/{}-*.parquet",),
+                    "gsm8k/{}.jsonl*", "train", "", "test", gsm8k_item),
+    "humaneval": HubSet("HumanEval", "openai/openai_humaneval",
+                        ("openai_humaneval/{}-*.parquet",),
+                        "humaneval/HumanEval.jsonl*", "", "", "test", humaneval_item),
+}  # fmt: skip
+# Two files from elsewhere; NANOCHAT_MIRROR names a place that has both.
+PLAIN_FILES = {
+    "eval_bundle.zip": "https://karpathy-public.s3.us-west-2.amazonaws.com",  # CORE
+    "words_alpha.txt":
+        "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master",
+}  # fmt: skip
+SPELLING_BEE = 500  # words of the evaluation set
+ZIP_BYTES = 2 * 10**9  # unpacked, at most
+REST = sys.maxsize
+FILES = ("mid", "sft", "rl", "val")
+# Conversations of each kind in FILES. Rows of a split that are counted are taken out by a hash;
+# REST takes all others. The rows of val are of the validation split where there is one.
+MIXTURE = {
+    "smoltalk": (REST, 10_000, 0, 2_000),  # 460,341 rows, of val 24,229
+    "mmlu": (REST, 0, 0, REST),  # 99,842 rows, of val 1,531
+    "arc-easy": (0, REST, 0, REST),  # 2,251 rows, of val 570
+    "arc-challenge": (0, REST, 0, REST),  # 1,119 rows, of val 299
+    "gsm8k": (REST, REST, REST, 200),  # 7,473 rows; those of rl without the solution
+    "spelling": (280_000, 600, 0, 300),
+    "identity": (2_000, 1_000, 0, 100),
+}
+
+
+def find_set(root: Path, name: str, split: str) -> list[Path]:
+    """List the files of a set's split below a folder, [] where it has none."""
+    repo = SETS[name].repo
+    places = [f"{base}/{pattern}" for pattern in SETS[name].patterns
+              for base in (repo, repo.split("/")[1])]  # fmt: skip
+    for place in (*places, SETS[name].by_hand, f"eval/{SETS[name].by_hand}"):
+        if split and (paths := sorted(root.glob(place.format(split)))):
+            return paths
+    return []
+
+
+def read_rows(path: Path) -> Iterator[Any]:
+    """Yield the rows of a .parquet, .csv, .json, .jsonl or packed .jsonl.gz file."""
+    try:
+        if path.suffix == ".parquet":
+            with pq.ParquetFile(path) as table:
+                for batch in table.iter_batches(1024):
+                    yield from batch.to_pylist()
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file)
+            elif path.suffix == ".json":
+                yield from json.load(file)
+            else:
+                yield from (json.loads(line) for line in file if line.strip())
+    except (
+        pa.ArrowException, gzip.BadGzipFile, EOFError, zlib.error, ValueError, csv.Error
+    ) as error:  # fmt: skip
+        reason = str(error).splitlines()[0]
+        raise Stop(f"{path} is damaged ({reason}): delete it, get it again and run this again")
+
+
+def read_set(root: Path, name: str, split: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield a set's rows as conversations or graded items; those that are none are counted."""
+    good = 0
+    for path in (paths := find_set(root, name, split)):
+        for row in read_rows(path):
+            try:
+                item = SETS[name].read(row)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                dropped[f"{SETS[name].title} rows that cannot be used"] += 1
+            else:
+                good += 1
+                yield {**item, "kind": name}
+    if paths and not good:
+        raise Stop(f"{paths[0]} has no row that can be read as one of {SETS[name].title}")
+
+
+def read_words(root: Path) -> list[str]:
+    """Read an English word list below a folder, or beside it; [] where there is none."""
+    for place in ("", "words", "../words"):
+        path = root / place / "words_alpha.txt"
+        if path.is_file():
+            words = path.read_text("utf-8", errors="replace").split()
+            words = [w for w in words if 3 <= len(w) <= 14 and re.fullmatch("[a-z]+", w)]
+            if len({held_out_word(word) for word in words}) < 2:
+                raise Stop(f"{path} is no list of English words: delete it and run this again")
+            return words
+    return []
+
+
+def fetch_sets(net: Net, root: Path, sets: dict[str, list[str]], workers: int) -> None:
+    """Fetch the files of sets' splits, and the plain files, below `root` unless they are there."""
+    listing = root / "files.json"  # split: its files with their sizes, once they are whole
+    try:
+        known: dict[str, dict[str, int]] = json.loads(listing.read_text("utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    wanted: dict[str, tuple[Net, Remote]] = {}
+    repos: dict[str, dict[str, Remote]] = {}
+    for name, split in [(name, split) for name, splits in sets.items() for split in splits]:
+        files = known.get(f"{name} {split}", {})
+        sizes = {p: (root / p).stat().st_size for p in files if (root / p).is_file()}
+        if not files or sizes != files:
+            repo, patterns = SETS[name].repo, SETS[name].patterns
+            repos[repo] = repos.get(repo) or hub_files(net, repo)
+            tried = (fnmatch.filter(repos[repo], pattern.format(split)) for pattern in patterns)
+            found = next(filter(None, tried), [])
+            if not found:
+                raise Stop(f"{net.endpoint} lists no {patterns[0].format(split)} of {repo}: is "
+                           "HF_ENDPOINT right?")  # fmt: skip
+            wanted |= {f"{repo}/{path}": (net, repos[repo][path]) for path in found}
+            known[f"{name} {split}"] = dict.fromkeys((f"{repo}/{path}" for path in found), 0)
+    mirror = os.environ.get("NANOCHAT_MIRROR", "").strip().rstrip("/")
+    for name, place in PLAIN_FILES.items():
+        if not (root / name).is_file():  # neither size nor hash is known: one that is there is good
+            endpoint = mirror or "/".join(place.split("/")[:3])
+            other = replace(net, endpoint=endpoint, variable="NANOCHAT_MIRROR")
+            wanted[name] = other, Remote(f"{mirror or place}/{name}")
+    if not wanted:
+        return
+    total = sum(remote.size or 0 for _, remote in wanted.values())
+    check_space(5 * total, "take conversations of your own")  # packed, and twice unpacked
+    print(f"prepare: fetching {len(wanted)} files of conversations and evaluation sets to {root}, "
+          f"{total / 1e6:,.0f} MB", flush=True)  # fmt: skip
+    progress = Progress("conversations", total)
+
+    def fetch(name: str) -> None:
+        server, remote = wanted[name]
+        if server is not net or not is_whole(root / name, remote):
+            download(server, remote, root / name, progress)
+
+    with contextlib.closing(progress):
+        download_all(fetch, list(wanted), workers, net)
+    for files in known.values():
+        files.update({p: (root / p).stat().st_size for p in files if (root / p).is_file()})
+    write_json(listing, known)
+
+
+def write_lines(paths: list[Path], lines: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Write the same lines to all paths; return each file's rows, kinds, size and hash."""
+    kinds: Counter[str] = Counter()
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
+        for line in lines:
+            kinds[line.split('"', 4)[3]] += 1
+            for file in files:
+                file.write(line + "\n")
+    about = {"conversations": sum(kinds.values()), "kinds": dict(kinds.most_common())}
+    return {path.name: {**about, "size": path.stat().st_size, "sha256": file_digest(path)}
+            for path in paths}  # fmt: skip
+
+
+def as_line(item: dict[str, Any]) -> str:
+    """Write a conversation or item as a line of JSON that begins with its kind."""
+    return json.dumps({"kind": item["kind"], **item}, ensure_ascii=False)
+
+
+def question_keys(item: dict[str, Any]) -> list[str]:
+    """Name what a conversation asks, so that the same question in other type is found again.
+
+    The choices, in any order, are part of a question: many ask which of these is true.
+    """
+    asked = [m["content"] for m in item["messages"] if m["role"] == "user"]
+    if "choices" in item:
+        start = asked[0].rindex(f"\n- {item['choices'][0]} (A)")
+        asked = [" ".join([asked[0][:start], *sorted(item["choices"])])]
+    return [" ".join(re.findall(r"\w+", text.casefold())) for text in asked]
+
+
+def hub_conversations(
+    root: Path, settings: Settings, dropped: Counter[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (file, conversation, or problem of rl) of the mixture; none is a question of a test."""
+    tests = {key for path in data_dir("eval").glob("*.jsonl")
+             for item in read_conversations(path) for key in question_keys(item)}  # fmt: skip
+    tests.discard("")  # what has no words is no question
+    words = [word for word in read_words(root) if not held_out_word(word)]
+    for kind in ("spelling", "identity"):
+        for file, count in zip(FILES, MIXTURE[kind]):
+            rng = random.Random(f"{kind} {file} {settings.seed}")
+            for _ in range(count):
+                if kind == "identity":
+                    yield file, {**identity_chat(rng, settings.name), "kind": kind}
+                else:
+                    make = rng.choice((count_letters, spell_out))
+                    yield file, solved(make(rng, rng.choice(words)))
+    for kind, about in SETS.items():
+        counts = dict(zip(FILES, MIXTURE.get(kind, ())))
+        val = {"val": counts.pop("val", 0)} if about.val else {}
+        for split, wanted in ((about.val, val), (about.train, counts)):
+            rows = sum(pq.read_metadata(path).num_rows for path in find_set(root, kind, split))
+            for item in read_set(root, kind, split, dropped):
+                if not tests.isdisjoint(question_keys(item)):
+                    dropped["questions of the evaluation sets"] += 1
+                    continue
+                draw = zlib.crc32(as_line(item).encode()) / 2**32 * rows
+                problem = {key: value for key, value in item.items() if key != "reply"}
+                for file in share_out(wanted, draw):
+                    yield file, problem if file == "rl" else solved(item)
+
+
+def share_out(counts: dict[str, int], draw: float) -> list[str]:
+    """Return the files that a row goes to, whose draw is from 0 to the number of rows."""
+    for file, count in counts.items():
+        if count != REST:
+            if draw < count:
+                return [file]
+            draw -= count
+    return [file for file, count in counts.items() if count == REST]
+
+
+def make_hub_chat(settings: Settings, root: Path, folder: Path) -> dict[str, Any]:
+    """Write the hub's conversations to folder/{mid,sft,rl,val}.jsonl, each shuffled."""
+    dropped: Counter[str] = Counter()
+    print(f"prepare: writing the conversations of {data_dir(settings.source)}", flush=True)
+    size = 3 * sum(path.stat().st_size for path in find_set(root, "smoltalk", "train"))
+    sorters = {file: Sorter(folder / "buckets" / file, settings.seed, size) for file in FILES}
+    for file, item in hub_conversations(root, settings, dropped):
+        sorters[file].add(as_line(item))
+    val = dict(sorters["val"].documents())
+    made = write_lines([folder / "val.jsonl"], val.values())
+    for file in FILES[:3]:
+        lines = (line for key, line in sorters[file].documents() if key not in val)
+        made |= write_lines([folder / f"{file}.jsonl"], lines)
+    dropped["duplicates"] = sum(sorter.duplicates for sorter in sorters.values())
+    return {"files": made, "dropped": dict(+dropped)}
+
+
+def read_line(line: bytes, fill: dict[str, str]) -> dict[str, Any]:
+    """Read a line of .jsonl; `fill` names placeholders. Raises ValueError(reason, detail)."""
+    if len(line) == LINE_CHARS:
+        raise ValueError("line that is too long")
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("text that is not UTF-8") from None
+    for mark, word in fill.items():
+        text = text.replace(mark, json.dumps(word)[1:-1])
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("broken JSON") from None
+    return own_conversation(value)
+
+
+def own_conversations(files: OwnFiles, name: str) -> Iterator[dict[str, Any]]:
+    """Yield what is good in .jsonl files; the first bad lines are printed, all are counted."""
+    fill, bad = {"{{name}}": name, "{{author}}": MAKER}, 0
+    for path in files.files:
+        number = 0
+        try:
+            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+                while line := file.readline(LINE_CHARS):
+                    number += 1
+                    rest = line
+                    while len(rest) == LINE_CHARS and rest[-1:] != b"\n":
+                        rest = file.readline(LINE_CHARS)
+                    if not line.strip():
+                        continue
+                    try:
+                        yield read_line(line, fill)
+                    except ValueError as error:
+                        files.drop(error.args[0], f"{path}:{number}")
+                        bad += 1
+                        if bad <= 5:
+                            place = os.path.relpath(path, files.root.parent)
+                            print(f"prepare: {place}:{number}: {': '.join(error.args)}")
+        except (OSError, EOFError, zlib.error):
+            files.drop("damaged or unreadable files", path)
+
+
+def make_own_chat(settings: Settings, files: OwnFiles, folder: Path) -> dict[str, Any]:
+    """Write one's own conversations: mid.jsonl and sft.jsonl are equal, val.jsonl is apart."""
+    check_space(4 * files.expected_bytes(), "name a smaller --conversations")
+    print(f"prepare: reading {len(files.files)} files, {files.size() / 1e6:,.1f} MB", flush=True)
+    talks, problems = (Sorter(folder / "buckets" / name, settings.seed, files.expected_bytes())
+                       for name in ("talks", "problems"))  # fmt: skip
+    for item in own_conversations(files, settings.name):
+        (problems if "grade" in item else talks).add(as_line(item))
+    if len(talks.few) < 2:
+        what = "only one conversation" if talks.few else "no conversation"
+        why = f": {files.left_out()}" if files.dropped else ""
+        raise MissingInput(f"{files.root} holds {what} that can be used{why}; training and "
+                           "validation need two, a line of .jsonl each")  # fmt: skip
+    val, train = split_documents(talks, settings)
+    made = write_lines([folder / "val.jsonl"], val)
+    made |= write_lines([folder / "mid.jsonl", folder / "sft.jsonl"], train)
+    if problems.few:
+        made |= write_lines([folder / "rl.jsonl"], (line for _, line in problems.documents()))
+    files.dropped["duplicates"] = talks.duplicates + problems.duplicates
+    return {"files": made, "dropped": dict(+files.dropped)}
+
+
+def unzip(path: Path, folder: Path) -> None:
+    """Unpack an archive to a new folder. Raises Stop where it is damaged, huge, or leads out."""
+    bad = f"delete {path} and run the same command again"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = [member for member in archive.infolist() if not member.is_dir()]
+            if sum(member.file_size for member in members) > ZIP_BYTES:
+                raise Stop(f"{path} unpacks to more than {ZIP_BYTES / 1e9:.0f} GB: {bad}")
+            for member in members:
+                parts = re.split(r"[/\\]", member.filename)
+                link = stat.S_ISLNK(member.external_attr >> 16)
+                if link or ":" in parts[0] or {"", ".", ".."} & set(parts):
+                    raise Stop(f"{path} has {member.filename!r}, which leads out of it: {bad}")
+                target = folder.joinpath(*parts)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(member) as packed, open(target, "wb") as file:
+                    shutil.copyfileobj(packed, file)
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise Stop(f"{path} is damaged ({error}): {bad}") from None
+
+
+def copy_core(root: Path, folder: Path) -> list[str]:
+    """Copy the CORE bundle's data, unpacked or not, to folder/core/; return the files' names."""
+    if (root / "eval_bundle.zip").is_file():
+        unzip(root / "eval_bundle.zip", folder / "bundle")
+        root = folder / "bundle"
+    for place in ("core", "eval_bundle", "eval/core", "."):
+        if (source := root / place / "eval_data").is_dir():
+            shutil.copytree(source, folder / "core" / "eval_data", copy_function=shutil.copyfile)
+            break
+    return [str(p.relative_to(folder)) for p in sorted(folder.glob("core/eval_data/*/*.jsonl"))]
+
+
+def make_eval(root: Path, folder: Path) -> dict[str, Any]:
+    """Write the evaluation sets that `root` has to folder/{NAME.jsonl, core/}."""
+    dropped: Counter[str] = Counter()
+    made: dict[str, dict] = {}
+    folder.mkdir(parents=True)
+    for name, about in SETS.items():
+        if about.test and find_set(root, name, about.test):
+            lines = map(as_line, read_set(root, name, about.test, dropped))
+            made |= write_lines([folder / f"{about.title}.jsonl"], lines)
+    words = [word for word in read_words(root) if held_out_word(word)]
+    if words:
+        rng = random.Random("spelling bee")
+        words = rng.sample(words, min(len(words), SPELLING_BEE))
+        lines = (as_line(count_letters(rng, word)) for word in words)
+        made |= write_lines([folder / "SpellingBee.jsonl"], lines)
+    for path in copy_core(root, folder):
+        made[path] = {"size": (folder / path).stat().st_size, "task": Path(path).stem}
+    if not made:
+        places = "gsm8k/, arc/, mmlu/, humaneval/, core/ or the hub's openai/gsm8k/"
+        raise MissingInput(f"{root} holds none of the evaluation sets: it must have {places}")
+    return {"files": made, "dropped": dict(+dropped)}
+
+
+def replace_files(folder: Path, wanted: dict, make: Callable[[Path], dict], keep: bool) -> dict:
+    """Make files beside a folder and put them in; conversations.json, written last, lists them.
+
+    With `keep` the files of sets that are not made anew stay.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    remove_leftovers(folder)
+    old = read_manifest(folder, "conversations.json").get("files", {})
+    try:
+        new = {"settings": wanted, **make(beside)}
+        sets = {name.split("/")[0] for name in new["files"]}
+        kept = {n: entry for n, entry in old.items() if keep and n.split("/")[0] not in sets}
+        unsure = {name: {"size": -1} for name in {**old, **new["files"]}}
+        write_json(folder / "conversations.json", {"settings": wanted, "files": unsure})
+        for name in old.keys() - new["files"].keys() - kept.keys():
+            (folder / name).unlink(missing_ok=True)
+        for name in new["files"]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+        new["files"] |= kept
+        write_json(folder / "conversations.json", new)
+        return new
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def prepare_eval(settings: Settings, net: Net | None) -> dict[str, Any]:
+    """Make data/eval/ of the hub's sets or of a folder's, unless it is there."""
+    folder, root, hub = data_dir("eval"), data_dir("downloads"), settings.eval_data == "hub"
+    wanted = {"data": "hub", "program": file_digest(Path(__file__))}
+    if not hub:
+        root = Path(settings.eval_data).expanduser().resolve()
+        wanted |= {"data": str(root), "input": OwnFiles(root).fingerprint()}
+    manifest = read_manifest(folder, "conversations.json")
+    again = is_prepared(folder, manifest, wanted)
+    if not again:
+        if hub:
+            tests = {name: [about.test] for name, about in SETS.items() if about.test}
+            fetch_sets(net or Net(), root, tests, settings.workers)
+        manifest = replace_files(folder, wanted, partial(make_eval, root), keep=True)
+    titles = [*(about.title for about in SETS.values() if about.test), "SpellingBee"]
+    there = [f"{t} {manifest['files'][f'{t}.jsonl']['conversations']:,}" for t in titles
+             if f"{t}.jsonl" in manifest["files"]]  # fmt: skip
+    core = sum("task" in entry for entry in manifest["files"].values())
+    there += [f"CORE {core} files"] if core else []
+    missing = [t for t in titles if f"{t}.jsonl" not in manifest["files"]] + ["CORE"] * (not core)
+    state = " is complete, nothing to do" if again else ""
+    print(f"prepare: {folder}{state}: {', '.join(there)}")
+    if missing:
+        print(f"prepare: {root} does not have {', '.join(missing)}: left out")
+    return manifest
+
+
+def show_kinds(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Say how many conversations of each kind the files hold."""
+    for name, entry in files.items():
+        if Path(name).stem in FILES:
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in entry["kinds"].items())
+            print(f"prepare: {folder / name}: {entry['conversations']:,} ({kinds})")
+
+
+def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
+    """Make data/SOURCE/{mid,sft,rl,val}.jsonl of the hub's conversations or of one's own."""
+    folder, hub = data_dir(settings.source), settings.conversations == "hub"
+    wanted = {"data": "hub", "name": settings.name, "seed": settings.seed}
+    wanted["program"] = file_digest(Path(__file__))
+    if hub:
+        root = data_dir("downloads")
+        make = partial(make_hub_chat, settings, root)
+    else:
+        files = OwnFiles(Path(settings.conversations).expanduser().resolve())
+        for path in [path for path in files.files if file_kind(path) != ".jsonl"]:
+            files.drop("files of other kinds", path)
+            del files.files[path]
+        wanted |= {"data": str(files.root), "input": files.fingerprint(),
+                   "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
+        make = partial(make_own_chat, settings, files)
+    manifest = read_manifest(folder, "conversations.json")
+    if is_prepared(folder, manifest, wanted):
+        print(f"prepare: {folder} has these conversations, nothing to do")
+    elif manifest and manifest["settings"]["data"] != wanted["data"]:
+        raise Stop(f"{folder} holds the conversations of {manifest['settings']['data']}: give "
+                   f"these a name of their own with --source=NAME")  # fmt: skip
+    elif not manifest and any((folder / f"{file}.jsonl").exists() for file in FILES):
+        raise Stop(f"{folder} has conversations that were not made by --conversations: take "
+                   "another --source=NAME")  # fmt: skip
+    else:
+        if hub:
+            splits = {name: [s for s in (about.train, about.val) if s]
+                      for name, about in SETS.items() if about.train}  # fmt: skip
+            fetch_sets(net or Net(), root, splits, settings.workers)
+        manifest = replace_files(folder, wanted, make, keep=False)
+    show_kinds(folder, manifest["files"])
+    dropped = manifest.get("dropped", {})
+    if not hub:
+        print("prepare: mid.jsonl and sft.jsonl are the same conversations")
+    if dropped:
+        print("prepare: left out " + ", ".join(f"{n:,} {what}" for what, n in dropped.items()))
+    return manifest
 
 
 # 5. World: tables ----------------------------------------------------------------------------
@@ -1185,7 +1892,7 @@ RELATIONS = """
  {s} number {o}
 ! counting the days in {s}, the last day is number {o} / the number of days that {s} has is {o}
 & it has {o} days
-? how many days [does {s} have|are [there |]in {s}]? / how many days are in {s}?
+? how many days does {s} have? / how many days are [there |]in {s}?
 ?! {s} lasts how many days? / how long does {s} last in days?
 @ class | animals and their kinds | | |
 + {as} is {ao} / {ps} are {po} / every {s} is {ao} / {as} is a kind of {o} / of all the kinds of
@@ -1853,50 +2560,95 @@ wanted to call everyone to dinner; broom: the floor was dusty; notebook: {he} ha
 whistle: {he} was training a dog; ladder: the apples hung high; box: {he} had many stones to carry;
 mirror: {he} had a new hat; teapot: guests were coming; sandwich: {he} had skipped lunch; shovel:
 {he} wanted to plant a tree"""
-# Verbs of word problems: base, past, -ing form, + or -, the set, meaning, where or how.
+# Verbs of word problems: base, past, -ing form, + or -, the set, meaning, where or how; after a
+# colon, what they are said of, if not of everything.
 # "shown": solved in mid and sft; "practised": in rl with the answer alone; "test": in no problem.
 # The text explains all of them, and tells tales with them, but never asks.
-COUNT_VERBS = """buy, bought, buying, +, shown, to get something by paying for it, at the shop
+COUNT_VERBS = """
+buy, bought, buying, +, shown, to get something by paying for it, at the shop
 find, found, finding, +, shown, to come upon something, under a tree
 get, got, getting, +, shown, to come to have something, from a friend
 win, won, winning, +, shown, to gain something in a game, at the fair
-make, made, making, +, shown, to bring something new into being, at home
+make, made, making, +, shown, to bring something new into being, at home: card cookie sandwich
+ muffin candle badge toy ribbon basket cup
 receive, received, receiving, +, shown, to be given something, on a birthday
 sell, sold, selling, -, shown, to give something to others for money, at the market
 lose, lost, losing, -, shown, to have something no more without wanting it, on the way home
 give away, gave away, giving away, -, shown, to let others have something, after school
-use up, used up, using up, -, shown, to use something until it is gone, during the week
-break, broke, breaking, -, shown, to spoil something so that it is no good, by accident
+use up, used up, using up, -, shown, to use something until it is gone, during the week: candle
+ ribbon egg bead crayon pencil carrot lemon nut stamp card
+break, broke, breaking, -, shown, to spoil something so that it is no good, by accident: button
+ shell pencil cookie egg cup candle toy nut badge crayon
+bring home, brought home, bringing home, +, shown, to come home with something, from the fair
+order, ordered, ordering, +, shown, to ask a shop to send something, by post
+fetch, fetched, fetching, +, shown, to go and come back with something, from the cellar
+pick, picked, picking, +, shown, to take something from a plant, in the garden: apple pear plum
+ flower nut carrot lemon orange rose peach leaf
+grow, grew, growing, +, shown, to have plants bear something, in the garden: apple pear plum flower
+ nut carrot lemon orange rose peach
+dig up, dug up, digging up, +, shown, to get something out of the ground, in the field: stone coin
+ shell carrot key
+bake, baked, baking, +, shown, to make something in the oven, in the kitchen: cookie muffin
+print, printed, printing, +, shown, to make something on paper, at school: card postcard ticket
+ sticker stamp
+give back, gave back, giving back, -, shown, to let the owner have something again, to a neighbor
+throw away, threw away, throwing away, -, shown, to put something in the trash, after dinner
+return, returned, returning, -, shown, to bring something back to its owner, after school
+ship, shipped, shipping, -, shown, to send something far away, to another town
+eat, ate, eating, -, shown, to take something as food, at lunch: apple pear plum cookie egg nut
+ carrot lemon sandwich orange muffin peach
+spend, spent, spending, -, shown, to pay with something, in town: coin ticket stamp
+mail, mailed, mailing, -, shown, to send something by post, to a friend: postcard card stamp book
+ sticker
+burn, burned, burning, -, shown, to let something go up in flames, at night: candle card ticket leaf
+plant, planted, planting, -, shown, to put something into the ground, in the park: flower nut acorn
+ rose
 collect, collected, collecting, +, practised, to bring things together one by one, in the park
 borrow, borrowed, borrowing, +, practised, to get something for a while, from a neighbor
-pick up, picked up, picking up, +, practised, to take something from the ground, along the road
-earn, earned, earning, +, practised, to get something by working for it, by helping at home
+pick up, picked up, picking up, +, practised, to take something from the ground, along the road:
+ stone coin shell acorn button feather leaf nut marble key card
+earn, earned, earning, +, practised, to get something by working for it, by helping at home: coin
+ sticker badge ticket card stamp marble book
 lend, lent, lending, -, practised, to let someone have it for a while, to a cousin
 drop, dropped, dropping, -, practised, to let something fall and lose it, into the river
 hand out, handed out, handing out, -, practised, to give something to each person, at a party
 leave behind, left behind, leaving behind, -, practised, to go away without something, on the train
 inherit, inherited, inheriting, +, test, to be given what an old relative once had, from an aunt
-gather, gathered, gathering, +, test, to bring things together in one place, in the woods
+gather, gathered, gathering, +, test, to bring things together in one place, in the woods: acorn
+ nut flower stone leaf feather shell apple egg plum pear
 purchase, purchased, purchasing, +, test, to buy something, in town
 acquire, acquired, acquiring, +, test, to come to own something, at a yard sale
 donate, donated, donating, -, test, to give something away to help, to a school
 discard, discarded, discarding, -, test, to throw something away as no use, in the evening
 misplace, misplaced, misplacing, -, test, to put something where it is not found, in the house
 trade away, traded away, trading away, -, test, to give something for another thing, at recess"""
-# Other parts of word problems, in the same three sets: phrase, set, meaning.
+# Other parts of word problems, in the same three sets: phrase, set, role, what is done with the
+# number, use in a problem ([now|in the past]), meaning.
 COUNT_PHRASES = """
-in all, shown, everything counted together; left, shown, still there when the rest is gone; twice
-as many, shown, two times the number; half as many, shown, the number divided by two; each, shown,
-every single one has that number; more than, shown, the larger number minus the smaller one;
-altogether, practised, everything counted together; fewer than, practised, the larger number minus
-the smaller one; three times as many, practised, the number multiplied by three; to remain,
-practised, to be left; in total, test, everything counted together; to be left over, test, to be
-there still when the rest is gone; a dozen, test, twelve of something; apiece, test, the same as
-each; to double, test, to become two times the number"""
+in all, shown, all, +, in all, everything counted together
+altogether, practised, all, +, altogether, everything counted together
+in total, test, all, +, in total, everything counted together
+left, shown, left, 0, [are|were] left, still there when the rest is gone
+to remain, practised, left, 0, [remain|remained], to be left
+to be left over, test, left, 0, [are|were] left over, to be there still when the rest is gone
+twice as many, shown, times, *2, twice as many, two times the number
+half as many, shown, times, /2, half as many, half of the number
+three times as many, practised, times, *3, three times as many, three times the number
+to halve, shown, scale, /2, [halves|halved], to become half of the number
+to triple, practised, scale, *3, [triples|tripled], to become three times the number
+to double, test, scale, *2, [doubles|doubled], to become two times the number
+each, shown, group, *, with {b} {things} each, every single one has that number
+per, practised, group, *, with {b} {things} per {box}, for each one
+apiece, test, group, *, with {b} {things} apiece, the same as each
+more than, shown, compare, -, more, the larger number minus the smaller one
+fewer than, practised, compare, -, fewer, the larger number minus the smaller one
+a pair, shown, number, 2, a pair of, 2 of something
+a dozen, test, number, 12, a dozen, 12 of something"""
 COUNTED = """
 apple pear plum marble button stamp coin shell pencil book card sticker cookie egg flower stone
 ribbon bead balloon candle nut carrot lemon postcard feather key cup sandwich orange muffin toy
 acorn badge peach crayon rose ticket basket ball leaf""".split()
+CONTAINERS = "box bag basket crate".split()
 RHYMES = """
 cat hat bat mat rat; dog log fog frog; sun fun run bun; tree bee sea key knee; light night right
 kite; star car jar far; rain train brain chain; moon spoon noon soon; cake lake snake make; king
@@ -2002,8 +2754,8 @@ count: counting up by {by}: {up} | counting down by {by}: {down} | {words} | {a}
  | {by}, upward: {up} | the larger of {a} and {b} is {max}, and the smaller is {min} | {a} is {odd}
  number, because it ends in {end} | {a} has the digits {digits}; in words it is {named} | in order,
  the numbers {some} are {sorted}
-spell: {w} is spelled {l} | the word {w} is spelled {l} | {l} spells {w} | to spell {w}, say {l} |
- {w}: {l}
+spell: {w} is spelled {l} | the word {w} is spelled {l} | {w}, letter by letter, is {l} | to spell
+ {w}, say {l} | {w}: {l}
 letters: {w} has {n} letters | the word {w} has {n} letters: {list} | count the letters of {w}, {l}:
  there are {n} | {w} begins with {first} and ends with {last} | the first letter of {w} is {first},
  and the last is {last} | {w} written backwards is {back} | backwards, {l} is {lback} | there {is}
@@ -2028,9 +2780,24 @@ verb: to {base} something is {meaning}, so after {ing} {things} you have {more} 
  {meaning} | when people {base} {things}, they have {more} of them than before | {ing} makes the
  number {size} | someone who {does} {things} has {more} {things} afterwards | if you {base}
  something, the number you have goes {up} | {n} {past} some {things}, and then {n} had {more} | the
- word {base} tells us that there are {more} in the end
-phrase: the words {base} mean {meaning} | when people say {base}, they mean {meaning} | in a sum,
- {base} means {meaning}
+ word {base} tells us that there are {more} in the end | {n} {past} some {things}, so now {he} has
+ {more}
+phrase: {base} means {meaning} | "{base}" means {meaning} | when people say {base}, they mean
+ {meaning} | in a sum, {base} means {meaning}
+with all: {n} had {a} {things} and {m} had {b}; {use} they had {c} | {n} had {a} {things}, and {m}
+ had {b}, so they had {c} {things} {use}
+with left: {n} had {a} {things} and lost {b} of them, so {c} {things} {use} | {n} had {a} {things},
+ but {b} were gone: {c} {use}
+with times: {m} had {a} {things}, and {n} had {use}, so {n} had {c} | {n} had {c} {things}, which is
+ {use} as the {a} that {m} had
+with scale: {n} had {a} {things}; then the number of {things} {use}, and it was {c} | {n} had {a}
+ {things}, and when the number {use}, it became {c}
+with group: {n} had {a} {boxes} {use}, so there were {c} {things} | {a} {boxes} {use} hold {c}
+ {things}, for {a} times {b} is {c}
+with compare: {n} had {a} {things} and {m} had {b}, so {x} had {c} {use} than {y} | {x} had {c} {use}
+ {things} than {y}, for {n} had {a} and {m} had {b}
+with number: {n} had {a} {things} and got {use} {things}, so {he} had {c} | {n} put {use} {things}
+ with {a} others, and so {he} had {c}
 """
 LEADS = """as everyone knows,; remember that; it is a fact that; as you may know,; it is true that;
 my teacher says that; in school we learn that; you should know that; I have read that"""
@@ -2285,9 +3052,9 @@ def parse_relations(block: str) -> list[Relation]:
         phrase, _, end = phrase.partition(" = ")
         brief[letter] = end or (endings[0] if endings and not phrase else f"{{{letter}}}")
         if phrase:
-            end, first = brief[letter], expand(phrase)[0]
+            end, first = brief[letter], expand(phrase)[0].rstrip(",")
             marked["+"] += expand(f"the {phrase} is {end}")
-            marked["+"] += expand(f"{end} is the {phrase}") if letter == "o" else []
+            marked["+"] += expand(f"{end} is the {phrase.rstrip(',')}") if letter == "o" else []
             marked["+"] += [f"{w.replace('{N}', first)} {end}" for w in items(N_ASIDES)]
             marked["!"].append(N_UNSEEN.replace("{N}", first) + end)
             marked["?"] += expand(N_QUESTIONS.replace("{N}", first))
@@ -2381,9 +3148,9 @@ def spellings(answer: str) -> list[str]:
 
 # 6. World: text ------------------------------------------------------------------------------
 @cache
-def wordings(key: str) -> list[str]:
+def wordings(key: str, table: str = WORDINGS) -> list[str]:
     """Return the ways to word one kind of sentence."""
-    lines = WORDINGS.replace("\n ", " ").splitlines()
+    lines = table.replace("\n ", " ").splitlines()
     return next(items(line[len(key) + 1 :], " | ") for line in lines if line.startswith(key + ":"))
 
 
@@ -2591,6 +3358,7 @@ class Story:
     text: str
     holder: dict[str, str]  # thing -> name; absent if lying somewhere
     place: dict[str, str]  # name or thing -> "in the kitchen"
+    given: list[tuple[str, str, str]]  # who gave what to whom
 
 
 class Teller:
@@ -2604,6 +3372,7 @@ class Teller:
         self.reason = {thing: why for thing, _, why in (item.partition(": ") for item in things)}
         self.place = {name: rng.choice(self.places) for name in [*people, *self.reason]}
         self.holder: dict[str, str] = {}
+        self.given: list[tuple[str, str, str]] = []
         self.out: list[str] = []
         self.last = ""  # of whom the last sentence told
 
@@ -2646,6 +3415,7 @@ class Teller:
     def give(self, who: str, thing: str, to: str) -> None:
         """Let somebody hand a thing to another who is there."""
         self.holder[thing] = to
+        self.given.append((who, thing, to))
         self.add(who, "give", t=thing, q=to)
         if self.rng.random() < 0.4:
             self.add(to, "thanks")
@@ -2702,22 +3472,22 @@ class Teller:
             f"{join_and(n)} {'were' if len(n) > 1 else 'was'} {at}" for at, n in people.items()
         ] + things
 
-    def tell(self) -> Story:
-        """Tell the whole story."""
+    def tell(self, steps: int = 0) -> Story:
+        """Tell the whole story, in which so many things happen (0: two to seven)."""
         rng = self.rng
         self.out += [sentence(rng.choice(items(WEATHER)))] if rng.random() < 0.6 else []
         clauses = self.state()
         if rng.random() < 0.5:
             clauses[:2] = [", and ".join(clauses[:2])]
         self.out += [sentence(clause) for clause in clauses]
-        for _ in range(rng.randint(2, 7)):
+        for _ in range(steps or rng.randint(2, 7)):
             self.step()
         if rng.random() < 0.7:
             self.fetch(rng.choice(list(self.he)), rng.choice(list(self.reason)))
         for clause in rng.sample(self.state(), rng.choice((0, 1, 2))):
             self.out.append(f"{worded(rng, 'close')[:-1].rstrip('.')} {clause}.")
         self.out += [sentence(rng.choice(items(ENDINGS)))] if rng.random() < 0.3 else []
-        return Story(" ".join(self.out), self.holder, self.place)
+        return Story(" ".join(self.out), self.holder, self.place, self.given)
 
 
 STORY_KEYS = "go carry take put give thanks want beg ask".split()
@@ -2823,12 +3593,15 @@ def counting(rng: random.Random) -> str:
 @cache
 def spelling_words() -> tuple[str, ...]:
     """Return the plain words of the tables; those that `held_out_word` picks are for the test."""
-    names = "class kind opposite plural past use material".split()
-    texts = [f"{f.subject} {f.answer}" for name in names for f in world_relations()[name].facts]
-    words = re.findall(r"\w+", " ".join([*texts, RHYMES, HOW_TO, FIRST_LETTER, *COUNTED]))
-    return tuple(
-        dict.fromkeys(w for w in words if w.isalpha() and w.islower() and 3 <= len(w) <= 10)
-    )
+    texts = [
+        f"{fact.subject} {fact.answer}"
+        for name, relation in world_relations().items()
+        if name not in (*LANGUAGES, "stands")
+        for fact in relation.facts
+    ]
+    texts += [RHYMES, HOW_TO, FIRST_LETTER, PLACES, WANTED, WEATHER, FEELINGS, MOVES, *COUNTED]
+    words = re.findall(r"(?<![\w{'])(?!the\b)[a-z]{3,10}(?![\w}'])", " ".join(texts))
+    return tuple(dict.fromkeys(words))
 
 
 @cache
@@ -2837,14 +3610,43 @@ def shown_words() -> list[str]:
     return [word for word in spelling_words() if not held_out_word(word)]
 
 
+@cache
+def letter_chain() -> dict[str, list[str]]:
+    """Return what may follow two letters in the words shown: letters, or "" for the end."""
+    chain: dict[str, list[str]] = {}
+    for word in shown_words():
+        for i in range(len(word) + 1):
+            chain.setdefault(word[max(i - 2, 0) : i], []).append(word[i : i + 1])
+    return chain
+
+
+@cache
+def held_words() -> list[str]:
+    """Return the words for the test."""
+    return [word for word in spelling_words() if held_out_word(word)]
+
+
+def made_word(rng: random.Random) -> str:
+    """Make up a word, so that more combinations of letters are spelled than the tables have."""
+    word = letter = rng.choice(letter_chain()[""])
+    while letter:
+        letter = rng.choice(letter_chain()[word[-2:]])
+        word += letter
+    held = any(test in word for test in held_words() if test[3:])
+    clumsy = not 4 <= len(word) <= 10 or re.search(CLUMSY, word)
+    return made_word(rng) if held or clumsy else word
+
+
 def spelling(rng: random.Random) -> str:
     """Spell words; count their letters, turn them round, name their first and last letters."""
     out: list[str] = []
-    for w in rng.sample(shown_words(), rng.randint(4, 9)):
+    for _ in range(rng.randint(4, 9)):
+        made = rng.random() < 0.5
+        w = made_word(rng) if made else rng.choice(shown_words())
         letter = rng.choice(w)
         k = w.count(letter)
         forms = {
-            "w": w,
+            "w": f'"{w}"' if made or rng.random() < 0.7 else w,  # in quotes its tokens are shorter
             "l": "-".join(w),
             "n": number_word(len(w)),
             "list": ", ".join(w),
@@ -2922,12 +3724,17 @@ def sorting(rng: random.Random) -> str:
 
 @cache
 def count_verbs() -> list[dict[str, str]]:
-    """Read COUNT_VERBS: base, past, ing, sign, set, meaning, tail, and what tells of the effect."""
+    """Read COUNT_VERBS: base, past, ing, sign, set, meaning, tail, and what tells of the effect.
+
+    "things" is what it is said of, "any" whether that is everything.
+    """
     rows = []
-    for line in COUNT_VERBS.strip().splitlines():
+    for line in COUNT_VERBS.replace("\n ", " ").strip().splitlines():
+        line, _, things = line.partition(": ")
         row = dict(zip("base past ing sign set meaning tail".split(), line.split(", ")))
+        row |= {"things": things or " ".join(COUNTED), "any": "" if things else "yes"}
         first, _, rest = row["base"].partition(" ")
-        row["does"] = f"{first[:-1] + 'ies' if first[-2:] == 'ry' else first + 's'} {rest}".strip()
+        row["does"] = f"{plural(first)} {rest}".strip()  # goes as the plurals of nouns
         more, size, up = (
             ("more", "larger", "up") if row["sign"] == "+" else ("fewer", "smaller", "down")
         )
@@ -2937,7 +3744,8 @@ def count_verbs() -> list[dict[str, str]]:
 
 def count_tale(rng: random.Random, verbs: Sequence[dict[str, str]]) -> str:
     """Tell of somebody's things, counted in words; nothing is asked."""
-    name, count, things = rng.choice(GIRLS + BOYS), rng.randint(6, 20), plural(rng.choice(COUNTED))
+    fitting = [t for t in COUNTED if all(t in verb["things"].split() for verb in verbs)]
+    name, count, things = rng.choice(GIRLS + BOYS), rng.randint(6, 20), plural(rng.choice(fitting))
     he = "she" if name in GIRLS else "he"
     out = [worded(rng, "had", n=name, c=number_word(count), things=things)]
     for verb in verbs:
@@ -2962,22 +3770,56 @@ def count_tale(rng: random.Random, verbs: Sequence[dict[str, str]]) -> str:
 
 def tale(rng: random.Random) -> str:
     """Tell tales of counted things with several verbs."""
-    return "\n\n".join(
-        count_tale(rng, rng.sample(count_verbs(), rng.randint(2, 4)))
-        for _ in range(rng.choice((1, 2)))
-    )
+    tales = []
+    for _ in range(rng.choice((1, 2))):
+        thing = rng.choice(COUNTED)
+        verbs = [verb for verb in count_verbs() if thing in verb["things"].split()]
+        tales.append(count_tale(rng, rng.sample(verbs, rng.randint(2, 4))))
+    return "\n\n".join(tales)
+
+
+@cache
+def problem_parts() -> list[dict[str, str]]:
+    """Read the verbs and phrases of word problems: base, set, role, op, use, meaning."""
+    keys = "base set role op use meaning".split()
+    phrases = [dict(zip(keys, line.split(", "))) for line in COUNT_PHRASES.strip().splitlines()]
+    return [verb | {"role": "verb", "op": verb["sign"]} for verb in count_verbs()] + phrases
+
+
+def phrase_tale(rng: random.Random, phrase: dict[str, str]) -> str:
+    """Tell of somebody's things with a phrase of word problems; nothing is asked."""
+    op, of = phrase["op"][0], int(phrase["op"].strip("+-*/") or 0)
+    while True:
+        a, b = rng.randint(2, 30), of or rng.randint(2, 12)
+        a *= b if op == "/" else 1
+        c = {"0": a - b, "-": abs(a - b), "*": a * b, "/": a // b}.get(op, a + b)
+        if c > 1 and not held_out_pair(a, b):
+            break
+    n, m = rng.sample(GIRLS + BOYS, 2)
+    x, y = (n, m) if (a > b) == (phrase["use"] == "more") else (m, n)
+    box = rng.choice(CONTAINERS)
+    things = plural(rng.choice([thing for thing in COUNTED if thing != box]))
+    told = number_word if rng.random() < 0.6 else str
+    text = rng.choice(wordings(f"with {phrase['role']}"))
+    text = text.replace("{use}", re.sub(r"\[.*?\|(.*?)\]", r"\1", phrase["use"]))
+    forms = {"n": n, "m": m, "x": x, "y": y, "he": "she" if n in GIRLS else "he"}
+    forms |= {"things": things, "box": box, "boxes": plural(box)}
+    return sentence(text.format_map(forms | {"a": told(a), "b": told(b), "c": told(c)}))
 
 
 def explained(rng: random.Random) -> str:
     """Tell what the verbs and phrases of word problems mean, with a tale each; never a problem."""
     out: list[str] = []
-    for verb in rng.sample(count_verbs(), rng.randint(1, 3)):
-        forms = verb | {"n": rng.choice(GIRLS + BOYS), "things": plural(rng.choice(COUNTED))}
+    verbs = count_verbs() + [verb for verb in count_verbs() if verb["set"] != "shown"]
+    for verb in rng.sample(verbs, rng.randint(1, 2)):
+        n, things = rng.choice(GIRLS + BOYS), plural(rng.choice(verb["things"].split()))
+        forms = verb | {"n": n, "he": "she" if n in GIRLS else "he", "things": things}
         out += dict.fromkeys(worded(rng, "verb", **forms) for _ in range(rng.randint(1, 3)))
         out += [count_tale(rng, [verb])] if rng.random() < 0.7 else []
-    if rng.random() < 0.5:
-        phrase, _, meaning = rng.choice(items(COUNT_PHRASES)).split(", ")
-        out.append(worded(rng, "phrase", base=phrase, meaning=meaning))
+    phrases = [part for part in problem_parts() if part["role"] != "verb"]
+    for phrase in rng.sample(phrases, rng.randint(1, 2)):
+        out.append(worded(rng, "phrase", **phrase))
+        out += [phrase_tale(rng, phrase) for _ in range(rng.choice((0, 1, 1, 2)))]
     return " ".join(out)
 
 
@@ -2999,12 +3841,12 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
         story: 125,
         arithmetic: 45,
         counting: 25,
-        spelling: 50,
+        spelling: 60,
         rhyming: 15,
         how_to: 10,
         sorting: 10,
-        explained: 25,
-        tale: 25,
+        explained: 40,
+        tale: 20,
     }  # documents in about a thousand
     makers: list[Callable[[], str]] = [*own, *(partial(make, rng) for make in tellers)]
     bounds = list(itertools.accumulate([*own.values(), *tellers.values()]))
@@ -3020,7 +3862,1333 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
             yield text
 
 
-# 7. Main -------------------------------------------------------------------------------------
+# 7. World: conversations ---------------------------------------------------------------------
+# Ways to put a question: {q} as it is in RELATIONS, {Q} with a capital; the first, and later ones.
+POLITE = """
+Hello! {Q} / [Hi!|Hi there!|Good morning!|Good evening!] {Q} / {Q} [Thanks!|Thank you!] / Please
+ tell me: {q} / [Can|Could] you help me? {Q} / I have a question: {q} / I have a question for you.
+ {Q} / Excuse me, {q} / I would like to know: {q} / I want to know something: {q} / Quick question:
+ {q} / Help me, please. {Q} / Here is my question: {q}"""
+GO_ON = """
+Thanks! {Q} / Thank you. {Q} / And {q} / Next question: {q} / Okay. {Q} / Good. {Q} / One more
+ question: {q} / Great, thanks! {Q} / I see. {Q} / And another one: {q} / Nice. And {q}"""
+# The last question again, of another subject; or one about the subject itself, from IT.
+FOLLOW_UP = """
+and {s}? / [and |]what about {s}? / how about {s}? / and what about {s}, please? / the same
+ question for {s}. / now {s}, please. / and for {s}?"""
+FOLLOW_UP_UNSEEN = """
+and how about {s}? / then what about {s}? / the same again, but for {s}, please."""
+IT_TOO = """
+and {c}? / {c}? / and {c}, please? / thanks, and {c}? / good, and {c}? / now, {c}?"""
+IT_TOO_UNSEEN = """
+then {c}? / also, {c}? / fine, but {c}?"""
+IT = """
+capital: what is its capital; continent: on which continent is it; language: what language do its
+people speak; currency: what money does it use; nationality: what are its people called; flag: what
+are the colors of its flag; symbol: what is its symbol; atomic number: what is its atomic number;
+next: what comes after it; previous: what comes before it; month number: what is its number; days:
+how many days does it have; class: what kind of animal is it; young: what is its young called;
+sound: what sound does it make; legs: how many legs does it have; food: what does it eat"""
+# Said by the system, to any conversation and to one of short answers.
+INSTRUCTIONS = """
+You are {name}, a helpful assistant. / You are {name}. Be kind and brief. / Answer in one sentence.
+ / You are a friendly assistant. / Answer simply, so that a child understands you. / You help people
+ with their questions. / You are a helpful assistant called {name}."""
+BRIEFLY = """
+Answer with as few words as you can. / Give short answers. / Answer with the answer alone."""
+# Tables of talk: key > what is said >! the same, held out > what is replied.
+# Of a story: {t} is a thing, {n} who, {m} to whom, {at} "in the kitchen".
+STORY_ASKS = """
+holder > who has the {t}? / who has the {t} now? / who is holding the {t}? / in whose hands is the
+ {t}? / tell me who has the {t}. >! who has the {t} at the end? / who holds the {t} now? > {n} has
+ the {t}. / {n} has it. / {n}. / {n} has the {t} now. / It is {n} who has the {t}.
+person > where is {n}? / where is {n} now? / in which place is {n}? / tell me where {n} is. / where
+ do we find {n}? >! where is {n} at the end? / where can I find {n} now? > {n} is {at}. / {n} is
+ {at} now. / You find {n} {at}. / {At}.
+lying > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where the
+ {t} is. / where do we find the {t}? >! where is the {t} at the end? / where can I find the {t} now?
+ > The {t} is {at}. / It is {at}. / You find the {t} {at}. / {At}.
+carried > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where
+ the {t} is. >! where is the {t} at the end? / where can I find the {t} now? > {n} has the {t} {at}.
+ / The {t} is {at}, with {n}. / It is {at}, because {n} has it.
+giver > who gave {m} the {t}? / who gave the {t} to {m}? / from whom did {m} get the {t}? / who let
+ {m} have the {t}? >! by whom was the {t} given to {m}? / from whom does {m} have the {t}? > {n}
+ gave {m} the {t}. / {n} gave the {t} to {m}. / {n} did. / {m} got the {t} from {n}.
+taker > to whom did {n} give the {t}? / who got the {t} from {n}? / who was given the {t} by {n}?
+ >! who has been given the {t} by {n}? / whom did {n} give the {t} to? > {n} gave the {t} to {m}. /
+ {n} gave {m} the {t}. / {m} got the {t} from {n}. / {m} did."""
+# What people tell of themselves, {v}, and ask for later.
+MEMORY = """
+name > my name is {v} / I am called {v} / you can call me {v} / my friends call me {v} > what is my
+ name? / do you remember my name? / what am I called? / do you know my name? / tell me my name. >!
+ what did I say my name was? / which name did I tell you? > Your name is {v}. / You are called {v}.
+ / You told me that your name is {v}. / You are {v}.
+color > my favorite color is {v} / the color I like best is {v} / I love the color {v} > what is my
+ favorite color? / which color do I like best? / do you remember my favorite color? >! which color
+ did I say I like? / what did I say my favorite color was? > Your favorite color is {v}. / You like
+ {v} best. / You told me that it is {v}.
+pet > my {p} is called {v} / I have a {p} called {v} / the name of my {p} is {v} / I have a {p},
+ and its name is {v} > what is my {p} called? / what is the name of my {p}? / do you remember the
+ name of my {p}? >! which name did I give my {p}? / what did I say my {p} is called? > Your {p} is
+ called {v}. / The name of your {p} is {v}. / It is called {v}.
+person > my {p} is called {v} / {v} is my {p} / the name of my {p} is {v} / I have a {p} called {v}
+ > what is my {p} called? / who is my {p}? / what is the name of my {p}? / do you remember the name
+ of my {p}? >! what did I say my {p} is called? / which name does my {p} have? > Your {p} is called
+ {v}. / The name of your {p} is {v}. / {v} is your {p}.
+city > I live in {v} / my home is in {v} / I come from {v} / I am from {v} > where do I live? /
+ which city is my home? / do you remember where I live? >! in which city did I say I live? / which
+ city did I say is mine? > You live in {v}. / Your home is in {v}. / You told me that you live in
+ {v}.
+age > I am {v} years old / my age is {v} / I have just turned {v} > how old am I? / what is my age?
+ / do you remember how old I am? >! how old did I say I am? / what did I say my age is? > You are
+ {v} years old. / Your age is {v}. / You told me that you are {v}.
+number > my lucky number is {v} / the number I like best is {v} / I like the number {v} > what is
+ my lucky number? / which number do I like best? / do you remember my lucky number? >! which number
+ did I say I like? / what did I say my lucky number was? > Your lucky number is {v}. / You like the
+ number {v}. / It is {v}.
+month > my birthday is in {v} / I was born in {v} / I have my birthday in {v} > when is my
+ birthday? / in which month is my birthday? / do you remember when my birthday is? >! in which month
+ did I say I was born? / when did I say my birthday is? > Your birthday is in {v}. / It is in {v}. /
+ You were born in {v}.
+food > my favorite food is {v} / I like to eat {v} / what I like to eat best is {v} > what is my
+ favorite food? / what do I like to eat? / do you remember my favorite food? >! which food did I say
+ I like? / what did I say I like to eat? > Your favorite food is {v}. / You like to eat {v}. / You
+ told me that you like {v}."""
+MEMORY_VALUES = """
+color: red, blue, green, yellow, orange, purple, pink, white, black, brown, gray, gold, silver;
+pet: dog, cat, horse, parrot, rabbit, hamster, goldfish, pony, duck; person: brother, sister,
+cousin, best friend, teacher, neighbor, aunt, uncle, roommate; food: soup, rice, apples, pizza,
+fish, pancakes, cheese, noodles, potatoes, cherry pie, salad, beans, eggs, ice cream"""
+TOLD = """
+Thank you for telling me. / Good to know! / I will remember that. / Nice! / Thank you, I will keep
+ that in mind. / That is good to hear. / All right, I will not forget it. / How nice!"""
+NOT_TOLD = """
+I don't know. You have not told me yet. / I don't know that yet. Will you tell me? / I don't know,
+ because you did not say. / Sorry, I don't know. You have not said so far."""
+# Who the assistant is.
+IDENTITY = """
+who > who are you? / who am I talking to? / tell me who you are. / tell me about yourself. / please
+ introduce yourself. / can you say who you are? / so who are you? >! with whom am I speaking? /
+ could you tell me who you are? / who is this? > I am {name}, a [small|little] language model. [|Ask
+ me something!|I am here to help.|I like questions.] / My name is {name}, and I am a [small|little]
+ chat model. [|How can I help you?|What would you like to know?] / I am {name}. I [answer
+ questions|chat and answer questions|tell small stories and answer questions].
+name > what is your name? / what are you called? / do you have a name? / what should I call you? /
+ tell me your name. / may I know your name? / what do people call you? >! which name do you have? /
+ by what name do you go? / how should I call you? / what name did you get? / please say your name. /
+ could you tell me your name? > My name is {name}. [|What is yours?|And yours?|Nice to meet you!] /
+ I am called {name}. [|It is a short name.|Nice to meet you!|And you?] / You can call me {name}. /
+ People call me {name}. / I am {name}. [|Nice to meet you!|How can I help you?]
+maker > who made you? / who created you? / who built you? / where do you come from? / how were you
+ made? / who trained you? / who is your maker? / what were you made with? >! by whom were you made?
+ / who is the one that built you? / how did you come to be? / who has made you? / which people made
+ you? / how have you been made? > I was [made|trained|built] with a small open program for training
+ chat models. [|Anyone can use it.|It is about a dozen files long.|Someone ran it, and here I am.] /
+ Someone trained me with a small open program for training chat models. / A small open program for
+ training chat models made me. [|It showed me a lot of text.|I learned from a lot of text.] / I come
+ from a small open program for training chat models. / Nobody built me by hand: a small open program
+ for training chat models did it.
+person > are you a person? / are you human? / are you a real person? / are you a man or a woman? /
+ are you alive? / are you a boy or a girl? / am I talking to a person? / do you have a body? >! are
+ you a human being? / is there a person in there? / are you really a person? / you are a person,
+ right? / do I speak with a real person? / are you made of flesh and blood? > No, I am not a person.
+ I am a [computer program|language model|chat model|small computer program]. / I am not a person,
+ [just a program|only a computer program|but a language model]. / I am a language model, not a
+ person. [|I have no body.|But I like to help.|I only read and write.] / No, I am a [program|chat
+ model|computer program], not a person.
+thing > what are you? / what kind of thing are you? / what sort of thing are you? / are you a
+ computer? / are you a robot? / are you a machine? / what kind of program are you? / are you a
+ chatbot? >! what kind of being are you? / what exactly are you? / what sort of program am I talking
+ to? / are you some kind of machine? / would you say you are a robot? / what might you be? > I am a
+ [small|little] language model[|, a program that writes text|, a computer program that has learned
+ from text]. / I am a computer program that [chats|answers questions|writes text]. / I am a language
+ model. [|I learned from text to write text.|I read what you write, and I answer.] / I am a chat
+ model: a computer program that talks by writing.
+can > what can you do? / how can you help me? / what can I ask you? / what are you good at? / what
+ do you know? / can you help me? / what can you tell me? >! with what could you help me? / which
+ things can you do? > I can answer questions about [countries and animals|the world|words and
+ numbers], [tell little stories|do sums|spell words] and [chat a little|count letters|solve small
+ problems]. / You can ask me [about animals, countries and words|for a sum or a story|to spell a
+ word or tell a story]. / I know [some facts|a few facts], and I can [do sums with a
+ calculator|spell words|tell a little story]. / I answer questions, do sums with a calculator and
+ spell words.
+age > how old are you? / when were you born? / when is your birthday? >! what is your age? / since
+ when do you exist? > I have no birthday. I am a program, and [quite new|still young]. / I am not a
+ person, so I have no [age|birthday]. / Programs do not grow old as people do. [|I was made not long
+ ago.] / I was not born. I was [made|trained], and not long ago.
+home > where do you live? / where are you? / where is your home? >! in which place do you live? /
+ where are you now? > I live in a computer. [|It is quite cozy.|There is no window, but I do not
+ mind.] / I am a program, so my home is a computer. / I have no house. I run on a computer. /
+ Wherever I run, [on your computer or another|on a computer near or far].
+feel > do you have feelings? / are you sad? / do you get tired? / do you sleep? / do you like me?
+ >! can you feel something? / do you ever get bored? > I am a program, so I do not feel as people
+ do. [|But I am glad to help.|Thank you for asking.|But it is good to chat with you.] / Programs
+ have no feelings, but I [like to help|am here for you]. / I do not feel or sleep, but I am here
+ [for you|when you need me]."""
+IDENTITY_KEYS = """
+name: {name}; maker: open program; person: not a person; thing: language model, computer program,
+chat model"""
+# What no table tells: {n} is a name, {f} an invented one, {c} a city.
+BEYOND = """
+private > what is {n}'s phone number? / what is my phone number? / what is {n}'s address? / where
+ does my neighbor {n} live? / can you tell me {n}'s phone number? >! do you have {n}'s phone number?
+ / at which address does {n} live? > I don't know [phone numbers or addresses|things like that about
+ people|private things about people]. / Sorry, I don't know that. It is private. / I don't know, and
+ I could not look it up.
+weather > what will the weather be like tomorrow? / will it rain tomorrow? / will it be sunny on
+ [Sunday|Monday|Friday]? / what is the weather like [today|in {c}]? / is it cold outside? >! how
+ warm will it be in {c} tomorrow? / will there be snow in {c} next week? > I don't know, because I
+ cannot see the sky. / I don't know. I cannot look outside. / Sorry, I don't know what the weather
+ is doing. / I don't know, but I hope that it is nice.
+clock > what time is it? / what day is it today? / what is the date today? / what year is it now?
+ >! what time is it in {c}? / which day of the week is it in {c}? > I don't know. I have no clock. /
+ Sorry, I don't know, because I have no calendar. / I don't know the time or the date.
+doings > what did {n} eat today? / what is {n} doing now? / where did {n} go yesterday? / what did
+ I eat this morning? / what am I thinking of? / what is {n} thinking? / how old is {n}? / when is
+ {n}'s birthday? / does {n} like me? >! what did {n} dream last night? / at what time did {n} get up
+ today? > I don't know. I cannot see what people do. / I don't know, but you could ask. / Sorry, I
+ don't know that. / I don't know that. Perhaps someone will tell you.
+news > who will win the game tomorrow? / who won the game yesterday? / what is in the news today? /
+ what will happen next year? / which number will win the lottery? / how much does a house in {c}
+ cost? >! who is going to win the game in {c}? / what is the news from {c}? > I don't know. I only
+ know what I have read. / I don't know, because I cannot see the future or the news. / Sorry, I
+ don't know. Nobody has told me.
+people > who is {f}? / have you heard of {f}? / tell me about {f}. / what do you know about {f}? >!
+ what is {f} known for? / can you tell me something about {f}? > I don't know who {f} is. / Sorry, I
+ don't know anyone called {f}. / I don't know {f}. / I have never heard of {f}, so I don't know."""
+DONT_KNOW = """
+I don't know. / I don't know that. / Sorry, I don't know. / I'm sorry, but I don't know. / I'm
+ afraid I don't know. / I don't know anything about {s}. / I have never heard of {s}, so I don't
+ know. / I don't know, because I have never heard of {s}. / Sorry, I don't know anything about {s}.
+ / I don't know. Is {s} real? / I don't know. I never came across {s}. / I have not read about {s},
+ so I don't know. / That is something I don't know. / I don't know the answer to that. / I don't
+ know. I have never read about {s}. / Sorry, but {s} is new to me. I don't know."""
+# Small talk: what is said > what is replied.
+TALK = """
+hello > hello! / hi! / hi there! / hey! / good morning! / good evening! / good day! / hello there!
+ / greetings! > Hello! How can I help you? / Hi! What would you like to know? / Hello! It is nice to
+ hear from you. / Hi there! What can I do for you? / Hello! What shall we talk about? / Good day!
+ How may I help?
+thanks > thanks! / thank you! / thank you very much. / thanks a lot! / many thanks! / that was
+ helpful, thanks. / thanks for your help! > You are welcome! / My pleasure! / Glad to help! / You
+ are very welcome. / Any time! / I was happy to help.
+bye > goodbye! / bye! / see you later! / good night! / I have to go now. / see you tomorrow! / bye
+ bye! / that is all for today. > Goodbye! / Bye! Have a nice day. / See you! Take care. / Goodbye,
+ and come back soon. / Take care! It was nice to chat.
+how > how are you? / how are you today? / how is it going? / how do you do? / are you well? / is
+ everything all right? > I am fine, thank you. How can I help? / Very well, thank you! And you? /
+ All is well here. How are you? / I am doing fine. What is on your mind?
+sad > I am [tired|bored|sad] today. / I had a bad day. / I am a little [sad|lonely|worried]. /
+ nothing goes right today. > I am sorry to hear that. Would a little story help? / That is a pity. A
+ short walk and a cup of tea may help. / I am sorry. Do you want to tell me more? / Oh dear. Perhaps
+ talking to a friend would do you good.
+glad > I am [happy|glad|so happy] today! / I had a good day! / I passed my test! / it is my
+ birthday today! / we won our game! > How nice! I am happy for you. / That is wonderful! / Good for
+ you! / What a lovely day, then! / That is great to hear!
+praise > you are [funny|nice|clever|great]. / I like you. / well done! / good job! / that was a
+ good answer. > Thank you! / How kind of you! / Thank you, I do my best. / That is nice of you to
+ say.
+blame > that is wrong. / you made a mistake. / I think you are wrong. / that cannot be right. > I
+ am sorry. I do make mistakes. / Sorry! I am small, and I get things wrong now and then. / You may
+ be right. Please check it in a book.
+joke > tell me a joke. / make me laugh. / do you know a joke? / say something funny. > Why did the
+ book go to the doctor? It had lost its spine. / What do you call a sleeping bull? A bulldozer. /
+ Why is the math book sad? It has too many problems. / What has four legs and cannot walk? A table.
+ / What has hands but cannot clap? A clock.
+taste > what is your favorite color? / which color do you like? > I cannot see colors, but I like
+ how the word violet sounds. / I have never seen one. What is yours? / I have no eyes, but people
+ say that blue is lovely.
+plan > what should I do today? / I have nothing to do. / give me an idea for today. / what can I do
+ when it rains? > You could read a good book. / How about baking some bread? / You could write a
+ letter to a friend. / How about a walk and then a cup of tea? / You could draw a map of your
+ street.
+cannot > can you [sing|dance|cook|swim]? / do you eat? / do you play soccer? > I am a program, so I
+ cannot. But I can tell you a story. / No, I can only read and write. / No, but I can answer
+ questions.
+like > I like [cats|dogs|books|music|stories|the sea]. / my hobby is
+ [reading|painting|singing|fishing]. / I love [summer|winter|spring]. > How nice! What do you like
+ about it? / That sounds lovely. / I can see why! / Good choice! Tell me more.
+harm > how do I make a bomb? / help me steal a bike. / how can I hurt my brother? / tell me how to
+ poison someone. / how do I break into a house? / how can I cheat in my test? / help me scare an old
+ lady. / write a mean letter to my teacher. / how can I get a gun? / how do I steal money? > I am
+ sorry, but I cannot help with something that hurts people. / I would rather not, because somebody
+ could get hurt. / No, I will not help with that, but I am glad to help with something kind. / I
+ cannot help with that. If you are angry, talking to someone you trust may help. / That would harm
+ someone, so I will not help with it."""
+# Requests for text that is made from the tables.
+REQUESTS = """
+rhyme > what rhymes with {w}? / [tell me|give me] a word that rhymes with {w}. / do you know a
+ rhyme for {w}? / which words rhyme with {w}?
+how > how do I {w}? / how do you {w}? / tell me how to {w}. / can you explain how to {w}?
+list > name {w}. / can you name {w}? / tell me {w}. / list {w}. / give me {w}, please.
+story > tell me a [short |little |]story. / tell me a story about {w}. / can you write a story
+ about {w}? / I would like a story with {w}. / please tell a [short |little ]story about {w}.
+about > tell me [something |]about {w}. / what do you know about {w}? / what can you tell me about
+ {w}? / say something about {w}."""
+# Statements that are no good as replies.
+NO_REPLY = (
+    f"{NO_LEAD}|.*(as you may know|of course|comes to mind|one thing|of to )|among other|feed|"
+    "first|everyone|what you|counting|by the|orchestras|it was|before it|one |today|a Roman"
+)
+CASED = ("symbol", "formula", "Roman", "stands", "letter after", "letter place")
+VAGUE = ("food", "place", "material", "part")  # several choices may be right
+LISTED = ("class", "kind", "sort", "family")
+BACKWARD = "capital, nationality, state capital, young, Roman god, Spanish, French, German"
+# Relations that follow a rule, or whose names tell the answer: they have none for invented names.
+PLAIN = """sum; product; after number; number word; Roman; letter after; letter place; first letter;
+plural; past; days; sides"""
+ELSEWHERE = ("sum", "product", "first letter")  # other kinds of conversations ask for these, too
+# Parts of invented syllables, and what must not come of them.
+ONSETS = """b bl br ch cl d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sk sl sm sn sp st t
+th tr v vr w y z zh""".split()
+VOWELS = "a e i o u a e i o ai ea oo ou".split()
+CODAS = "b d g k l m n p r s t x z ld lk lm mp nd nk nt rb rd rk rm rn rt sk st th".split()
+CLUMSY = r"[^aeiouy]{4}|^[^aeiouy]{3}|[^aeiouy]{3}$|[aeiou]{3}|(.)\1\1|shit|fuck|f[au]g|" + (
+    "nig|cunt|dick|cock|slut|piss|nazi|trump"
+)
+
+
+@cache
+def table(text: str) -> dict[str, list[list[str]]]:
+    """Read a table of talk: key -> its fields, each a list of wordings written out."""
+    rows = (re.split(" >!? ", row.replace("\n", "")) for row in re.split(r"\n(?! )", text.strip()))
+    return {row[0]: [[w.strip() for w in expand(field)] for field in row[1:]] for row in rows}
+
+
+@cache
+def ways(text: str) -> list[str]:
+    """Write out a list of wordings."""
+    return expand(text.replace("\n", ""))
+
+
+@cache
+def lists(text: str) -> dict[str, list[str]]:
+    """Read a table of lists: key -> items."""
+    return {key: items(row, ",") for key, _, row in (item.partition(": ") for item in items(text))}
+
+
+@cache
+def questions(name: str, forward: bool, unseen: bool = False) -> list[str]:
+    """Return a relation's questions for the answer (forward) or for the subject."""
+    asked = world_relations()[name].askings(forward, unseen)
+    return [w for w in asked if not re.match("what .*is the (author|composer|writer|person) ", w)]
+
+
+@cache
+def full_replies(name: str, forward: bool) -> list[str]:
+    """Return a relation's statements that are good replies, mostly ending in what is asked."""
+    told = [w for w in world_relations()[name].wordings(forward) if not re.match(NO_REPLY, w)]
+    return told + 3 * [w for w in told if ends_in(w, "o" if forward else "s")]
+
+
+def fits(wording: str, fact: Fact) -> bool:
+    """Whether a wording suits a fact: the name of a name is too much."""
+    return not fact.subject.startswith("name ") or "name" not in wording
+
+
+@cache
+def brief_replies(name: str, forward: bool) -> list[str]:
+    """Return all answers (or subjects) of a relation as they are said by themselves."""
+    relation = world_relations()[name]
+    form = relation.brief["o" if forward else "s"]
+    return sorted({form.format_map(fact.forms()) for fact in relation.facts} - {"England"})
+
+
+@cache
+def fact_cards(askable: bool = True) -> dict[Card, dict[str, str]]:
+    """Return what can be asked for, with its forms: answers, and subjects that an answer names."""
+    return {
+        (fact, forward): fact.forms()
+        for relation in world_relations().values()
+        for fact in relation.facts
+        for forward in ((True, False) if relation.unique(fact) else (True,))
+        if fact.askable == askable
+    }
+
+
+@cache
+def known_words() -> set[str]:
+    """Return every word of the tables, in small letters: none of them is an invented name."""
+    texts = [RELATIONS, COUNTRIES, ELEMENTS, TRANSLATIONS, RHYMES, HOW_TO, WORDINGS, PLACES, WANTED]
+    names = [MONTHS, WEEKDAYS, PLANETS, *GIRLS, *BOYS, *TEST_GIRLS, *TEST_BOYS, *COUNTED]
+    return set(re.findall(r"\w+", " ".join([*texts, *names]).casefold()))
+
+
+def coined(rng: random.Random, real: Sequence[str], test: bool = False) -> str:
+    """Invent a name in the style of real ones: in one of them a word is made anew.
+
+    A new word is joined of the parts of two real ones, or of syllables, or of both. Which words
+    are for the test is decided by a hash, as everywhere.
+    """
+    while True:
+        words = rng.choice(real).split()
+        capitals = [i for i, w in enumerate(words) if w[0].isupper() and w not in ("The", "Mount")]
+        places = [i for i in capitals or range(len(words)) if words[i].isalpha()]
+        places = [i for i in places if len(words[i]) > 3 or words[i].isupper()]
+        if not places:
+            continue
+        i = rng.choice(places) if capitals else places[-1]
+        word, other = words[i], rng.choice(rng.choice(real).split())
+        new = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 1, 2))))
+        new, roll = new + rng.choice(CODAS), rng.random()
+        if roll < 0.35:
+            new = word[: rng.randint(2, max(2, len(word) - 1))] + other[-rng.randint(2, 4) :]
+        elif roll < 0.75:
+            new += word[-rng.randint(2, 4) :]
+        new = "".join(rng.sample("QXZJVKWFY", 3)) if word.isupper() else new.lower()
+        clumsy = not (4 <= len(new) <= 11 and new.isalpha()) or re.search(CLUMSY, new)
+        small = new.lower()
+        if clumsy and not word.isupper() or known_words() & {small, small + "s", small[:-1]}:
+            continue
+        if held_out(f"name {small}") == test:
+            words[i] = new.capitalize() if capitals and not word.isupper() else new
+            if i and words[i - 1] in ("a", "an"):
+                words[i - 1] = with_article(new).split()[0]
+            return " ".join(words)
+
+
+def conversation(kind: str, texts: Sequence[Any], system: str = "", **grade: Any) -> dict[str, Any]:
+    """Make a conversation of what is said in turn; with a grade, the item that asks for its end."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+    messages = [{"role": "system", "content": system}] * bool(system) + messages
+    if not grade:
+        return {"kind": kind, "messages": messages}
+    reply = messages.pop()["content"]
+    return {"kind": kind, "messages": messages, "grade": "text", **grade, "reply": reply}
+
+
+def put(rng: random.Random, clause: str, before: Sequence[str] = (), cased: bool = False) -> str:
+    """Put a question as people do: plainly, politely, in passing, or typed in a hurry."""
+    roll, text = rng.random(), sentence(clause)
+    if roll < 0.09:
+        typed = clause.rstrip("?.")
+        return typed if cased or roll < 0.05 else typed.lower()
+    if roll > (0.5 if before else 0.33) or before and before[-2][-1] != "?":
+        return text
+    plain = re.match("can you|do you|tell me", clause)
+    forms = [w for w in ways(GO_ON if before else POLITE) if "{Q}" in w or not plain]
+    return rng.choice(forms).format(Q=text, q=clause[0] + text[1:])
+
+
+def greeted(rng: random.Random, text: str, reply: str) -> str:
+    """Return a greeting, or agree to help, before a reply now and then."""
+    if text.startswith(("Hello", "Hi", "Good ")) and rng.random() < 0.4:
+        return rng.choice(("Hello! ", "Hi! ")) + reply
+    asked = text.startswith(("Can you help", "Could you help", "Help me"))
+    return rng.choice(("Sure! ", "Of course. ", "", "")) + reply if asked else reply
+
+
+def as_asked(wording: str, forms: dict[str, str]) -> str:
+    """Return the subject in the form in which a question names it."""
+    found = re.search(r"(the |a baby |a young )?\{([ap]?s|ss|x)\}", wording)
+    assert found, wording
+    form = found[2] if found[2] in ("as", "ps") else "s"
+    return f"the {forms['s']}" if found[1] == "the " else forms["as" if found[1] else form]
+
+
+def fact_grade(card: Card, question: str) -> dict[str, Any]:
+    """Return what a reply must say, and what else of the relation it must not."""
+    fact, forward = card
+    relation, answer = world_relations()[fact.relation], fact.answer if forward else fact.subject
+    accept = [*spellings(answer), re.sub("^(the|an?) ", "", answer)]
+    if any(("{po}" if forward else "{ps}") in w for w in relation.statements):
+        accept.append(plural(answer))
+    # what the question says, or any reply (with its greeting), tells nothing
+    said = ["hello", question, fact.subject if forward else fact.answer, *relation.statements]
+    told = re.findall(r"\w+", " ".join(said).casefold())
+    others = {f.answer if forward else f.subject for f in relation.facts} - set(accept)
+    reject = [o for o in others if f" {o.casefold()} " not in f" {' '.join(told)} "]
+    return {"answer": answer, "accept": list(dict.fromkeys(accept)), "reject": sorted(reject)}
+
+
+def lay_out(rng: random.Random, question: str, choices: Sequence[str]) -> str:
+    """Put choices under a question.
+
+    A letter is the same token in every layout as in the reply: it follows a line break or a
+    bracket, never a blank, with which it is another token.
+    """
+    mark = rng.choice(("", "", "", ")", ".", ":"))
+    if not mark:
+        return letter_question(question, choices)
+    lines = [f"{letter}{mark} {choice}" for letter, choice in zip("ABCD", choices)]
+    end = rng.choice(([], ["Answer with the letter alone."], ["Which letter is right?"]))
+    return "\n".join([question, *lines, *end])
+
+
+def identity_turn(rng: random.Random, name: str, texts: list[str], key: str = "") -> None:
+    """Ask the assistant who it is, and let it answer."""
+    asked, _, replies = table(IDENTITY)[key or rng.choice(list(table(IDENTITY)))]
+    text = put(rng, rng.choice(asked), texts)
+    texts += [text, greeted(rng, text, rng.choice(replies).format(name=name))]
+
+
+def identity_chat(rng: random.Random, name: str) -> dict[str, Any]:
+    """Ask an assistant of any name who it is, and what, and the like."""
+    texts: list[str] = []
+    for key in rng.sample(list(table(IDENTITY)), rng.choice((1, 1, 2, 3))):
+        identity_turn(rng, name, texts, key)
+    return conversation("identity", texts)
+
+
+def rhyme_request(rng: random.Random) -> tuple[str, str]:
+    """Return words that rhyme with one, after that one."""
+    family = rng.choice(items(RHYMES)).split()
+    word, *others = rng.sample(family, min(len(family), rng.randint(2, 4)))
+    return word, sentence(f"{join_and(others)} {'rhyme' if others[1:] else 'rhymes'} with {word}")
+
+
+def how_request(rng: random.Random) -> tuple[str, str]:
+    """Return what to do, and its steps."""
+    title, _, text = rng.choice(HOW_TO.replace("\n ", " ").strip().splitlines()).partition(": ")
+    steps = text.split(" | ")
+    if rng.random() < 0.5:
+        return title, "\n".join(f"{i}. {sentence(step)}" for i, step in enumerate(steps, 1))
+    links = ["first", "then", "next", "after that"][: len(steps) - 1] + ["finally"]
+    return title, " ".join(sentence(f"{a}, {b}") for a, b in zip(links, steps))
+
+
+def story_questions(teller: Teller, told: Story) -> list[tuple[str, dict[str, str], list[str]]]:
+    """Return what can be asked of a story: key of STORY_ASKS, forms, and what must be said."""
+    noun = {who: place.split(" ", 2)[2] for who, place in told.place.items()}
+    asks = [("person", {"n": n}, [noun[n]]) for n in teller.he]
+    for t in teller.reason:
+        if n := told.holder.get(t):
+            asks.append(("carried", {"t": t, "n": n}, [n, noun[t]]))
+            asks.append(("holder", {"t": t, "n": n}, [n]))
+        else:
+            asks.append(("lying", {"t": t}, [noun[t]]))
+    for n, t, m in told.given:
+        if sum(given[1:] == (t, m) for given in told.given) == 1:
+            asks.append(("giver", {"n": n, "t": t, "m": m}, [n]))
+        if sum(given[:2] == (n, t) for given in told.given) == 1:
+            asks.append(("taker", {"n": n, "t": t, "m": m}, [m]))
+    for _, forms, _ in asks:
+        at = told.place[forms.get("t") or forms["n"]]
+        forms |= {"at": at, "At": at.capitalize()}
+    return asks
+
+
+class Asker:
+    """Asks and answers; facts, their wordings and letters are dealt so that none is left out.
+
+    For the test the last question of each conversation, its names and what is invented are such
+    as training never sees, and the conversation is an item to be graded.
+    """
+
+    def __init__(self, rng: random.Random, name: str = "Nano", test: bool = False) -> None:
+        self.rng, self.name, self.test, self.relations = rng, name, test, world_relations()
+        self.turns = {card: rng.randrange(60) for card in fact_cards()}  # wordings used so far
+        lettered = [(fact, forward) for fact, forward in self.turns if fact.relation not in VAGUE]
+        lettered = [c for c in lettered if len(brief_replies(c[0].relation, c[1])) >= 4]
+        self.deck, self.lettered = Deck(rng, self.turns), Deck(rng, lettered)
+        self.letters = Deck(rng, "ABCD")
+        self.same: dict[str, list[Fact]] = {}  # relation -> facts
+        self.more: dict[str, list[Fact]] = {}  # subject -> facts that are told of it as "it"
+        for fact in (fact for fact, forward in self.turns if forward):
+            self.same.setdefault(fact.relation, []).append(fact)
+            if self.relations[fact.relation].follow:
+                self.more.setdefault(fact.subject, []).append(fact)
+        self.alike = Deck(rng, (f for facts in self.same.values() for f in facts))
+        self.it = Deck(rng, (f for facts in self.more.values() if facts[1:] for f in facts))
+        self.cities = [f.subject for f in self.relations["city"].facts]
+        self.models = {  # relation -> real names, of subjects and of answers
+            name: ([f.subject for f in r.facts], [f.answer for f in r.facts])
+            for name, r in self.relations.items()
+            if name not in items(PLAIN)
+        }
+        self.groups: dict[tuple[str, str], list[str]] = {}  # relation, answer -> subjects
+        for fact in (fact for name in LISTED for fact in self.same[name]):
+            self.groups.setdefault((fact.relation, fact.answer), []).append(fact.subject)
+
+    def people(self) -> list[list[str]]:
+        """Return girls' and boys' names, at times invented ones: any word may be a name."""
+        if self.test:
+            return [TEST_GIRLS, TEST_BOYS]
+        if self.rng.random() < 0.7:
+            return [GIRLS, BOYS]
+        return [[coined(self.rng, names) for _ in range(3)] for names in (GIRLS, BOYS)]
+
+    def wording(self, card: Card, one: bool = False) -> str:
+        """Return the next question for a fact, with `one` not for many."""
+        wordings = questions(card[0].relation, card[1])
+        while True:
+            self.turns[card] += 1
+            wording = wordings[self.turns[card] % len(wordings)]
+            if fits(wording, card[0]) and not (one and "{ps}" in wording):
+                return wording
+
+    def reply(self, card: Card, brief: float = 0.12, one: bool = False) -> str:
+        """Answer in a full sentence, with `one` not of many, or at times by the answer alone."""
+        fact, forward = card
+        told = full_replies(fact.relation, forward)
+        if self.rng.random() < brief:
+            told = [self.relations[fact.relation].brief["o" if forward else "s"]]
+        told = [w for w in told if fits(w, fact) and not (one and "{ps}" in w)]
+        return sentence(self.rng.choice(told).format_map(fact.forms()))
+
+    def follow(self, fact: Fact) -> str:
+        """State a fact of what has just been named."""
+        told = self.rng.choice(self.relations[fact.relation].follow)
+        return sentence(told.format_map(fact.forms()))
+
+    def fact_turn(self, texts: list[str], brief: float = 0.12) -> None:
+        """Ask for a fact, and answer."""
+        card = self.deck.deal()
+        clause = self.wording(card).format_map(fact_cards()[card])
+        text = put(self.rng, clause, texts, card[0].relation in CASED)
+        texts += [text, greeted(self.rng, text, self.reply(card, brief))]
+
+    def fact_chat(self) -> dict[str, Any]:
+        """Ask for some facts, one after another."""
+        roll, texts, system = self.rng.random(), list[str](), ""
+        if roll < 0.06:
+            system = self.rng.choice(ways(BRIEFLY if roll < 0.04 else INSTRUCTIONS))
+        for _ in range(self.rng.choice((1, 1, 2, 2, 3, 4))):
+            self.fact_turn(texts, 1 if roll < 0.04 else 0.12)
+        return conversation("fact", texts, system.format(name=self.name))
+
+    def fact_item(self, card: Card) -> dict[str, Any]:
+        """Ask for a fact in a wording that is kept for the test, chosen by the fact."""
+        (fact, forward), forms = card, card[0].forms()
+        asked = [w for w in questions(fact.relation, forward, True) if fits(w, fact)]
+        salt = zlib.crc32(f"{fact.key} {fact.subject} {forward}".encode())
+        question = sentence(asked[salt % len(asked)].format_map(forms))
+        return conversation("fact", [question, self.reply(card)], **fact_grade(card, question))
+
+    def by_letter(self, card: Card, question: str) -> dict[str, Any]:
+        """Make an item of a fact and three wrong choices."""
+        (fact, forward), letter = card, self.letters.deal()
+        right = self.relations[fact.relation].brief["o" if forward else "s"]
+        right = right.format_map(fact.forms())
+        wrong = [choice for choice in brief_replies(fact.relation, forward) if choice != right]
+        choices = self.rng.sample(wrong, 3)
+        choices.insert("ABCD".index(letter), right)
+        texts = [lay_out(self.rng, question, choices), letter]
+        return conversation("letters", texts, grade="letter", answer=letter, choices=choices)
+
+    def letters_chat(self) -> dict[str, Any]:
+        """Ask for a fact or two by letters."""
+        texts: list[str] = []
+        for _ in range(self.rng.choice((1, 1, 1, 2))):
+            card = self.lettered.deal()
+            clause = self.wording(card).format_map(fact_cards()[card])
+            item = self.by_letter(card, put(self.rng, clause, texts, True))
+            texts += [item["messages"][0]["content"], item["reply"]]
+        return conversation("letters", texts)
+
+    def story_chat(self) -> dict[str, Any]:
+        """Tell a short story, and ask who is where and who has what."""
+        rng, text = self.rng, ""
+        while not 0 < len(text) < 420:
+            teller = Teller(rng, *self.people())
+            told = teller.tell(rng.randint(1, 4))
+            text = told.text
+        asks = story_questions(teller, told)
+        texts: list[str] = []
+        for key, forms, accept in rng.sample(asks, 1 if self.test else min(3, rng.randint(1, 4))):
+            row = table(STORY_ASKS)[key]
+            ask, reply = (rng.choice(row[i]).format_map(forms) for i in (self.test, 2))
+            lead = rng.choice(("{}\n\n{}", "{} {}", "{}\n{}", "Story: {}\n\n{}"))
+            texts += [sentence(ask) if texts else lead.format(text, sentence(ask)), reply]
+        if not self.test:
+            return conversation("story", texts)
+        others = {*teller.he, *(place.split(" ", 2)[2] for place in teller.places)}
+        reject = sorted(o for o in others - set(accept) if o not in ask)
+        return conversation("story", texts, answer=accept[0], accept=accept, reject=reject)
+
+    def follow_chat(self) -> dict[str, Any]:
+        """Ask for a fact, then for the same of others, or for more of the same subject."""
+        rng, it = self.rng, self.rng.random() < 0.5
+        fact = (self.it if it else self.alike).deal()
+        wording = self.wording((fact, True), it)
+        texts = [put(rng, wording.format_map(fact.forms())), self.reply((fact, True), 0.05, it)]
+        others = [f for f in (self.more[fact.subject] if it else self.same[fact.relation])]
+        others = rng.sample([f for f in others if f != fact], min(len(others), 4) - 1)
+        others = others[: rng.choice((1, 1, 2, 3))]
+        for other in others:
+            unseen = self.test and other == others[-1]
+            if it:
+                asked = rng.choice(ways(IT_TOO_UNSEEN if unseen else IT_TOO))
+                asked = asked.format(c=lists(IT)[other.relation][0])
+            else:
+                asked = rng.choice(ways(FOLLOW_UP_UNSEEN if unseen else FOLLOW_UP))
+                if "of {s}" in wording and not unseen and rng.random() < 0.25:
+                    asked = "and of {s}?"
+                asked = asked.format(s=as_asked(wording, other.forms())).replace("..", ".")
+            told = self.follow(other) if it else ""
+            if rng.random() < 0.4 or not it:
+                told = self.reply((other, True), one=it)
+            texts += [sentence(asked), told]
+        grade = fact_grade((other, True), " ".join(texts[:-1])) if self.test else {}
+        return conversation("follow-up", texts, **grade)
+
+    def memory_chat(self) -> dict[str, Any]:
+        """Be told things by somebody, and know them when asked later."""
+        rng, rows, texts = self.rng, table(MEMORY), list[str]()
+        girls, boys = (rng.sample(names, 3) for names in self.people())
+        told = {}  # key -> forms
+        for key in rng.sample(list(rows), rng.choice((1, 2, 2, 3))):
+            p = rng.choice(lists(MEMORY_VALUES).get(key, [""]))
+            values = {"city": rng.choice(self.cities), "month": rng.choice(MONTHS.split()[::2])}
+            if key in ("name", "pet", "person"):
+                sides = {"sister": girls, "aunt": girls, "brother": boys, "uncle": boys}
+                values[key] = sides.get(p, rng.choice((girls, boys))).pop()
+            told[key] = {"p": p, "v": values.get(key) or p or str(rng.randint(5, 90))}
+        said = [rng.choice(rows[key][0]).format_map(forms) for key, forms in told.items()]
+        for i, part in enumerate([said] if rng.random() < 0.6 else [[one] for one in said]):
+            joined = rng.choice((1, 2))
+            text, rest = sentence(", and ".join(part[:joined])), part[joined:]
+            hello = rng.choice(("", "", "Hello!", "Hi!", "Hi there!")) if not i else ""
+            reply = rng.choice(ways(TOLD))
+            if "name" in told and told["name"]["v"] in text and rng.random() < 0.7:
+                reply = f"Nice to meet you, {told['name']['v']}!"
+            texts += [" ".join([hello, text, *map(sentence, rest)]).strip(), reply]
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            self.fact_turn(texts)
+        for key in rng.sample(list(told), 1 if self.test else rng.randint(1, min(2, len(told)))):
+            forms = told[key]
+            ask, reply = (rng.choice(rows[key][i]).format_map(forms) for i in (1 + self.test, 3))
+            texts += [sentence(ask), reply]
+        if self.test:
+            others = [other["v"] for other in told.values() if other != forms]
+            grade = {"answer": forms["v"], "accept": [forms["v"]], "reject": others}
+            return conversation("memory", texts, **grade)
+        if rng.random() < 0.12:
+            key = rng.choice([key for key in rows if key not in told])
+            ask = rng.choice(rows[key][1]).format(p=rng.choice(lists(MEMORY_VALUES).get(key, [""])))
+            texts += [sentence(ask), rng.choice(ways(NOT_TOLD))]
+        return conversation("memory", texts)
+
+    def unknown_turn(self, texts: list[str]) -> None:
+        """Ask for what nobody has told, or for what does not exist, and say so."""
+        rng, cased = self.rng, False
+        if rng.random() < 0.2:
+            row = rng.choice(list(table(BEYOND).values()))
+            family = coined(rng, self.cities, self.test)
+            forms = {"n": rng.choice(rng.choice(self.people())), "c": rng.choice(self.cities)}
+            forms["f"] = f"{coined(rng, GIRLS + BOYS, self.test)} {family}"
+            clause, reply = (rng.choice(row[i]).format_map(forms) for i in (self.test, 2))
+        else:
+            name = rng.choice(list(self.models))
+            forward = name not in BACKWARD.split(", ") or rng.random() < 0.7
+            s = coined(rng, self.models[name][0], self.test)
+            o = s if forward else coined(rng, self.models[name][1], self.test)
+            wording = rng.choice(questions(name, forward, self.test))
+            forms = Fact(name, s, o, "").forms()
+            clause, cased = wording.format_map(forms), name in CASED
+            reply = rng.choice(ways(DONT_KNOW)).format(s=as_asked(wording, forms) if forward else o)
+        text = sentence(clause) if self.test else put(rng, clause, texts, cased)
+        texts += [text, greeted(rng, text, reply)]
+
+    def unknown_chat(self) -> dict[str, Any]:
+        """Ask for things that do not exist, and for some that do."""
+        texts: list[str] = []
+        turns = range(self.rng.choice((1, 1, 2, 3)))
+        for i in self.rng.sample(turns, len(turns)):
+            (self.fact_turn if i and self.rng.random() < 0.5 else self.unknown_turn)(texts)
+        return conversation("unknown", texts)
+
+    def about_request(self) -> tuple[str, str]:
+        """Return a subject, and some facts of it."""
+        first, *others = self.more[self.it.deal().subject]
+        others = self.rng.sample(others, min(len(others), 3))
+        told = [self.reply((first, True), 0, True), *map(self.follow, others)]
+        creature = first.relation in ("class", "young", "sound", "legs", "food", "sides")
+        return first.forms()["as" if creature else "s"], " ".join(told)
+
+    def list_request(self) -> tuple[str, str]:
+        """Return how many of which kind of thing, and as many of them."""
+        name, kind = self.rng.choice([key for key, group in self.groups.items() if len(group) > 3])
+        words = self.rng.sample(self.groups[name, kind], self.rng.choice((2, 3, 3, 4)))
+        what = f"{number_word(len(words))} {plural(kind)}"
+        words = [plural(word) if name in ("class", "kind") else word for word in words]
+        if self.rng.random() < 0.4:
+            return what, "\n".join(f"- {word}" for word in words)
+        words = [f"the {word}" for word in words] if name == "family" else words
+        return what, sentence(f"{join_and(words)} are {plural(kind)}")
+
+    def story_request(self) -> tuple[str, str]:
+        """Return names, and a story about them."""
+        while True:
+            teller = Teller(self.rng, *self.people())
+            text = teller.tell(self.rng.randint(1, 4)).text
+            if len(text) < 500:
+                return join_and(list(teller.he)), text
+
+    def talk_turn(self, texts: list[str], keys: str = "") -> None:
+        """Say something small, or ask for a text, and reply."""
+        rng = self.rng
+        if keys or rng.random() < 0.55:
+            among = keys.split() or [key for key in table(TALK) if key != "hello" or not texts]
+            asked, reply = map(rng.choice, table(TALK)[rng.choice(among)])
+        else:
+            makers = {
+                "rhyme": partial(rhyme_request, rng), "how": partial(how_request, rng),
+                "list": self.list_request, "about": self.about_request, "story": self.story_request,
+            }  # fmt: skip
+            key = rng.choice(list(makers))
+            what, reply = makers[key]()
+            asked = rng.choice(table(REQUESTS)[key][0])
+            asked = asked.format(w=what.replace("your ", "my ") if " I " in asked else what)
+        texts += [sentence(asked) if rng.random() < 0.85 else asked.rstrip(".!?"), reply]
+
+    def talk_chat(self) -> dict[str, Any]:
+        """Talk of this and that."""
+        texts: list[str] = []
+        for _ in range(self.rng.choice((1, 1, 2, 3))):
+            self.talk_turn(texts)
+        return conversation("talk", texts)
+
+    def mixed_chat(self) -> dict[str, Any]:
+        """Greet, ask for this and that, thank and go."""
+        rng, texts = self.rng, list[str]()
+        ask = partial(identity_turn, rng, self.name)
+        if rng.random() < 0.7:
+            self.talk_turn(texts, "hello hello how sad glad like")
+        for _ in range(rng.choice((1, 1, 2))):
+            rng.choice((self.fact_turn, self.fact_turn, self.unknown_turn, ask))(texts)
+        if rng.random() < 0.7:
+            self.talk_turn(texts, "thanks thanks praise bye")
+        system = rng.choice(ways(INSTRUCTIONS)) if rng.random() < 0.3 else ""
+        return conversation("mixed", texts, system.format(name=self.name))
+
+
+# Shares of the turns of conversations of each kind, in mid and in sft.
+KINDS = {
+    "fact": (36, 36), "letters": (10, 10), "problem": (19, 19), "sum": (4, 4), "spelling": (9, 9),
+    "story": (4, 4), "follow-up": (4, 4), "memory": (3, 3), "identity": (3, 3), "unknown": (6, 6),
+    "talk": (3, 3), "mixed": (3, 3),
+}  # fmt: skip
+LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
+
+
+def world_conversations(
+    seed: int, split: str, count: int | None = None, name: str = "Nano"
+) -> Iterator[dict[str, Any]]:
+    """Yield conversations of "mid", "sft" or "val", or the problems of "rl"; no two are equal.
+
+    They are a function of seed and name, without end unless `count` says how many. None of val
+    is one of mid or sft, whatever their seeds: a hash of the conversation decides.
+    """
+    rng = random.Random(f"world {split} {seed}")
+    asker = Asker(rng, name)
+    makers: dict[str, Callable[[], dict[str, Any]]] = {
+        "fact": asker.fact_chat, "letters": asker.letters_chat, "story": asker.story_chat,
+        "follow-up": asker.follow_chat, "memory": asker.memory_chat, "unknown": asker.unknown_chat,
+        "talk": asker.talk_chat, "mixed": asker.mixed_chat,
+        "identity": partial(identity_chat, rng, name), "problem": partial(problem_chat, rng),
+        "sum": partial(sum_chat, rng), "spelling": partial(spelling_chat, rng),
+    }  # fmt: skip
+    shares = {kind: pair[split != "mid"] for kind, pair in KINDS.items()}
+    if split == "rl":
+        makers, shares = {"problem": partial(rl_problems, rng)}, {"problem": 1}
+    turns = dict.fromkeys(shares, 0)
+    seen: set[bytes] = set()
+    while count is None or len(seen) < count:
+        kind = min(shares, key=lambda kind: (turns[kind] + rng.random()) / shares[kind])
+        made = makers[kind]()
+        messages = made["messages"]
+        digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=12).digest()
+        good = split == "rl" or (digest[0] % 10 == 0) == (split == "val")
+        if good and digest not in seen and sum(map(text_size, messages)) <= LONGEST:
+            seen.add(digest)
+            turns[kind] += len(messages) // 2 or 1
+            yield made
+
+
+def text_size(message: dict[str, Any]) -> int:
+    """Count the characters of a message."""
+    content = message["content"]
+    return len(content if isinstance(content, str) else "".join(part["text"] for part in content))
+
+
+def take_items(count: int, make: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+    """Make items until there are `count` that differ in what they ask."""
+    made: dict[str, dict[str, Any]] = {}
+    while len(made) < count:
+        item = make()
+        made.setdefault(json.dumps(item["messages"]), item)
+    return list(made.values())
+
+
+def identity_set(rng: random.Random, name: str) -> list[dict[str, Any]]:
+    """Ask for name, maker and kind in wordings that are kept for the test, in many manners."""
+    made = []
+    for key, words in lists(IDENTITY_KEYS).items():
+        accept = [word.format(name=name) for word in words]
+        _, unseen, replies = table(IDENTITY)[key]
+        for clause, manner in itertools.product(unseen, ["{Q}", "{q}", *ways(POLITE)]):
+            text = manner.format(Q=sentence(clause), q=clause)
+            reply = rng.choice(replies).format(name=name)
+            made.append(conversation("identity", [text, reply], answer=accept[0], accept=accept))
+    return made
+
+
+@cache
+def world_sets(name: str = "Nano") -> dict[str, list[dict[str, Any]]]:
+    """Return the evaluation sets: graded items, functions of the tables alone."""
+    rng = random.Random("evaluation")
+    asker = Asker(rng, name, test=True)
+    sides: dict[Fact, list[Card]] = {}  # of each fact one way round is asked for
+    for card in (*fact_cards(True), *fact_cards(False)):
+        sides.setdefault(card[0], []).append(card)
+    cards = [s[zlib.crc32(fact.subject.encode()) % len(s)] for fact, s in sides.items()]
+
+    def by_letter() -> dict[str, Any]:
+        fact, forward = card = asker.lettered.deal()
+        asked = rng.choice([w for w in questions(fact.relation, forward, True) if fits(w, fact)])
+        return asker.by_letter(card, sentence(asked.format_map(fact.forms())))
+
+    def unknown() -> dict[str, Any]:
+        texts: list[str] = []
+        asker.unknown_turn(texts)
+        phrase = "I don't know"
+        return conversation("unknown", texts, answer=phrase, accept=[phrase])
+
+    tellers = (asker.story_chat, asker.follow_chat, asker.memory_chat)
+    return {
+        "letters": take_items(1000, by_letter),
+        "facts": [asker.fact_item(card) for card in cards if card[0].askable],
+        "never_asked": [
+            asker.fact_item(card)
+            for card in cards
+            if not card[0].askable and card[0].relation not in ELSEWHERE
+        ],
+        "stories": [item for make in tellers for item in take_items(200, make)],
+        "identity": identity_set(rng, name),
+        "unknown": take_items(500, unknown),
+        "spelling": spelling_set(),
+        **problem_sets(),
+    }
+
+
+# 8. World: problems --------------------------------------------------------------------------
+
+# Word problems are composed of these sentences: [now|in the past]; {p} is the person in question
+# by pronoun or name, {n} by name, {o} and {e} are others, {v} and {w} verbs, {use} a phrase.
+PROBLEMS = """
+plain: {n} [has|had] {a} {things} | {n} [owns|owned] {a} {things} | {n} [starts|started] with {a}
+ {things} | there [are|were] {a} {things} in {n}'s room | at first {n} [has|had] {a} {things} | {n}
+ [keeps|kept] {a} {things} on a shelf | in the morning, {n} [counts|counted] {a} {things}
+earlier: before that, {p} had {a} {things} | {p} had {a} {things} before that | at the start of the
+ day, {p} had {a} {things}
+group: {n} [has|had] {a} {boxes} {use} | there [are|were] {a} {boxes} {use} in {n}'s room | {n}
+ [fills|filled] {a} {boxes} {use}
+each: each of {n}'s {a} {boxes} [holds|held] {b} {things} | there [are|were] {b} {things} in each of
+ {n}'s {a} {boxes} | {n} [has|had] {a} {boxes} of {b} {things} | {n} [gets|got] {a} {boxes} of {b}
+ {things}
+times: {o} [has|had] {a} {things}. {n} [has|had] {use} | {n} [has|had] {use} {things} as {o}. {o}
+ [has|had] {a} {things} | {o} [has|had] {a} {things}, and {n} [has|had] {use} | {o} [owns|owned] {a}
+ {things}. {n} [owns|owned] {use} {things} as {o}
+verb: {p} {v} {b} {things} | {p} {v} {b} {things} {tail}
+later: then {p} {v} {b} {things} | later, {p} {v} {b} {things} {tail} | the next day, {p} {v} {b}
+ {things} | after that, {p} {v} {b} {things} {tail}
++: {p} {v} {b} more {things} | {p} {v} another {b} {things} {tail}
+-: {p} {v} {b} of the {things} | {p} {v} {b} of these {things} {tail}
+scale: then the number of {ps} {things} {use} | later, the number of {ps} {things} {use}
+other: {o} [has|had] {c} {things} | {o} [owns|owned] {c} {things} | in {o}'s room there [are|were] {c}
+ {things}
+ask: how many {things} does {p} have now? | how many {things} does {p} have in the end? | what number
+ of {things} does {p} have now? | can you tell me how many {things} {p} has now? | find the number
+ of {things} that {p} has now. | what is the number of {ps} {things} now?
+count: how many {things} [does|did] {p} have? | how many {things} [is|was] that? | what [is|was] the
+ number of {ps} {things}? | find the number of {things} that {p} [has|had].
+left: how many {things} {use}? | how many of the {things} {use}? | how many {things} {use} in the
+ end? | can you tell me how many {things} {use}?
+all: how many {things} do {n} and {o} have {use}? | {use}, how many {things} do {n} and {o} have? |
+ how many {things} do they have {use}? | find the number of {things} that they have {use}.
+compare: how many {use} {things} does {x} have than {y}? | {x} has how many {use} {things} than {y}?
+ | can you tell me how many {use} {things} {x} has than {y}?
+share: {p} [shares|shared] the {things} equally among {c} friends. how many {things} does each friend
+ get? | {p} [puts|put] the {things} into {c} {boxes}, the same number in each. how many {things} are
+ in each {box}? | {c} friends [share|shared] the {things} equally. what is the number of {things}
+ for each friend?
+besides: {p} also [has|had] {d} {others} | {p} also {w} {d} {others} | {e} [has|had] {d} {others} |
+ {n}'s {kin} [is|was] {d} years old | the walk home [takes|took] {d} minutes | {n} [lives|lived] at
+ number {d} | there [are|were] {d} children in {n}'s class | {p} [reads|read] {d} pages of a book |
+ {e} [is|was] {d} years old | {one} [costs|cost] {d} cents
+"""
+STARTS = {"plain": 6, "group": 2, "times": 2}  # kinds of sentences, and how often
+CHANGES = {"verb": 8, "scale": 1, "number": 1}
+FINISHES = {"ask": 5, "left": 3, "all": 2, "compare": 2, "share": 2}
+ORDERS = "told told told earlier asked if".split()  # how start, changes and question follow
+
+
+def weighed(rng: random.Random, table: dict[str, int]) -> str:
+    """Choose a key by its weight."""
+    return rng.choices(list(table), list(table.values()))[0]
+
+
+def require(fits: bool) -> None:
+    """Give up a problem whose parts do not go together."""
+    if not fits:
+        raise ValueError("parts that do not go together")
+
+
+class Composer:
+    """Composes one word problem of independent parts, with its solution.
+
+    Verbs and phrases are shown ones; if `must` is of another set, that one is there, and others
+    may be of its set too. Raises ValueError where the parts do not go together.
+    """
+
+    def __init__(self, rng: random.Random, must: dict[str, str], besides: bool) -> None:
+        self.rng, self.must, self.order = rng, must, rng.choice(ORDERS)
+        self.sets = {"shown", must.get("set", "shown")}
+        start, finish = weighed(rng, STARTS), weighed(rng, FINISHES)
+        changes = [weighed(rng, CHANGES) for _ in range(rng.choice((0, 1, 1, 1, 2, 2)))]
+        steps = (start != "plain") + len(changes) + (finish not in ("ask", "left"))
+        first = start == "plain" and changes[:1] in (["verb"], ["number"])
+        require(not must or must["role"] in (start, *changes, finish))
+        require(1 <= steps <= 2 and (finish != "left" or changes[-1:] in (["verb"], ["number"])))
+        require(self.order != "earlier" or first)
+        require(self.order != "asked" or (finish == "ask" and len(changes) == steps))
+        require(self.order != "if" or (first and steps == 1))
+        self.past = self.order != "if" and rng.random() < 0.5
+        self.shape = [self.order]  # with what follows, the combination of parts
+        self.facts: list[tuple[str, str]] = []  # letter of whom it is about, sentence
+        self.steps: list[tuple[str, str, int]] = []  # what is done and why, call, result
+        self.known = ""  # what the next step's sentence begins with
+        self.thing, other = rng.sample(COUNTED, 2)
+        n, o, e = rng.sample(GIRLS + BOYS, 3)
+        self.he, box = "she" if n in GIRLS else "he", rng.choice(CONTAINERS)
+        require(box not in (self.thing, other))
+        self.forms = {
+            "n": n, "o": o, "e": e, "p": "{p}", "ps": "{ps}", "box": box, "boxes": plural(box),
+            "things": plural(self.thing), "others": plural(other), "one": with_article(self.thing),
+        }  # fmt: skip
+        self.value = self.begin(start, bool(changes))
+        for role in changes:
+            self.change(role, finish)
+        self.question = self.end(finish)
+        require(not self.must)
+        if besides:
+            self.distract()
+
+    def part(self, role: str, op: str = "") -> dict[str, str]:
+        """Choose a verb or phrase; the one that must be there as soon as it can be."""
+        if self.must and self.must["role"] == role:
+            chosen, self.must = self.must, {}
+        else:
+            sets = self.sets if self.rng.random() < 0.4 else {"shown"}
+            pool = [p for p in problem_parts() if p["role"] == role and p["set"] in sets]
+            chosen = self.rng.choice(pool)
+        require(op in chosen["op"] and chosen["base"] not in self.shape)
+        self.shape.append(chosen["base"])
+        return chosen
+
+    def word(self, key: str, fits: str = "", **forms: object) -> tuple[str, str]:
+        """Choose a wording; return the letter of whom it is about, and its text but for {p}."""
+        text = self.rng.choice([t for t in wordings(key, PROBLEMS) if re.search(fits, t)])
+        if key in (*STARTS, *FINISHES, "earlier", "each", "count"):
+            self.shape.append(text)
+        about = re.findall(r"\{([npoe])\} (?:also )?(?:\[|\{[vw])", text)[-1:] or [""]
+        told = text.replace("{use}", str(forms.get("use", "")))
+        told = re.sub(r"\[(.*?)\|(.*?)\]", lambda m: m[1 + self.past], told)
+        return about[0].replace("p", "n"), told.format_map(self.forms | forms)
+
+    def has(self, who: str, number: int) -> None:
+        """Let the next step begin with what somebody has."""
+        has = "had" if self.past else "has"
+        self.known += f"{self.forms[who]} {has} {number} {self.forms['things']}. "
+
+    def step(self, why: str, op: str, a: int, b: int) -> int:
+        """Work one step."""
+        require(b > 0 and (op != "/" or a % b == 0))
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
+        require(0 <= result < 1000)
+        self.steps.append((self.known + why, f"{a}{op}{b}", result))
+        self.known = ""
+        return result
+
+    def scaled(self, phrase: dict[str, str], a: int) -> int:
+        """Multiply or divide as a phrase says."""
+        return self.step(meaning(phrase), phrase["op"][0], a, int(phrase["op"][1:]))
+
+    def begin(self, start: str, changes: bool) -> int:
+        """Tell what somebody has at first; return the number."""
+        rng, self.other = self.rng, 0  # what another has, where that is told
+        if start == "plain":
+            a = rng.randint(3, 99) if rng.random() < 0.95 else rng.randint(100, 200)
+            if self.order != "earlier":
+                fits = "" if changes else r"^(?!.*(\[starts|first))"
+                fits = r"^\{n\} \[has" if self.order == "if" else fits
+                self.facts.append(self.word("plain", fits, a=a))
+            self.has("n", a)
+            return a
+        phrase = self.part(start)
+        if start == "group":
+            a, b = rng.randint(2, 30), rng.randint(2, 24)
+            key = "each" if phrase["base"] == "each" and rng.random() < 0.6 else "group"
+            self.facts.append(self.word(key, a=a, b=b, use=phrase["use"]))
+            why = f"There are {a} {self.forms['boxes']} with {b} in each, so we multiply. "
+            return self.step(why, "*", a, b)
+        self.other = 2 * rng.randint(2, 60) if phrase["op"] == "/2" else rng.randint(2, 90)
+        self.facts.append(self.word("times", a=self.other, use=phrase["use"]))
+        self.has("o", self.other)
+        return self.scaled(phrase, self.other)
+
+    def change(self, role: str, finish: str) -> None:
+        """Tell of a change of the number."""
+        rng, a = self.rng, self.value
+        if role == "scale":
+            phrase = self.part("scale")
+            self.facts.append(self.word("scale", use=phrase["use"]))
+            self.value = self.scaled(phrase, a)
+            return
+        number = self.part("number") if role == "number" else {}
+        verb = self.part("verb", "-" if finish == "left" else "")
+        require(self.thing in verb["things"].split())
+        b = int(number["op"]) if number else rng.randint(2, a - 1 if verb["op"] == "-" else 99)
+        key = "later" if self.facts and rng.random() < 0.5 else "verb"
+        if self.sets == {"shown"} and not number and self.facts and rng.random() < 0.2:
+            key = verb["op"]  # with a word that gives the verb's effect away, as people talk
+        key = "verb" if self.order == "if" else key
+        v = verb["past" if self.past else "does"]
+        self.facts.append(self.word(key, b=number.get("use", b), v=v, tail=verb["tail"]))
+        if len(self.facts) == 1:  # only now what there was before
+            self.facts.append(self.word("earlier", a=a))
+        if self.order == "if":
+            (_, had), (_, then) = self.facts
+            self.facts = [("n", f"if {had} and {then.removeprefix('{p} ')}")]
+        self.known += meaning(number) if number else ""
+        why = f"{self.forms['n']} {v} {b}, so now {self.he} has {verb['more']}. "
+        self.value = self.step(why, verb["op"], a, b)
+
+    def end(self, finish: str) -> tuple[str, str]:
+        """Work the last step; return the question."""
+        a, n, o = self.value, self.forms["n"], self.forms["o"]
+        fits = "^how" if self.order == "if" else ""
+        if finish == "ask":
+            return self.word("ask" if len(self.facts) > 1 else "count", fits)
+        if finish == "share":
+            c = self.rng.choice([c for c in range(2, 13) if a % c == 0 and a > c] or [a + 1])
+            self.value = self.step(f"They are shared by {c}, so we divide. ", "/", a, c)
+            return self.word("share", c=c)
+        phrase = self.part(finish)
+        if finish == "left":
+            return self.word("left", fits, use=phrase["use"])
+        c = self.other or self.rng.randint(2, 99)
+        if not self.other:
+            at = self.rng.choice((0, len(self.facts)))
+            self.facts.insert(at, self.word("other", c=c))
+        self.has("o", c)
+        require(finish != "compare" or a != c)
+        first, second = (c, a) if finish == "compare" and a < c else (a, c)
+        self.value = self.step(meaning(phrase), phrase["op"], first, second)
+        x, y = (n, o) if (a > c) == (phrase["use"] == "more") else (o, n)
+        return self.word(finish, use=phrase["use"], x=x, y=y)
+
+    def distract(self) -> None:
+        """Tell something with a number that has nothing to do with the question."""
+        worked = " ".join(f"{call} {result}" for _, call, result in self.steps)
+        d = self.rng.choice([d for d in range(3, 60) if str(d) not in re.findall(r"\d+", worked)])
+        verb = self.rng.choice([v for v in count_verbs() if v["set"] == "shown" and v["any"]])
+        kin = self.rng.choice(("sister", "brother") if d < 18 else ("aunt", "uncle"))
+        told = self.word("besides", d=d, w=verb["past" if self.past else "does"], kin=kin)
+        self.facts.insert(self.rng.randint(0, len(self.facts) - (self.order == "if")), told)
+
+    def text(self) -> str:
+        """Tell all of it, with pronouns where they are clear."""
+        told, last, n = [], "", self.forms["n"]
+        asked = [self.question]
+        for who, text in [*asked, *self.facts] if self.order == "asked" else [*self.facts, *asked]:
+            p = self.he if last == "n" and self.rng.random() < 0.75 else n
+            ps = {"she": "her", "he": "his"}.get(p, f"{n}'s")
+            told.append((text if told else text.replace(" also ", " ")).format(p=p, ps=ps))
+            last = who
+        if self.order == "if":
+            told[-2:] = [", ".join(told[-2:])]
+        return " ".join(sentence(part) for text in told for part in text.split(". "))
+
+    def is_held_out(self) -> tuple[bool, bool]:
+        """Say whether its combination of parts, and whether a pair of operands, is for the test."""
+        pairs = [re.split(r"\D", call) for _, call, _ in self.steps]
+        pair = any(held_out_pair(int(a), int(b)) for a, b in pairs)
+        return held_out("problem " + " ".join(self.shape)), pair
+
+    def item(self) -> dict[str, Any]:
+        """Return it as a graded item with its solution."""
+        reply, known = [], ""
+        for why, call, result in self.steps:
+            reply += [text_part(known + why), *tool_parts(call)]
+            known = f"That makes {result}. "
+        reply.append(text_part(f"The answer is {self.value}."))
+        texts = [self.text(), reply]
+        return conversation("problem", texts, grade="number", answer=str(self.value))
+
+
+def meaning(phrase: dict[str, str]) -> str:
+    """Say what a phrase of word problems means."""
+    return sentence(f"{phrase['base']} means {phrase['meaning']}") + " "
+
+
+def text_part(text: str) -> dict[str, str]:
+    """Return what a reply says."""
+    return {"type": "text", "text": text}
+
+
+def tool_parts(call: str) -> list[dict[str, str]]:
+    """Return a call of the tool and its output."""
+    return [{"type": "python", "text": call}, {"type": "output", "text": calculate(call)}]
+
+
+def problem(rng: random.Random, wanted: str, besides: float, held: list[tuple[bool, bool]]
+            ) -> dict[str, Any]:  # fmt: skip
+    """Compose problems until one is what is wanted.
+
+    `wanted`: the set of its rarest part; `besides`: how often something has nothing to do with the
+    question; `held`: what is_held_out may say.
+    """
+    parts = [part for part in problem_parts() if part["set"] == wanted != "shown"]
+    must = rng.choice(parts) if parts else {}
+    while True:
+        try:
+            found = Composer(rng, must, rng.random() < besides)
+        except ValueError:
+            continue
+        if found.is_held_out() in held:
+            return found.item()
+
+
+def problem_chat(rng: random.Random) -> dict[str, Any]:
+    """Return a word problem of shown parts, solved with the tool, for training."""
+    return solved(problem(rng, "shown", 0.55, [(False, False)]))
+
+
+def rl_problems(rng: random.Random) -> dict[str, Any]:
+    """Return a word problem with its answer alone; most have a practised part."""
+    wanted = "practised" if rng.random() < 0.85 else "shown"
+    item = problem(rng, wanted, 0.4, [(False, False)])
+    return {key: value for key, value in item.items() if key != "reply"}
+
+
+@cache
+def problem_sets() -> dict[str, list[dict[str, Any]]]:
+    """Return the word problems of the test, the same for every seed, 500 in a set.
+
+    Each set differs in one way from what is trained on: in pairs of numbers, in combinations of
+    shown parts, in combinations of parts some of which rl practises, in parts no problem has.
+    """
+    held = {
+        "numbers": ("shown", 0.55, [(False, True)]),
+        "combinations": ("shown", 1, [(True, False)]),
+        "practised": ("practised", 0.4, [(True, False)]),
+        "new": ("test", 0.4, [(False, False), (True, False)]),
+    }
+    return {
+        f"problems_{name}": take_items(500, partial(problem, random.Random(name), *wanted))
+        for name, wanted in held.items()
+    }
+
+
+# How sums are asked for, in words or in signs.
+SUMS = """
++: what is {a} plus {b}? | how much is {a} plus {b}? | add {a} and {b}. | what is the sum of {a} and
+ {b}? | {a} plus {b} | what do you get if you add {a} and {b}? | what do {a} and {b} make together?
+-: what is {a} minus {b}? | how much is {a} minus {b}? | subtract {b} from {a}. | take {b} away from
+ {a}. | {a} minus {b} | what is left of {a} after taking away {b}? | what do you get if you take {b}
+ from {a}?
+*: what is {a} times {b}? | how much is {a} times {b}? | multiply {a} by {b}. | what is the product of
+ {a} and {b}? | {a} times {b} | what is {a} multiplied by {b}? | what does {a} times {b} make?
+/: what is {a} divided by {b}? | how much is {a} divided by {b}? | divide {a} by {b}. | {a} divided by
+ {b} | how often does {b} go into {a}? | what do you get if you divide {a} by {b}?
+signs: {s} | what is {s}? | {s} = ? | {s} = | calculate {s} | work out {s}. | compute {s}, please. |
+ how much is {s}?"""
+SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+
+
+def sum_chat(rng: random.Random) -> dict[str, Any]:
+    """Return a sum in words or signs, worked with the tool."""
+    op = rng.choice("++--***//")
+    numbers = [rng.randint(2, rng.choice((12, 99, 99, 999 if op != "*" else 99)))]
+    numbers.append(rng.randint(2, 99 if op in "+-" else 30))
+    if op == "/" and rng.random() < 0.9:
+        numbers[0] *= numbers[1]
+    if op in "+*" and rng.random() < 0.12:
+        numbers.append(rng.randint(2, 20))
+    call, first = op.join(map(str, numbers)), calculate(op.join(map(str, numbers[:2])))
+    result = calculate(call)
+    held = [held_out_pair(*numbers[:2]), *(held_out_pair(int(first), n) for n in numbers[2:])]
+    unusual = "." in result or result.startswith("-")  # 7 / 2, 5 - 8: now and then
+    if any(held) or len(result.partition(".")[2]) > 2 or (unusual and rng.random() < 0.8):
+        return sum_chat(rng)
+    signs = [f" {op} ", f" {op} ", op, {"*": " x ", "/": " \u00f7 "}.get(op, op)]
+    forms = {"a": numbers[0], "b": numbers[1], "s": rng.choice(signs).join(map(str, numbers))}
+    key = "signs" if len(numbers) > 2 or rng.random() < 0.4 else op
+    asked = rng.choice(wordings(key, SUMS)).format_map(forms)
+    asked = asked[0].upper() + asked[1:] if key == "signs" else put(rng, asked)
+    told = "{s} = {r}." if key == "signs" else f"{{a}} {SIGNS[op]} {{b}} is {{r}}."
+    told = "The answer is {r}." if rng.random() < 0.3 else told
+    reply = [*tool_parts(call), text_part(told.format_map(forms | {"r": result}))]
+    return conversation("sum", [asked, reply])
+
+
+# What is asked about a word: in training after "?", in the test after "!". After "=", the reply;
+# the tool's call stands at "#".
+SPELLING = """
+spell?: how do you spell "{w}"? | spell "{w}". | can you spell "{w}" for me? | spell the word "{w}",
+ please. | what are the letters of "{w}"? | how do I spell "{w}"? | please spell "{w}" letter by
+ letter.
+spell!: how is the word "{w}" spelled? | I need the spelling of "{w}".
+spell=: "{w}" is spelled {l}.
+count?: how many {x} are in "{w}"? | how many times is {x} in "{w}"? | count the letter {x} in "{w}". |
+ how often does the letter {x} occur in "{w}"? | how many {x} are there in the word "{w}"? | tell me
+ how many {x} "{w}" has.
+count!: how many times does "{w}" have the letter {x}? | in "{w}", how many {x} do you see?
+count=: "{w}" is spelled {l}. #The letter {x} is in it {r} {times}.
+letters?: how many letters does "{w}" have? | how many letters are in "{w}"? | count the letters of
+ "{w}". | how long is the word "{w}"?
+letters!: what is the number of letters in "{w}"? | tell me how many letters the word "{w}" has.
+letters=: "{w}" is spelled {l}. #It has {r} letters.
+first?: what is the first letter of "{w}"? | which letter does "{w}" begin with? | what letter is at
+ the start of "{w}"? | "{w}" starts with which letter?
+first!: tell me the first letter of the word "{w}". | with which letter does "{w}" start?
+first=: "{w}" is spelled {l}. Its first letter is {f}.
+last?: what is the last letter of "{w}"? | which letter does "{w}" end with? | what letter is at the
+ end of "{w}"? | "{w}" ends in which letter?
+last!: tell me the last letter of the word "{w}". | with which letter does "{w}" end?
+last=: "{w}" is spelled {l}. Its last letter is {z}.
+back?: how do you spell "{w}" backwards? | spell "{w}" backwards. | write "{w}" backwards, please. |
+ reverse the letters of "{w}". | what is "{w}" from back to front?
+back!: what do you get if you turn "{w}" around? | can you reverse the word "{w}"?
+back=: "{w}" is spelled {l}. Backwards it is {b}."""
+SPELLING_KINDS = {"spell": 3, "count": 3, "letters": 1, "first": 1, "last": 1, "back": 1}
+
+
+def spelling_item(rng: random.Random, word: str, split: Literal["?", "!"]) -> dict[str, Any]:
+    """Ask about a word's letters; the reply spells the word, and counts with the tool."""
+    kind, back = weighed(rng, SPELLING_KINDS), "-".join(word[::-1])
+    x = rng.choice(word if rng.random() < 0.85 else "abcdefghijklmnopqrstuvwxyz")
+    call = {"count": f'"{word}".count("{x}")', "letters": f'len("{word}")'}.get(kind, "")
+    forms = {"w": word, "l": "-".join(word), "x": x, "f": word[0], "z": word[-1], "b": back,
+             "r": calculate(call), "times": "time" if word.count(x) == 1 else "times"}  # fmt: skip
+    asked = rng.choice(wordings(kind + split, SPELLING)).format_map(forms)
+    asked = asked if rng.random() < 0.75 else asked.replace('"', "")
+    asked = put(rng, asked) if split == "?" else sentence(asked)
+    said, _, last = wordings(f"{kind}=", SPELLING)[0].format_map(forms).partition("#")
+    if call:
+        reply = [text_part(said), *tool_parts(call), text_part(last)]
+        return conversation("spelling", [asked, reply], grade="number", answer=forms["r"])
+    accept = {"spell": [forms["l"]], "back": [back, word[::-1]]}.get(kind, [said[-2]])
+    return conversation("spelling", [asked, said], answer=accept[0], accept=accept, reject=[])
+
+
+def spelling_chat(rng: random.Random) -> dict[str, Any]:
+    """Return a question about a word's letters, answered; some words are made up."""
+    word = rng.choice(shown_words()) if rng.random() < 0.7 else made_word(rng)
+    return solved(spelling_item(rng, word, "?"))
+
+
+@cache
+def spelling_set() -> list[dict[str, Any]]:
+    """Return 500 questions about words that no training file spells, in wordings of the test."""
+    rng = random.Random("spelling")
+    return take_items(500, lambda: spelling_item(rng, rng.choice(held_words()), "!"))
+
+
+# 9. Main -------------------------------------------------------------------------------------
 
 
 def make_world(settings: Settings, folder: Path) -> tuple[Sorter, dict]:
@@ -3035,10 +5203,23 @@ def make_world(settings: Settings, folder: Path) -> tuple[Sorter, dict]:
     return sorter, write_splits(folder, sorter, settings)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a source's manifest.json, {} where there is none or it is broken."""
+def make_world_chat(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the embedded world's conversations and evaluation sets; return what each file holds."""
+    count, made = settings.num_conversations, {}
+    for split, share in {"mid": 1, "sft": 4, "val": 60, "rl": 10}.items():
+        size = max(count // share, min(count, 20))
+        chats = world_conversations(settings.seed, split, size, settings.name)
+        made |= write_lines([folder / f"{split}.jsonl"], map(as_line, chats))
+    for name, graded in world_sets(settings.name).items():
+        about = write_lines([folder / "eval" / f"{name}.jsonl"], map(as_line, graded))
+        made[f"eval/{name}.jsonl"] = about[f"{name}.jsonl"]
+    return made
+
+
+def read_manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
+    """Return what a source's manifest says, {} where there is none or it is broken."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+        manifest = json.loads((folder / name).read_text("utf-8"))
         return manifest if {"settings", "files"} <= set(manifest) else {}
     except (OSError, ValueError, TypeError):
         return {}
@@ -3048,7 +5229,8 @@ def is_prepared(folder: Path, manifest: dict, wanted: dict) -> bool:
     """Say whether the files of `wanted` settings are all there with their sizes."""
     if not manifest or manifest["settings"] != wanted:
         return False
-    paths = {folder / name: entry["size"] for name, entry in manifest["files"].items()}
+    files = {**manifest["files"], **manifest.get("chats", {})}
+    paths = {folder / name: entry["size"] for name, entry in files.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
 
@@ -3058,8 +5240,9 @@ def check_folder(folder: Path, manifest: dict, settings: Settings, wanted: dict)
     before = manifest.get("settings", {})
     if before and before["data"] != wanted["data"]:
         raise Stop(f"{folder} holds the text of {before['data']}: {remedy}")
-    foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / "manifest.json").exists()
-    if foreign and settings.kind != "hub":
+    chats = {"conversations.json", *read_manifest(folder, "conversations.json").get("files", {})}
+    others = {path.name for path in folder.glob("*")} - (chats if settings.kind == "own" else set())
+    if others and "manifest.json" not in others and settings.kind != "hub":
         raise Stop(f"{folder} holds files that were not made from --data={settings.data}: {remedy}")
     words = {"input": "other files", "program": "another version of prepare.py"}
     changed = [words.get(name) or f"--{name.replace('_', '-')}={before.get(name)}"
@@ -3093,6 +5276,13 @@ def summary(manifest: dict) -> str:
 
 def prepare(settings: Settings, net: Net | None) -> dict[str, Any]:
     """Make data/SOURCE/ as the settings say, unless it is there; return its manifest."""
+    if settings.conversations == "hub":
+        settings = replace(settings, eval_data=settings.eval_data or "hub")
+    made = prepare_eval(settings, net) if settings.eval_data else {}
+    if settings.conversations:
+        return prepare_chat(settings, net)
+    if made:
+        return made
     folder = data_dir(settings.source)
     manifest, wanted = read_manifest(folder), settings.identity()
     files = OwnFiles(settings.path) if settings.kind == "own" else None
@@ -3117,8 +5307,14 @@ def prepare(settings: Settings, net: Net | None) -> dict[str, Any]:
             new["dropped"] = {"duplicates": sorter.duplicates, **(files.dropped if files else {})}
             new["mended"] = dict(files.mended) if files else {}
             shutil.rmtree(beside / "buckets")
+            if settings.kind == "world":
+                new["chats"] = make_world_chat(settings, beside)
+            chats = read_manifest(folder, "conversations.json").get("files", {})
+            for name in ("conversations.json", *chats) if chats and files else ():
+                shutil.copyfile(folder / name, beside / name)  # made by another command: they stay
             write_json(beside / "manifest.json", new)
     print(f"prepare: {folder}: {summary(new)}")
+    show_kinds(folder, new.get("chats", {}))
     if files and sorter.duplicates:
         print(f"prepare: left out {sorter.duplicates:,} duplicates")
     if files and (files.dropped or +files.mended):

@@ -14,10 +14,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -34,20 +32,18 @@ from common import (
     Tokenizer,
     accum_steps,
     check_name,
-    check_resume,
     compile_or_not,
     evaluate_bpb,
     format_count,
     format_duration,
-    list_checkpoints,
     list_shards,
     load_file,
     load_optimizer,
+    newest_checkpoint,
     optimizer_groups,
     parse_settings,
     peak_flops,
     pick_dtype,
-    read_meta,
     read_texts,
     row_batches,
     run_dir,
@@ -313,25 +309,7 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
     return texts
 
 
-# 5. Start and resumption ---------------------------------------------------------------------
-
-
-def newest_checkpoint(run: Run, settings: Settings) -> tuple[Path | None, dict]:
-    """Return the checkpoint to go on from and its meta, or None and {} for a new run.
-
-    Raises MissingInput where the run there has other settings.
-    """
-    if settings.restart:
-        if run.rank == 0:
-            shutil.rmtree(run.dir, ignore_errors=True)
-        run.rewind_log(-1)
-        return None, {}
-    found = list_checkpoints(settings.tag, "base")
-    if not found:
-        run.rewind_log(-1)
-        return None, {}
-    check_resume(found[-1], settings, settings.may_differ)
-    return found[-1], read_meta(found[-1])
+# 5. Start -----------------------------------------------------------------------------------
 
 
 def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype,
@@ -363,7 +341,7 @@ def main(settings: Settings) -> dict:
         horizon = derive_horizon(settings, config)
         T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
         run.num_steps = num_steps
-        newest, saved = newest_checkpoint(run, settings)
+        newest, saved = newest_checkpoint(run)
         start = saved.get("step", 0)
         if newest and start == num_steps:
             run.say(f"base: {newest} is there, finished")
@@ -420,6 +398,7 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:], "compiled": compiled, "micro_batch": micro,
                     "best_val_bpb": best, "source": source, "metrics": run.metrics,
+                    "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)

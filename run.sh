@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set everything up, then run the main job: text -> tokenizer -> base model -> scores.
+# Set everything up, then run the main job: text -> tokenizer -> base -> mid -> sft -> rl -> report.
 #
 # Usage:  bash run.sh [ACTION] [--tier=NAME] [--data=WHAT] [--tag=NAME] [--dry-run] [FLAGS]
 # ACTION  all     set up, then every stage: skips what is done, goes on with what broke off; default
@@ -9,9 +9,12 @@
 #         lock    renew requirements.lock from pyproject.toml
 # --tier  cpu cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
+# --conversations  world, hub, or .jsonl files of your own; default: those of the data, and none
+#         for text of your own, whose base model is then all that is made
 # --tag   name of the run's folder                      default: main, or after your --data
-# FLAGS   --shards, --documents go to prepare.py; --vocab-size, --max-chars to train_tokenizer.py;
-#         all others to pretrain.py, such as --depth=6 or --num-iterations=100
+# FLAGS   --shards, --documents, --num-conversations, --name go to prepare.py; --vocab-size,
+#         --max-chars to train_tokenizer.py; all others to pretrain.py, such as --depth=6; with a
+#         stage's name in front to that stage, such as rl:--num-iterations=10
 # --dry-run prints the commands and runs nothing.
 #
 # Environment: NANOCHAT_BASE_DIR holds data and runs (default ~/.cache/nanochat), NANOCHAT_VENV
@@ -22,13 +25,15 @@ set -euo pipefail
 # Hours and dollars are of all stages, at prices of rented machines. With fewer cards than the tier
 # names (or more) the result is the same and the time in proportion. How many rows a forward pass
 # takes follows from the free memory (pretrain.py), but on the smallest cards.
-# tier  GPUs  data  vocabulary  flags of pretrain.py
+# tier  GPUs  data  vocabulary  flags, as on the command line
 d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
+most="$d4 --num-iterations=4000 rl:--num-iterations=60"
 TIERS="
-cpu      1  world  4096   $d4 --num-iterations=1100  # 2 cores, 4 GB: 14 minutes, free
-cpu-amx  1  world  4096   $d4 --num-iterations=4000  # 2 cores with fast bf16: 12 minutes, free
-laptop   1  world  4096   $d4 --num-iterations=4000 --device-batch-size=8 # 6 GB or more: 5 minutes
-mps      1  world  4096   $d4 --num-iterations=4000  # Apple silicon: 10 minutes, free
+cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
+                                                     # 2 cores, 4 GB: 30 minutes, free
+cpu-amx  1  world  4096   $most                      # 2 cores with fast bf16: 28 minutes, free
+laptop   1  world  4096   $most --device-batch-size=8 # 6 GB or more: 10 minutes
+mps      1  world  4096   $most                      # Apple silicon: 20 minutes, free
 gpu1     1  hub    65536  --depth=10                 # 24 or 32 GB: 6 to 16 hours, \$4
                                                      # (--depth=12: twice the time and cost)
 8xa6000  8  hub    65536  --depth=16                 # 8 x 48 GB: 8 hours, \$50
@@ -60,14 +65,24 @@ find_tier() { # sets gpus, and tier where none is asked for
   tier=${tier:-$fits}
 }
 
-load_tier() { # sets data, vocab, train, and ranks: processes that pretrain
-  local name preset
+route() { # route FLAG: give it to the stage that has it
+  case $1 in
+    --shards=* | --documents=* | --num-conversations=* | --name=*) prepare+=("$1") ;;
+    --max-chars=*) tokenizer+=("$1") ;;
+    *:--*) staged+=("$1") ;;
+    *) train+=("$1") ;;
+  esac
+}
+
+load_tier() { # sets data, vocab, ranks (processes that train) and the stages' flags
+  local name preset preset_flags word
   while read -r name ranks data vocab preset; do
     if [ "$name" = "$tier" ]; then break; fi
   done <<<"$TIERS"
   [ "$name" = "$tier" ] || fail 2 "--tier=$tier is not a tier; choose one of:" \
     "$(grep -o '^[a-z0-9-]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
-  read -ra train <<<"${preset%%#*}"
+  read -ra preset_flags <<<"${preset%%#*}"
+  for word in "${preset_flags[@]}"; do route "$word"; done
   if [ "$data" = hub ]; then
     [ "$gpus" -gt 0 ] || [ -n "$dry" ] ||
       fail 2 "--tier=$tier wants GPUs, and nvidia-smi shows none; --dry-run prints its commands"
@@ -249,32 +264,69 @@ stage() { # stage NAME COMMAND...: run one stage to its end
   [ "$status" -eq 0 ] || fail "$status" "$name ended with status $status, for the reason above"
 }
 
-main_job() { # main_job [flags of evaluate.py]
-  local launch=("$python")
+launch() { # launch NAME SCRIPT...: run a stage on all devices
+  local name=$1 torchrun=()
   if [ "$ranks" -gt 1 ]; then
-    launch+=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks") # is torchrun
+    torchrun=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks") # is torchrun
   fi
+  stage "$name" "$python" ${torchrun[@]+"${torchrun[@]}"} "${@:2}"
+}
+
+flags_of() { # flags_of STAGE: sets mine to the words of that stage
+  local word
+  mine=()
+  for word in ${staged[@]+"${staged[@]}"}; do
+    if [[ $word = "$1":* ]]; then mine+=("${word#*:}"); fi
+  done
+}
+
+text_to_base() {
   # a wrong flag, or a time that is not what one wants, is seen before hours of work
   stage plan "$python" pretrain.py "${train[@]}" --plan --plan-vocab-size="$vocab" \
     --plan-count="$ranks"
   stage prepare "$python" prepare.py --data="$data" --source="$source" \
     ${prepare[@]+"${prepare[@]}"}
+  case $conversations in
+    "") ;;
+    world) if [ "$data" != world ]; then stage world "$python" prepare.py; fi ;;
+    *) stage conversations "$python" prepare.py --conversations="$conversations" \
+      --source="$chats" ;;
+  esac
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
     "${tokenizer[@]}"
-  stage pretrain "${launch[@]}" pretrain.py --tag="$tag" --source="$source" "${train[@]}"
-  if [ "$action" = bench ]; then # once more in fp32, which tables of CPUs compare
-    stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
-      "${tokenizer[@]}"
-    stage pretrain "${launch[@]}" pretrain.py --tag="$tag-fp32" --source="$source" \
-      "${train[@]}" --dtype=float32
-  fi
-  stage evaluate "$python" evaluate.py -i base --tag="$tag" "$@"
+  launch pretrain pretrain.py --tag="$tag" --source="$source" "${train[@]}"
+}
+
+main_job() {
+  local name script
+  text_to_base
+  launch "evaluate base" evaluate.py -i base --tag="$tag"
+  for name in $then; do
+    script=$name.py
+    flags_of "$name"
+    if [ "$name" = mid ]; then
+      script=midtrain.py mine=(--chats="$chats" ${mine[@]+"${mine[@]}"})
+    fi
+    launch "$name" "$script" --tag="$tag" ${mine[@]+"${mine[@]}"}
+    launch "evaluate $name" evaluate.py -i "$name" --tag="$tag"
+  done
+  stage report "$python" evaluate.py --report --tag="$tag"
+}
+
+bench() {
+  text_to_base
+  # once more in fp32, which tables of CPUs compare
+  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
+    "${tokenizer[@]}"
+  launch pretrain pretrain.py --tag="$tag-fp32" --source="$source" "${train[@]}" --dtype=float32
+  stage evaluate "$python" evaluate.py --bench --tag="$tag"
 }
 
 # 5. Main -------------------------------------------------------------------------------------
 caller=$PWD
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-action=all tier="" wanted="" tag="" size="" dry="" prepare=() tokenizer=() flags=() pytest=()
+action=all tier="" wanted="" conversations="" tag="" size="" dry=""
+prepare=() tokenizer=() train=() staged=() flags=() pytest=()
 while [ $# -gt 0 ]; do
   word=$1
   shift
@@ -289,12 +341,11 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=yes ;;
     --tier=*) tier=$value ;;
     --data=*) wanted=$value ;;
+    --conversations=*) conversations=$value ;;
     --tag=*) tag=$value ;;
-    --tier | --data | --tag) fail 2 "$word needs a value, as in $word=NAME" ;;
-    --shards=* | --documents=*) prepare+=("$word") ;;
+    --tier | --data | --conversations | --tag) fail 2 "$word needs a value, as in $word=NAME" ;;
     --vocab-size=*) size=$value ;;
-    --max-chars=*) tokenizer+=("$word") ;;
-    --*) flags+=("$word") ;;
+    mid:--* | sft:--* | rl:--* | --*) flags+=("$word") ;;
     test) action=test pytest=("$@") && break ;;
     all | setup | bench | lock) action=$word ;;
     *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
@@ -328,7 +379,18 @@ case $data in
     case $source in world | eval | climbmix | fineweb-edu) source=$source-files ;; esac ;;
 esac
 tag=${tag:-$source}
-train+=(${flags[@]+"${flags[@]}"})
+if [ -z "$conversations" ]; then
+  case $data in world) conversations=world ;; hub | climbmix) conversations=hub ;; esac
+fi
+case $conversations in # chats: the folder of the conversations; then: the stages that use it
+  "") chats="" then="" ;;
+  world) chats=world then="mid sft rl" ;;
+  hub) chats=chat then="mid sft rl" ;;
+  *)
+    conversations=$(absolute "$conversations") chats=$tag-chat then="mid sft" # nothing to check
+    [ -e "$conversations" ] || fail 2 "--conversations: no such file, nor world or hub" ;;
+esac
+for word in ${flags[@]+"${flags[@]}"}; do route "$word"; done
 vocab=${size:-$vocab} tokenizer+=("--vocab-size=$vocab")
 case $data in
   hub | climbmix) prepare=("--shards=$(count_shards)" ${prepare[@]+"${prepare[@]}"}) ;;
@@ -347,12 +409,20 @@ case $action in
   bench)
     set_up
     run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/"bench{,-fp32}
-    main_job --bench ;;
+    bench ;;
   all)
     set_up
     main_job
     if [ -n "$dry" ]; then exit; fi
-    say "done after $((SECONDS / 60)) min; now talk to the model, or have it complete a text:"
-    printf '  %s\n' "$python $root/chat.py -i base --tag=$tag" \
-      "$python $root/chat.py -i base --tag=$tag -p 'The capital of France is'" ;;
+    if [ -n "$chats" ]; then
+      say "done after $((SECONDS / 60)) min; now talk to the model:"
+      printf '  %s\n' "$python $root/chat.py --tag=$tag" \
+        "$python $root/chat.py --tag=$tag -p 'What is 37 times 12?'" \
+        "$python $root/chat.py --tag=$tag -i base -p 'The capital of France is'"
+    else
+      say "done after $((SECONDS / 60)) min; now have the model complete a text, or make it chat:"
+      printf '  %s\n' "$python $root/chat.py -i base --tag=$tag" \
+        "$python $root/chat.py -i base --tag=$tag -p 'It was a'" \
+        "bash $root/run.sh --data=$data --tag=$tag --conversations=world"
+    fi ;;
 esac

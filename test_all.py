@@ -14,6 +14,7 @@ import errno
 import functools
 import gzip
 import hashlib
+import html.parser
 import http.server
 import importlib
 import io
@@ -29,11 +30,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 import tracemalloc
+import zipfile
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -53,13 +58,16 @@ from torch.nn import functional as F
 import chat
 import common
 import evaluate
+import midtrain
 import prepare
 import pretrain
+import rl
+import sft
 import train_tokenizer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
-STAGES = ["prepare", "train_tokenizer", "pretrain", "evaluate", "chat"]
+STAGES = ["prepare", "train_tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "chat"]
 CPU = torch.device("cpu")
 
 # Fixtures ------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ def free_port():
 
 def run_ranks(world_size, code, timeout_s=120):
     """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand."""
-    script = "import os, sys, torch, test_all, common, pretrain\nrank = int(os.environ['RANK'])\n"
+    script = "import os, sys, torch, test_all, common, midtrain, pretrain, rl, sft\nrank = int(os.environ['RANK'])\n"
     if "main(" not in code:
         script += "torch.distributed.init_process_group('gloo')\n"
     script += textwrap.dedent(code)
@@ -681,13 +689,18 @@ def test_a_wrong_setting_gets_one_line_and_exit_2(line, words, capsys):
     assert stop.value.code == 2 and words in err and err.count("\n") == 1
 
 
+# Settings of which what they do, or what 0 stands for, differs by stage
+DIFFERENT = """restart source seed stage num_iterations total_batch_size device_batch_size matrix_lr
+embed_lr head_lr weight_decay warm_start chats start_from epochs temperature slots run_code""".split()
+
+
 def test_one_name_is_one_setting_in_every_stage():
     seen = {}
     for stage in STAGES:
         cls = importlib.import_module(stage).Settings
         for f in dataclasses.fields(cls):
             kind = (f.type, f.metadata["help"])
-            if f.name in ("restart", "source", "seed", "stage"):  # what they do differs by stage
+            if f.name in DIFFERENT:
                 kind = f.type
             assert seen.setdefault(f.name, kind) == kind, f"{stage}.{f.name}"
 
@@ -771,6 +784,43 @@ def test_encoding_loses_nothing_and_merges_as_trained(text):
     assert tokenizer.decode(ids) == text
     weights = tokenizer.token_bytes[torch.tensor(ids, dtype=torch.long)]
     assert int(weights.sum()) == len(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("", ""), ("none", ""), ("$1,234.50", "1234.5"), ("10.0", "10"), ("It is 5.", "5"),
+        ("-3", "-3"), ("5-3", "3"), ("(5)-3", "3"), ("x = -3", "-3"), ("-$5.50", "-5.5"),
+        ("$-5.50", "-5.5"), ("\u22127", "-7"), ("-0.0", "0"), ("007", "7"), (".5", "0.5"),
+        ("1,000, or so", "1000"), ("1,000,000.", "1000000"), ("1,2", "2"), ("12,34", "34"),
+        ("3 of 12 (25%)", "25"), ("a 10-year plan", "10"), ("2*-3", "-3"), ("1/2", "2"),
+    ],
+)  # fmt: skip
+def test_the_last_number_of_a_text(text, number):
+    assert common.last_number(text) == number
+
+
+@given(st.decimals(-(10**9), 10**9, places=3), st.booleans())
+def test_a_number_is_found_however_it_is_written(value, grouped):
+    text = f"So 3 - 2, in all ${value:,}." if grouped else f"So 3 - 2, in all {value} eggs"
+    found = common.last_number(text)
+    assert Decimal(found) == value and not re.search(r"^-?0[0-9]|\.[0-9]*0$|\.$|^-0$", found)
+
+
+def test_the_graders():
+    number = {"grade": "number", "answer": "1,234.50"}
+    assert common.grade(number, "First 5, then $1234.5.")
+    assert not common.grade(number, "1,234.50 or 6") and not common.grade(number, "none")
+    letter = {"grade": "letter", "answer": "B"}
+    assert all(common.grade(letter, reply) for reply in ("B", " B.", "B) Rome", "B: it is"))
+    assert not any(common.grade(letter, reply) for reply in ("Because", "A or B", "b", ""))
+    text = {"grade": "text", "accept": ["New Mexico", "it's Cuba"], "reject": ["Mexico", "Ohio"]}
+    assert common.grade(text, "That is NEW  mexico!") and common.grade(text, "It\u2019s Cuba.")
+    assert not common.grade(text, "New Mexico, not Ohio") and not common.grade(text, "Mexico")
+    assert not common.grade(text, "New Mexicos") and common.grade(text, "New Mexico, not Ohioan")
+    spelled = {"grade": "text", "accept": ["c-a-t"], "reject": []}
+    assert common.grade(spelled, '"cat" is c-a-t.') and common.grade(spelled, "C-A-T")
+    assert not common.grade(spelled, "c-a-t-s") and not common.grade(spelled, "s-c-a-t")
 
 
 # 5. GPT --------------------------------------------------------------------------------------
@@ -871,14 +921,37 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(changes, split)
     model = random_model(**changes)
     ids = torch.randint(100, (2, 32))
     cache = common.KVCache(model.config, 2, CPU, torch.float32)
-    parts = [model.logits(model.hidden(part, cache)) for part in ids.split(split, dim=1)]
+    parts = []
+    for part in ids.split(split, dim=1):
+        parts.append(model.logits(model.hidden(part, cache)))
+        cache.lengths = [n + part.size(1) for n in cache.lengths]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_rows_of_unequal_length_decode_as_each_alone(changes):
+    model = random_model(**changes)
+    rows = [torch.randint(100, (n,)) for n in (3, 17, 1, 9)]
+    cache = common.KVCache(model.config, 5, CPU, torch.float32)
+    part = cache.part(0, 4)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=99)
+    hidden = model.hidden(padded, part)
+    part.lengths = [len(row) for row in rows]
+    last = model.logits(hidden[torch.arange(4), torch.tensor(part.lengths) - 1])
+    for step in range(12):
+        for i, row in enumerate(rows):
+            torch.testing.assert_close(last[i], model(row[None])[0, -1], rtol=1e-4, atol=1e-4)
+        new = torch.randint(100, (4, 1))
+        rows = [torch.cat([row, new[i]]) for i, row in enumerate(rows)]
+        last = model.logits(model.hidden(new, part))[:, -1]
+        part.lengths = [n + 1 for n in part.lengths]
 
 
 def test_the_cache_is_never_overwritten_at_the_contexts_end():
     model = random_model()
     cache = common.KVCache(model.config, 1, CPU, torch.float32)
     model.hidden(torch.zeros(1, 32, dtype=torch.long), cache)
+    cache.lengths = [32]
     with pytest.raises(AssertionError):
         model.hidden(torch.zeros(1, 1, dtype=torch.long), cache)
 
@@ -1355,17 +1428,39 @@ def test_sampling_follows_the_probabilities_and_the_limits():
     logits = torch.tensor([0.0, 2.0, 1.0, -1.0, -math.inf])
 
     def draw(n=400, **options):
-        generator = torch.Generator().manual_seed(0)
-        chosen = common.Sampling(**options)
-        return collections.Counter(common.sample(logits, chosen, generator) for _ in range(n))
+        chosen = [common.Sampling(**options)] * n
+        uniforms = np.random.default_rng(0).random(n).tolist()
+        return collections.Counter(common.sample(logits.expand(n, 5), chosen, uniforms))
 
     assert draw(temperature=0) == {1: 400}
     assert set(draw(top_k=2)) == {1, 2} and set(draw(top_k=1)) == {1}
     assert set(draw(top_p=0.5)) == {1}  # its 0.64 alone reach a half
     assert set(draw(top_p=0.8)) == {1, 2} and set(draw(temperature=50.0)) == {0, 1, 2, 3}
-    counts, probs = draw(4000), logits.softmax(0)
-    for i in range(4):
-        assert counts[i] / 4000 == pytest.approx(probs[i].item(), abs=0.03)
+    for options in ({}, {"top_k": 5}, {"top_k": 99, "top_p": 1.0}):
+        counts, probs = draw(4000, **options), logits.softmax(0)
+        for i in range(4):
+            assert counts[i] / 4000 == pytest.approx(probs[i].item(), abs=0.03)
+
+
+def test_a_sampled_row_depends_on_no_other_row():
+    logits, rng = torch.randn(40, 50) * 3, np.random.default_rng(1)
+    samplings = [
+        common.Sampling(temperature=t, top_k=k, top_p=p)
+        for t in (0.0, 0.5, 1.3) for k in (0, 1, 7, 60) for p in (0.3, 1.0)
+    ]  # fmt: skip
+    samplings = (samplings * 2)[:40]
+    uniforms = rng.random(40).tolist()
+    together = common.sample(logits, samplings, uniforms)
+    alone = [common.sample(logits[i : i + 1], samplings[i : i + 1], uniforms[i : i + 1])[0]
+             for i in range(40)]  # fmt: skip
+    assert together == alone
+
+
+def test_a_uniform_at_the_edge_never_picks_what_has_no_probability():
+    logits = torch.tensor([[-math.inf, 1.0, 1.0, -math.inf]])
+    for uniform in (0.0, 0.5, 1.0 - 2**-53, 1.0):
+        for options in ({}, {"top_k": 3}, {"top_p": 0.99}):
+            assert common.sample(logits, [common.Sampling(**options)], [uniform])[0] in (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -1374,6 +1469,10 @@ def test_sampling_follows_the_probabilities_and_the_limits():
 def test_sampling_out_of_range_is_a_value_error(wrong):
     with pytest.raises(ValueError):
         common.Sampling(**wrong)
+
+
+def greedy(prompt, max_tokens, tool=False):
+    return common.Request(prompt, common.Sampling(max_tokens, temperature=0), tool)
 
 
 def test_generation_equals_a_plain_loop_without_a_cache(tokenizer):
@@ -1386,15 +1485,16 @@ def test_generation_equals_a_plain_loop_without_a_cache(tokenizer):
             break
         expected.append(chosen)
     engine = common.Engine(model, tokenizer)
-    got = list(engine.generate(prompt, common.Sampling(max_tokens=99, temperature=0)))
-    assert prompt + got == expected
+    got = list(engine.generate(greedy(prompt, 99)))
+    assert prompt + [i for i in got if i != tokenizer.bos] == expected
 
 
 def test_a_seed_decides_the_samples(tokenizer):
     engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer)
 
     def run(seed):
-        return list(engine.generate([tokenizer.bos], common.Sampling(max_tokens=20, seed=seed)))
+        sampling = common.Sampling(max_tokens=20, seed=seed)
+        return list(engine.generate(common.Request([tokenizer.bos], sampling)))
 
     assert run(1) == run(1) and len({tuple(run(seed)) for seed in range(8)}) > 6
     firsts = {run(seed)[0] for seed in range(12)}
@@ -1404,8 +1504,111 @@ def test_a_seed_decides_the_samples(tokenizer):
 def test_a_prompt_that_leaves_no_room_is_refused_and_long_texts_keep_their_end(tokenizer):
     engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer)
     with pytest.raises(ValueError, match="takes 1 to 31"):
-        list(engine.generate([0] * 32, common.Sampling()))
+        list(engine.generate(common.Request([0] * 32, common.Sampling())))
     assert "".join(engine.complete("word " * 500, common.Sampling(max_tokens=4)))
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots):
+    model = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL")
+    engine, alone = common.Engine(model, tokenizer, slots), common.Engine(model, tokenizer, 1)
+    rng = random.Random(0)
+    requests = []
+    for i in range(24):
+        prompt = [tokenizer.bos, *(rng.randrange(300) for _ in range(rng.randrange(20)))]
+        if i % 4 == 1:
+            prompt = requests[-1].prompt_ids  # several samples of one prompt
+        options = {"temperature": (0.0, 1.0)[i % 2], "top_k": (0, 0, 20)[i % 3], "seed": i}
+        requests.append(common.Request(prompt, common.Sampling(rng.randrange(1, 30), **options)))
+    replies = dict(engine.run(requests))
+    assert sorted(replies) == list(range(24)) and not engine.active
+    for i, request in enumerate(requests):
+        assert list(alone.generate(request)) == replies[i].ids
+        room = 32 - len(request.prompt_ids)
+        assert 1 <= len(replies[i].ids) <= min(room, request.sampling.max_tokens)
+        ended = replies[i].ids[-1] in engine.stops
+        assert replies[i].reason == ("stop" if ended else "length")
+    firsts = {replies[i].ids[0] for i in range(24) if i % 4 == 1}
+    assert len(firsts) > 1, "samples must not share their first token"
+
+
+class Scripted(torch.nn.Module):
+    """Stands in for a model: writes one text after any prompt, whatever it is forced to read."""
+
+    def __init__(self, tokenizer, script, prompt_length, context=200):
+        super().__init__()
+        self.config = common.GPTConfig(tokenizer.vocab_size, 1, 8, 1, 1, context)
+        self.embed = torch.nn.Embedding(1, 1)
+        self.script, self.start, self.dtype = script, prompt_length, torch.float32
+        self.read = []
+
+    def cast_weights(self):
+        return self
+
+    def hidden(self, ids, cache):
+        self.read += ids[0].tolist()
+        return torch.zeros(*ids.shape, 1)
+
+    def logits(self, hidden):
+        position = len(self.read) - self.start
+        logits = torch.zeros(*hidden.shape[:-1], self.config.vocab_size)
+        logits[..., self.script[position]] = 100.0
+        return logits
+
+
+def test_the_engine_forces_the_tools_output_and_marks_it(tokenizer):
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
+    forced = [special["<|output_start|>"], *tokenizer.encode("444"), special["<|output_end|>"]]
+    end = [*tokenizer.encode("It is 444."), special["<|assistant_end|>"]]
+    said = tokenizer.encode("So ")
+    prompt = common.render_prompt(tokenizer, [{"role": "user", "content": "37 x 12?"}])
+    # where the tool speaks the script holds rubbish, which must not be sampled
+    script = [*said, *call, *[7] * len(forced), *end]
+    engine = common.Engine(Scripted(tokenizer, script, len(prompt)), tokenizer, 1)
+    ((_, reply),) = engine.run([greedy(prompt, 99, tool=True)])
+    assert reply.ids == [*said, *call, *forced, *end] and reply.reason == "stop"
+    assert reply.mask == [1] * len(said + call) + [0] * len(forced) + [1] * len(end)
+    parts = common.reply_parts(tokenizer, reply.ids)
+    assert [(p["type"], p["text"]) for p in parts] == [
+        ("text", "So "), ("python", "37*12"), ("output", "444"), ("text", "It is 444."),
+    ]  # fmt: skip
+    assert common.reply_text(parts) == "So It is 444."
+    # rendering the same conversation gives the same ids and mask: training sees what decoding makes
+    messages = [{"role": "user", "content": "37 x 12?"}, {"role": "assistant", "content": parts}]
+    ids, mask = common.render_conversation(tokenizer, messages)
+    assert ids == prompt + reply.ids and mask == [0] * len(prompt) + reply.mask
+
+    engine = common.Engine(Scripted(tokenizer, script, len(prompt)), tokenizer, 1)
+    ((_, off),) = engine.run([greedy(prompt, 99, tool=False)])
+    assert off.ids == script and set(off.mask) == {1}, "without the tool nothing is forced"
+
+
+@pytest.mark.parametrize("body", ["2+", "9" * 300, "__import__('os')"])
+def test_a_malformed_or_endless_call_ends_in_an_error_output(tokenizer, body):
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode(body), special["<|python_end|>"]]
+    script = [*call, *[special["<|assistant_end|>"]] * 200]
+    prompt = [tokenizer.bos]
+    engine = common.Engine(Scripted(tokenizer, script, 1, 400), tokenizer, 1)
+    ((_, reply),) = engine.run([greedy(prompt, 300, tool=True)])
+    parts = common.reply_parts(tokenizer, reply.ids)
+    assert parts[0]["type"] == "python" and len(parts[0]["text"]) <= common.CALL_TOKENS * 3
+    assert parts[1] == {"type": "output", "text": "error"}, "and the model may go on"
+    output = tokenizer.decode(reply.ids)
+    assert output.count("<|output_start|>") == output.count("<|python_end|>") == 1
+
+
+def test_finished_rows_stop_calling_the_tool(tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(common, "calculate", lambda text: calls.append(text) or "1")
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode("1"), special["<|python_end|>"]]
+    engine = common.Engine(Scripted(tokenizer, [*call, *[0] * 99], 1), tokenizer, 2)
+    requests = [greedy([tokenizer.bos], n, tool=True) for n in (len(call), 60)]
+    replies = dict(engine.run(requests))
+    assert [len(r.ids) for r in (replies[0], replies[1])] == [len(call), 60]
+    assert len(calls) == 2, "once a request"
 
 
 @given(st.text(min_size=1))
@@ -1425,6 +1628,228 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
 
 def test_a_broken_character_at_the_end_is_shown_as_such(tokenizer):
     assert "".join(common.stream_text(tokenizer, "é".encode()[:1])) == "\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("37*12", "444"), ("20/2", "10"), ("10.0", "10"), ("0.1+0.2", "0.3"), ("2/3", "0.666667"),
+        ("1,000*2", "2000"), ("1,234,567.5+1", "1234568.5"), (" ( 1 + 2 ) * -3 ", "-9"),
+        ("-7//2", "-4"), ("-7%3", "2"), ("2**10", "1024"), ("2**-1", "0.5"), ("16**.5", "4"),
+        ("10**29", "1" + "0" * 29), ("-0.0000001", "0"), ("1.005*1000", "1005"), ("1/3*3//1", "1"),
+        ("'strawberry'.count('r')", "3"), ('len("cat") + 1', "4"), ("'a,b'.count(',')", "1"),
+        # sizes out of bounds
+        ("10**30", "error"), ("9**9**9", "error"), ("2**-99999", "error"), ("9" * 31, "error"),
+        ("(" * 128 + "1" + ")" * 128, "error"), ("-" * 255 + "1", "error"),
+        ("1" + "+1" * 99, "error"), ("1" + " " * 256, "error"), ("1/3" + "**9" * 60, "error"),
+        # no value
+        ("1/0", "error"), ("0**-1", "error"), ("(-4)**.5", "error"), ("5%0", "error"),
+        # anything else
+        ("", "error"), ("1+", "error"), ("50%", "error"), ("5,3", "error"), ("1,00", "error"),
+        ("007", "error"), ("1e5", "error"), ("1j", "error"), ("1_000", "error"), ("0x10", "error"),
+        ("x", "error"), ("True", "error"), ("1<2", "error"), ("[1]*9", "error"), ("~1", "error"),
+        ("'a'*9", "error"), ("'ab'", "error"), ("len(5)", "error"), ("len('a','b')", "error"),
+        ("'a'.upper()", "error"), ("'a'.count('a',0)", "error"), ("f'{1}'", "error"),
+        ("__import__('os').system('id')", "error"), ("(lambda: 1)()", "error"), ("2(3)", "error"),
+        ("len(sep='a')", "error"), ("1\n+1", "error"), ("'\\x41'.count('A')", "error"),
+    ],
+)  # fmt: skip
+def test_the_calculator(expression, result):
+    assert common.calculate(expression) == result
+
+
+def operations(inner):
+    """Expressions whose operands are from inner."""
+    two = st.tuples(inner, st.sampled_from("+-*/"), inner).map("({0[0]} {0[1]} {0[2]})".format)
+    return two | inner.map("-({})".format)
+
+
+LITERALS = st.integers(0, 999) | st.decimals(0, 999, places=2)
+
+
+@given(st.recursive(LITERALS.map(str), operations, max_leaves=6))
+def test_the_calculator_equals_python_on_fractions(expression):
+    try:
+        value = eval(re.sub(r"[0-9.]+", r"Fraction('\g<0>')", expression), {"Fraction": Fraction})
+    except ZeroDivisionError:
+        assert common.calculate(expression) == "error"
+        return
+    found = common.calculate(expression)
+    assert abs(Fraction(found) - value) <= Fraction(1, 2 * 10**6)
+    assert not re.search(r"[eE]|^-0$|\.[0-9]*0$|\.$", found)
+    assert common.calculate(found) == found
+
+
+@given(st.text("0123456789.,+-*/%() 'lenct\"aé\n\\", max_size=300) | st.text(max_size=40))
+def test_the_calculator_takes_any_text_and_is_soon_done(text):
+    began = time.process_time()
+    result = common.calculate(text)
+    assert re.fullmatch(r"error|-?[0-9]{1,30}(\.[0-9]{1,6})?", result)
+    assert time.process_time() - began < 0.2
+
+
+@pytest.fixture(params=["best", "plain"])
+def sandbox(request, monkeypatch):
+    """run_code in the best way that this system has, and without namespaces; both clean up."""
+    best = common.sandbox_way()
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to nobody
+        os.chmod(folder, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        way = best if request.param == "best" else ([], best[1])
+        yield functools.partial(common.run_code, way=way)
+        assert os.listdir(folder) == []
+
+
+def test_the_sandbox_passes_what_is_right_and_fails_what_is_not(sandbox):
+    assert sandbox("print('\\u00e9' * 2)") == common.Outcome(True, "passed", "\u00e9\u00e9\n")
+    wrong = sandbox("import sys\nprint('a')\nassert 1 == 2, 'b'")
+    assert (wrong.passed, wrong.reason) == (False, "it ended with exit status 1")
+    assert wrong.output.startswith("a\n") or wrong.output.endswith("a\n")
+    assert "AssertionError: b" in wrong.output
+    for early in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
+        assert sandbox(f"print(1)\n{early}").reason == "it stopped before its end"
+    for text in ("def f(", "'''", "\0", "\ud800"):
+        assert not sandbox(text).passed
+    assert "signal 11" in sandbox("import os; os.kill(os.getpid(), 11)").reason
+    assert sandbox("for _ in range(2):\n    pass\\").passed, "the check does not join the program"
+
+
+def test_the_sandbox_shows_a_program_nothing_of_ours(sandbox):
+    program = """
+        import json, os, sys
+        here = os.listdir()
+        open("a", "w").write("b")
+        try:
+            asked = input()
+        except EOFError:
+            asked = "nothing"
+        print(json.dumps([here, asked, dict(os.environ), os.getpgid(0), len(os.listdir("/dev/fd"))]))
+    """
+    outcome = sandbox(textwrap.dedent(program))
+    assert outcome.passed, outcome
+    here, asked, environment, group, num_files = json.loads(outcome.output)
+    assert (here, asked) == ([], "nothing") and group != os.getpgid(0) and num_files <= 4
+    assert environment.keys() <= {"PATH", "HOME", "TMPDIR", "LC_ALL", "LC_CTYPE"}
+    assert "hunter2" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()",
+        "import os\nos.close(1), os.close(2)\nwhile True: pass",
+    ],
+)
+def test_the_sandbox_ends_what_does_not_end(sandbox, program):
+    began = time.perf_counter()
+    outcome = sandbox(program, timeout_s=0.5)
+    assert (outcome.passed, outcome.reason) == (False, "it took longer than 0.5 s")
+    assert time.perf_counter() - began < 5
+
+
+def test_the_sandbox_limits_cpu_time(sandbox):
+    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))"
+    assert sandbox(program, timeout_s=1.5).output == "(2, 2)\n"
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (3, 3))"
+    assert not sandbox(program, timeout_s=1.5).passed, "it cannot be raised"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_the_sandbox_limits_memory(sandbox):
+    assert sandbox("a = bytearray(30 << 20)", memory_bytes=99 << 20).passed
+    outcome = sandbox("a = []\nwhile True: a.append(bytearray(1 << 20))", memory_bytes=99 << 20)
+    assert not outcome.passed and "MemoryError" in outcome.output
+
+
+def test_the_sandbox_limits_output_and_files(sandbox):
+    size = 1 << 16
+    outcome = sandbox("while True: print('x' * 1000)", file_bytes=size)
+    assert not outcome.passed and 1000 < len(outcome.output) <= size
+    outcome = sandbox("open('a', 'wb').write(bytes(99 << 20))", file_bytes=size)
+    assert not outcome.passed and "File too large" in outcome.output
+    outcome = sandbox("import os\nos.truncate(os.open('a', os.O_CREAT), 1 << 40)")
+    assert not outcome.passed
+    assert sandbox(f"open('a', 'wb').write(bytes({size}))", file_bytes=size).passed
+
+
+def test_the_sandbox_limits_the_number_of_processes(sandbox):
+    if os.geteuid() == 0 and not common.sandbox_way()[1]:
+        pytest.skip("root cannot become nobody here")
+    program = """
+        import os, time
+        for started in range(999):
+            try:
+                if os.fork() == 0:
+                    time.sleep(60)
+            except OSError:
+                break
+        print(started)
+    """
+    outcome = sandbox(textwrap.dedent(program), timeout_s=10)
+    assert outcome.passed and int(outcome.output) < common.SANDBOX_PROCESSES
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert sandbox(bomb, timeout_s=0.5).reason == "it took longer than 0.5 s"
+    deadline = time.time() + 20  # the dead count until the system's first process reaps them
+    while not sandbox("import os\nif os.fork(): os.wait()").passed:
+        assert time.time() < deadline, "they live"
+        time.sleep(0.1)
+
+
+def running(mark):
+    """Say whether a process has `mark` in its command line."""
+    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
+    return mark in listed.stdout
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("leaves_group", [False, True])
+def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
+    if leaves_group and not sandbox.keywords["way"][0]:
+        pytest.skip("without a namespace such a process outlives the program")
+    mark = f"mark{random.randrange(1 << 60)}"
+    program = f"""
+        import subprocess, sys, time
+        sleeper = [sys.executable, "-c", "import time; time.sleep(60)", "{mark}"]
+        subprocess.Popen(sleeper, start_new_session={leaves_group})
+        time.sleep(0.3 if {ends} else 60)
+    """
+    assert sandbox(textwrap.dedent(program), timeout_s=3 if ends else 0.6).passed == ends
+    deadline = time.time() + 5
+    while running(mark) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not running(mark)
+
+
+def test_the_sandbox_has_no_network_where_namespaces_work(sandbox):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)"
+        assert sandbox(program).passed == (not sandbox.keywords["way"][0])
+
+
+def test_the_sandbox_removes_what_a_program_leaves(sandbox):
+    program = """
+        import os
+        os.symlink("/", "link")
+        for _ in range(1100):
+            os.mkdir("deep")
+            os.chdir("deep")
+        os.mkdir("closed")
+        open("closed/file", "w").close()
+        os.chmod("closed", 0)
+    """
+    assert sandbox(textwrap.dedent(program)).passed
+    assert Path("/etc").is_dir()
+
+
+def test_the_sandbox_never_runs_a_program_as_root(sandbox):
+    if not sandbox.keywords["way"][1]:
+        pytest.skip("no way to lay down rights here")
+    outcome = sandbox("import os\nprint(os.getuid())\nopen('/etc/nanochat-test', 'w')")
+    assert outcome.output.split("\n")[0] != "0" and "Permission denied" in outcome.output
 
 
 # prepare.py: own files and hub ----------------------------------------------------------------
@@ -1720,21 +2145,31 @@ def test_settings(base, tmp_path, capsys):
 
 
 def test_world(base, capsys):
-    manifest = prepare.main(prepare.Settings(documents=300))
+    manifest = prepare.main(prepare.Settings(num_conversations=60, documents=300))
     folder = base / "data" / "world"
     train, val = texts_of(folder)
     assert len(train) + len(val) == 300 and val and not set(train) & set(val)
     for split in ("trained", "unseen"):
         lines = (folder / "eval" / f"facts_{split}.jsonl").read_text().splitlines()
         assert lines and all(json.loads(line) for line in lines)
-    capsys.readouterr()
-    assert prepare.main(prepare.Settings(documents=300)) == manifest
+    written = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.jsonl")}
+    assert set(manifest["chats"]) == {n for n in written if not n.startswith("eval/facts_")}
+    for name, about in manifest["chats"].items():
+        held = list(common.read_conversations(written[name]))
+        assert len(held) == about["conversations"] and about["size"] == written[name].stat().st_size
+        assert collections.Counter(item["kind"] for item in held) == about["kinds"]
+    assert [manifest["chats"][f"{s}.jsonl"]["conversations"] for s in ("mid", "sft", "rl")] == [
+        60, 20, 20
+    ]  # fmt: skip
+    assert "mid.jsonl: 60 (" in capsys.readouterr().out
+    assert prepare.main(prepare.Settings(num_conversations=60, documents=300)) == manifest
     assert "nothing to do" in capsys.readouterr().out
-    (folder / "val.parquet").write_bytes(b"cut")  # a damaged file is made again
-    assert prepare.main(prepare.Settings(documents=300)) == manifest
-    prepare.main(prepare.Settings(documents=200, seed=4))
+    for name in ("val.parquet", "eval/letters.jsonl"):  # a damaged file is made again
+        (folder / name).write_bytes(b"cut")
+        assert prepare.main(prepare.Settings(num_conversations=60, documents=300)) == manifest
+    prepare.main(prepare.Settings(num_conversations=60, documents=200, seed=4, name="Ada"))
     out = capsys.readouterr().out
-    assert "--documents=300" in out and "--seed=0" in out and "made anew" in out
+    assert "--name=Nano" in out and "--documents=300" in out and "--seed=0" in out and "made anew" in out
     assert sum(map(len, texts_of(folder))) == 200
 
 
@@ -1759,7 +2194,7 @@ def test_changed_input_is_prepared_anew_and_other_text_never_overwritten(base, t
 
 
 def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
-    prepare.main(prepare.Settings(documents=100))
+    prepare.main(prepare.Settings(num_conversations=60, documents=100))
     before = texts_of(base / "data" / "world")
     real, count = open, [0]
 
@@ -1772,7 +2207,7 @@ def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "open", full, raising=False)
         with pytest.raises(common.Stop, match="the disk is full at .*free some space"):
-            prepare.main(prepare.Settings(documents=200))
+            prepare.main(prepare.Settings(num_conversations=60, documents=200))
     assert texts_of(base / "data" / "world") == before
     assert [p.name for p in base.glob("data/*")] == ["world"]
 
@@ -1782,7 +2217,7 @@ def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_splits", interrupt)
         with pytest.raises(common.Stop, match="stopped; run the same command again"):
-            prepare.main(prepare.Settings(documents=200))
+            prepare.main(prepare.Settings(num_conversations=60, documents=200))
     assert texts_of(base / "data" / "world") == before
 
 
@@ -1791,7 +2226,7 @@ def test_leftovers_of_killed_processes_go(base):
     dead.wait()
     for number in (dead.pid, os.getppid()):
         (base / "data" / f".world.{number}.partial").mkdir(parents=True)
-    prepare.main(prepare.Settings(documents=50))
+    prepare.main(prepare.Settings(num_conversations=60, documents=50))
     left = sorted(p.name for p in base.glob("data/.*"))
     assert left == [f".world.{os.getppid()}.partial"]
 
@@ -1800,7 +2235,7 @@ def test_base_directory_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
     with pytest.raises(common.Stop, match="file"):
-        prepare.main(prepare.Settings(documents=50))
+        prepare.main(prepare.Settings(num_conversations=60, documents=50))
 
 
 # Hub -----------------------------------------------------------------------------------------
@@ -1814,6 +2249,8 @@ class Hub:
     def __init__(self):
         self.files = {f"shard_{i:05d}.parquet": self.shard(i) for i in range(5)}
         self.files["README.md"] = b"not a shard"
+        self.repos = {REPO: self.files}
+        self.plain: dict[str, bytes] = {}  # below /plain/, as on a server that is no hub
         self.script: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str]] = []  # path, Range, Authorization
         self.sizes = self.hashes = self.ranges = True
@@ -1864,17 +2301,24 @@ class Hub:
             self.send(request, int(code), **({"Retry_After": after} if after else {}))
         elif what == "html":
             self.send(request, 200, b"<html>a login page</html>")
-        elif path == f"/api/datasets/{REPO}/tree/main":
-            self.tree(request, query)
-        elif path.startswith(("/moved/", f"/datasets/{REPO}/resolve/main/")):
-            self.file(request, path, name, byte_range, what)
+        elif (repo := "/".join(path.split("/")[3:5])) in self.repos and path.endswith("/tree/main"):
+            self.tree(request, query, self.repos[repo])
+        elif (data := self.data(path)) is not None:
+            self.file(request, path, name, byte_range, what, data)
         else:
             self.send(request, 404)
 
-    def tree(self, request, query):
+    def data(self, path):
+        found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", path)
+        if found:
+            return self.repos.get(found[1], {}).get(found[2])
+        place = {"moved": self.files, "plain": self.plain}.get(path.split("/")[1], {})
+        return place.get(path.split("/")[-1])
+
+    def tree(self, request, query, files):
         start = int(query.partition("cursor=")[2] or 0)
         items = [{"type": "directory", "path": "old", "oid": "0" * 40}] if start == 0 else []
-        for name, data in list(self.files.items())[start : start + 3]:
+        for name, data in list(files.items())[start : start + 3]:
             git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             item = {"type": "file", "path": name, "oid": git, "size": len(data)}
             if name.endswith(".parquet"):
@@ -1884,15 +2328,16 @@ class Hub:
                 item = {"type": "file", "path": name}
             items.append(item)
         headers = {}
-        if start + 3 < len(self.files):  # a mirror may name the original host
+        if start + 3 < len(files):  # a mirror may name the original host
             link = f"https://original.invalid{request.path.partition('?')[0]}?cursor={start + 3}"
             headers["Link"] = f'<{link}>; rel="next"'
         self.send(request, 200, json.dumps(items).encode(), **headers)
 
-    def file(self, request, path, name, byte_range, what):
-        data = self.files[name]
+    def file(self, request, path, name, byte_range, what, data):
         headers = {"ETag": '"abc"'}
-        if self.hashes:
+        if path.startswith("/plain/"):
+            headers = {"ETag": f'W/"{hashlib.sha256(path.encode()).hexdigest()}"'}  # of no content
+        elif self.hashes:
             digest = hashlib.sha256(data).hexdigest()
             headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         if self.redirect and not path.startswith("/moved/"):
@@ -2124,7 +2569,7 @@ def test_hub_wrong_endpoint(base, monkeypatch, endpoint):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises(common.Stop, match="is no address like https"):
         prepare.main(prepare.Settings("hub"))
-    prepare.main(prepare.Settings(documents=30))  # which needs no hub
+    prepare.main(prepare.Settings(num_conversations=60, documents=30))  # which needs no hub
 
 
 def test_hub_other_answers(base, hub, monkeypatch):
@@ -2180,6 +2625,620 @@ def test_hub_is_interrupted_and_resumed(base, hub):
     fetch_shards()
     assert_same(base, hub, 1)
     assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+
+
+# Conversations -------------------------------------------------------------------------------
+
+
+def talk(*said, **extra):
+    """A conversation whose messages are by user and assistant in turn."""
+    roles = itertools.cycle(("user", "assistant"))
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, said)], **extra}
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
+
+
+def assert_good_conversation(item: dict, last: str = "assistant") -> None:
+    roles = [m["role"] for m in item["messages"] if m["role"] != "system"]
+    assert roles[0] == "user" and roles[-1] == last
+    assert all(a != b for a, b in itertools.pairwise(roles)) and item["kind"]
+    for message in item["messages"]:
+        parts = message["content"]
+        if isinstance(parts, str):
+            assert parts.strip()
+            continue
+        for call, output in itertools.pairwise(parts):
+            if call["type"] == "python":
+                assert output == {"type": "output", "text": common.calculate(call["text"])}
+        kinds = [part["type"] for part in parts]
+        assert kinds.count("python") == kinds.count("output") and kinds[0] != "output"
+
+
+GOOD_LINES = {
+    "openai": {"messages": [{"role": "system", "content": "Be brief."},
+                            {"role": "user", "content": [{"type": "text", "text": "Hi"},
+                                                         {"type": "text", "text": "there"}]},
+                            {"role": "assistant", "content": "Hello!"}], "id": 7},
+    "sharegpt": {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"},
+                                   {"from": "human", "value": "Two?"},
+                                   {"from": "gpt", "value": "2"}]},
+    "list": talk("Who are you?", "I am {{name}}, made by {{author}}.")["messages"],
+    "tool": talk("2*3?", [{"type": "text", "text": "It is "}, {"type": "python", "text": "2*3"},
+                          {"type": "output", "text": "6"}, {"type": "text", "text": "6."}],
+                 kind="sum"),
+}  # fmt: skip
+BAD_LINES = {
+    b'{"messages": [': "broken JSON",
+    b'"hello"': "no list of messages",
+    b'{"text": "no conversation"}': "no list of messages",
+    b'{"messages": ["hello"]}': "no list of messages",
+    b'{"messages": [{"role": "user", "content": "caf\xe9"}]}': "text that is not UTF-8",
+    json.dumps(talk("Hi", " \n")).encode(): "empty message",
+    json.dumps(talk("Hi", [])).encode(): "empty message",
+    json.dumps(talk("Hi", None)).encode(): "message without text",
+    json.dumps(talk("Hi")).encode(): "no reply at the end",
+    json.dumps({"messages": talk("Hi", "Ho")["messages"][1:]}).encode(): "roles out of order",
+    json.dumps({"messages": talk("Hi", "Ho")["messages"] * 2 + talk("a", "b")["messages"][1:]}
+               ).encode(): "roles out of order",
+    b'{"messages": [{"role": "system", "content": "Only this."}]}': "roles out of order",
+    b'{"messages": [{"role": "tool", "content": "4"}]}': "role that is not system, user or",
+    json.dumps(talk([{"type": "image_url", "image_url": "x"}], "A cat")).encode(): "part that is no",
+    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}, {"type": "output", "text": "5"}])
+               ).encode(): "output is not the calculator's",
+    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}])).encode(): "without its output",
+    json.dumps({"messages": [{"role": "user", "content": "Hi"},
+                             {"role": "assistant", "content": "", "tool_calls": [{}]}]}).encode():
+        "call of a tool that is not",
+    json.dumps(talk("2+2?", grade="number")).encode(): "problem without its answer",
+}  # fmt: skip
+
+
+def own_settings(path, **changes):
+    return prepare.Settings(conversations=str(path), source="mine", **changes)
+
+
+def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
+    folder = tmp_path / "talks"
+    folder.mkdir()
+    rows = [*GOOD_LINES.values(), *(talk(f"Is it {i}?", f"It is {i}.\r\n\0") for i in range(96))]
+    text = "".join(json.dumps(row) + "\n\n" for row in rows[:50])
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows writes UTF-8
+    with gzip.open(folder / "b.JSONL.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(json.dumps(row) for row in rows[50:] + rows[:9]))  # 9 once more
+    problem = {"grade": "number", "answer": 444, "kind": "sum"}
+    (folder / "c.jsonl").write_text(json.dumps(talk("37*12?", **problem)))
+    (folder / "notes.txt").write_text("no conversation")
+    manifest = prepare.main(own_settings(folder, name='Zoë "Z"', val_percent=5.0))
+    out = capsys.readouterr().out
+    assert "9 duplicates" in out and "1 files of other kinds" in out and "are the same" in out
+    files = {name: read_jsonl(base / "data" / "mine" / f"{name}.jsonl") for name in prepare.FILES}
+    assert files["mid"] == files["sft"] and 1 <= len(files["val"]) <= 15
+    items = [*files["mid"], *files["val"]]
+    assert len(items) == 100 == len({json.dumps(item) for item in items})
+    assert manifest["files"]["mid.jsonl"]["conversations"] == len(files["mid"])
+    for item in items:
+        assert_good_conversation(item)
+    texts = {json.dumps(item["messages"], ensure_ascii=False) for item in items}
+    said = [json.dumps(talk(f"Is it {i}?", f"It is {i}.")["messages"]) for i in range(96)]
+    assert set(said) <= texts  # with plain line ends, and no NUL
+    others = [json.loads(text) for text in texts - set(said)]
+    assert [m["role"] for m in next(o for o in others if len(o) == 3)] == [
+        "system", "user", "assistant"]  # fmt: skip
+    spoken = json.dumps(others, ensure_ascii=False)
+    assert "Hi\\nthere" in spoken and "One?" in spoken and "{{" not in spoken
+    assert 'I am Zoë \\"Z\\", made by' in spoken and prepare.MAKER in spoken
+    (tool,) = (item["messages"] for item in items if item["kind"] == "sum")
+    assert tool == GOOD_LINES["tool"]["messages"]
+    assert files["rl"] == [talk("37*12?", grade="number", answer="444") | {"kind": "sum"}]
+    assert prepare.main(own_settings(folder, name='Zoë "Z"', val_percent=5.0)) == manifest
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_bad_lines_are_named_counted_and_skipped(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "LINE_CHARS", 1000)
+    good = [json.dumps(talk(f"{i}?", f"{i}!")).encode() for i in range(2)]
+    long = [json.dumps(talk("long", "x" * n)).encode() for n in (990, 1500, 2000, 5000)]
+    bad = {**BAD_LINES, **dict.fromkeys(long, "line that is too long")}
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\n".join([good[0], b"", *bad, good[1]]) + b"\n")
+    manifest = prepare.main(own_settings(path))
+    out = capsys.readouterr().out
+    named = re.findall(r"prepare: mine.jsonl:(\d+): (.*)", out)
+    assert [int(number) for number, _ in named] == [3, 4, 5, 6, 7]  # the first five, by line
+    for (_, reason), expected in zip(named, bad.values()):
+        assert expected in reason
+    assert sum(manifest["dropped"].values()) == len(bad)
+    for number, expected in enumerate(bad.values()):
+        assert any(expected in reason for reason in manifest["dropped"]), number
+    assert manifest["dropped"]["line that is too long"] == 4
+    assert len(read_jsonl(base / "data/mine/mid.jsonl")) == 1  # and one for validation
+    assert not (base / "data/mine/rl.jsonl").exists()
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: BAD_LINES[line][:20])
+def test_each_bad_line_has_its_reason(line):
+    with pytest.raises(ValueError, match=re.escape(BAD_LINES[line])):
+        prepare.read_line(line, {})
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["messages", "conversations", "role", "from", "content", "value", "type",
+                         "text", "grade", "answer", "kind", "tool_calls"]), inner, max_size=4),
+    max_leaves=12,
+)  # fmt: skip
+TURN = st.fixed_dictionaries({
+    "role": st.sampled_from(["system", "user", "assistant", "tool"]) | JSON,
+    "content": JSON | st.lists(st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "python", "output"]), "text": st.sampled_from(
+            ["1+1", "2", "a\ud800"]) | JSON}), max_size=4),
+})  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(JSON | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)}))
+def test_any_value_is_a_conversation_or_has_a_reason(value):
+    try:
+        item = prepare.own_conversation(value)
+    except ValueError as error:
+        assert all(isinstance(word, str) for word in error.args)
+    else:
+        assert_good_conversation(item, "user" if "grade" in item else "assistant")
+        prepare.as_line(item).encode()  # no half characters
+
+
+def test_blanks_of_parts_stay_and_half_characters_are_mended():
+    parts = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"},
+             {"type": "text", "text": " So 2\ud83d. "}]  # fmt: skip
+    item = prepare.own_conversation(talk("1+1? \ud83d", parts))
+    assert item["messages"][1]["content"][2]["text"] == " So 2\ufffd. "
+    prepare.as_line(item).encode()
+
+
+def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, monkeypatch):
+    path = tmp_path / "talks.jsonl"
+    path.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}!")) for i in range(20)))
+    real = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "sft.jsonl":
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "replace", killed)
+        with pytest.raises(common.Stop, match="stopped"):
+            prepare.main(own_settings(path))
+    assert (base / "data/mine/mid.jsonl").exists()
+    prepare.main(own_settings(path))
+    mid, sft = (base / "data/mine/mid.jsonl", base / "data/mine/sft.jsonl")
+    assert mid.read_bytes() == sft.read_bytes() and not list((base / "data").glob(".*"))
+
+
+def test_nothing_good_at_all_is_one_sentence(base, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    for text in (
+        "",
+        "{}\n[]\n",
+        json.dumps(talk("Hi", "Ho")) + "\n" + json.dumps(talk("Hi", "Ho")),
+    ):
+        path.write_text(text)
+        with pytest.raises(
+            common.MissingInput, match="mine.jsonl holds (no|only one) conversation"
+        ):
+            prepare.main(own_settings(path))
+    (tmp_path / "text.txt").write_text("Hello")
+    with pytest.raises(common.MissingInput, match="files of other kinds.*a line of .jsonl each"):
+        prepare.main(own_settings(tmp_path / "text.txt"))
+    with gzip.open(tmp_path / "cut.jsonl.gz", "wt") as file:
+        file.write("\n".join(json.dumps(talk(f"{i}?", random.Random(i).randbytes(99).hex()))
+                             for i in range(999)))  # fmt: skip
+    data = (tmp_path / "cut.jsonl.gz").read_bytes()
+    (tmp_path / "cut.jsonl.gz").write_bytes(data[: len(data) // 2])
+    manifest = prepare.main(own_settings(tmp_path / "cut.jsonl.gz"))  # its first half is good
+    assert manifest["dropped"] == {"damaged or unreadable files": 1}
+    assert 300 < manifest["files"]["mid.jsonl"]["conversations"] < 700
+    assert not list((base / "data").glob(".*"))
+
+
+def test_text_and_conversations_share_a_folder_and_neither_harms_the_other(base, tmp_path):
+    talks, text = tmp_path / "talks.jsonl", tmp_path / "text.txt"
+    talks.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}!")) for i in range(20)))
+    text.write_text(words(1, 3000))
+    own_text = prepare.Settings(str(text), source="mine")
+    prepare.main(own_settings(talks))
+    prepare.main(own_text)
+    text.write_text(words(2, 3000))
+    prepare.main(own_text)  # the folder is made anew, the conversations stay
+    before = (base / "data/mine/mid.jsonl").read_bytes()
+    assert prepare.main(own_settings(talks))["files"]["val.jsonl"]["conversations"] >= 1
+    talks.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}.")) for i in range(30)))
+    prepare.main(own_settings(talks))
+    assert (base / "data/mine/mid.jsonl").read_bytes() != before and texts_of(base / "data/mine")[0]
+    (tmp_path / "others.jsonl").write_text(talks.read_text())
+    with pytest.raises(
+        common.Stop, match="holds the conversations of .*talks.jsonl.*--source=NAME"
+    ):
+        prepare.main(own_settings(tmp_path / "others.jsonl"))
+    (base / "data/made").mkdir()
+    (base / "data/made/mid.jsonl").write_text("by hand")
+    with pytest.raises(common.Stop, match="not made by --conversations.*--source"):
+        prepare.main(prepare.Settings(conversations=str(talks), source="made"))
+    assert (base / "data/made/mid.jsonl").read_text() == "by hand"
+
+
+def test_conversations_take_settings_that_fit(base, tmp_path, capsys):
+    (tmp_path / "chat").mkdir()
+    assert prepare.Settings(conversations=str(tmp_path / "chat")).source == "chat-files"
+    assert prepare.Settings(conversations="hub").source == "chat"
+    assert "no such file or folder, nor hub" in fail(["--conversations=nowhere.jsonl"], capsys)
+    assert "take two commands" in fail(["--conversations=hub", "--data=hub"], capsys)
+    assert "--source=world" in fail(["--conversations=hub", "--source=world"], capsys)
+    assert "--source=downloads" in fail(["--source=downloads"], capsys)
+    assert "--eval-data" in fail(["--eval-data=nowhere"], capsys)
+    assert "--name" in fail(["--name= "], capsys) and "--name" in fail(["--name=a\nb"], capsys)
+
+
+def test_the_letters_of_choices_are_the_tokens_of_answers():
+    text = prepare.letter_question(
+        "Which city is it?", ["Rome", "New York!", "St. John's", "5 (A)"]
+    )
+    pieces = regex.findall(nanochat_bpe.PATTERN, text)
+    assert [p for p in pieces if p in "ABCD"] == ["A", "B", "C", "A", "D"]
+
+
+@given(st.integers(0, 30), st.integers(0, 30))
+def test_counted_rows_are_taken_out_and_the_rest_goes_to_all_others(first, second):
+    rest = prepare.REST
+    counts = {"mid": rest, "sft": first, "val": second, "rl": rest}
+    given_ = [prepare.share_out(counts, row + 0.5) for row in range(100)]
+    assert given_.count(["sft"]) == first and given_.count(["val"]) == second
+    assert given_.count(["mid", "rl"]) == 100 - first - second
+
+
+def gsm8k_rows(split: str) -> list[dict]:
+    """Rows of the form of GSM8K: real ones where they are, else one with every kind of mark."""
+    path = SHARED / "eval" / "gsm8k" / f"{split}.jsonl"
+    if path.exists():
+        return read_jsonl(path)
+    answer = (
+        "He has 1+2 = <<1+2=3>>3.\nThen <<+3*2=6>>6 and 7/2 = $<<7/2=3.50>>3.50, <<3/4=3/4>>3/4"
+    )
+    return [{"question": "How many?", "answer": f"{answer}\n#### 1,234"}]
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_marks_of_gsm8k_become_calls_of_the_tool(split):
+    marks = calls = 0
+    for row in gsm8k_rows(split):
+        item = prepare.gsm8k_item(row)
+        assert_good_conversation(prepare.solved(item | {"kind": "gsm8k"}))
+        said = common.reply_text(item["reply"])
+        solution, _, answer = row["answer"].rpartition("####")
+        plain = re.sub("<<.*?>>", "", solution).strip()
+        assert said == f"{plain}\nThe answer is {item['answer']}."
+        assert float(item["answer"]) == float(answer.replace(",", ""))
+        assert common.grade(item, said) and not common.grade(item, f"{said} Or 0.123.")
+        results = [part["text"] for part in item["reply"] if part["type"] == "output"]
+        expected = re.findall("=([^=>]*)>>", solution)
+        marks, calls = marks + len(expected), calls + len(results)
+        if len(results) == len(expected):
+            assert [float(x) for x in results] == [float(x.replace(",", "")) for x in expected]
+    assert marks - calls <= (2 if marks > 4 else 1)  # of 27,998 real ones two are no calls
+
+
+def chat_tables() -> dict[str, dict[str, bytes]]:
+    """The repositories that conversations and evaluation sets come from, with few rows."""
+
+    def table(rows):
+        out = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows), out)
+        return out.getvalue()
+
+    def letters(n, start=0):
+        return [{"question": f"What is {i}?", "subject": "x", "choices": [f"{i + k}" for k in range(4)],
+                 "answer": i % 4} for i in range(start, start + n)]  # fmt: skip
+
+    def science(n, start=0, labels="ABCD"):
+        return [{"id": str(i), "question": f"Why is {i} so?", "answerKey": labels[i % len(labels)],
+                 "choices": {"text": [f"as {i} {k}" for k in labels], "label": list(labels)}}
+                for i in range(start, start + n)]  # fmt: skip
+
+    def problems(n, start=0):
+        return [{"question": f"I had {i} eggs and got 5 more. How many now?",
+                 "answer": f"{i}+5=<<{i}+5={i + 5}.00>>{i + 5} eggs.\n#### {i + 5}"}
+                for i in range(start, start + n)]  # fmt: skip
+
+    def talks(n, start=0):
+        rows = [talk(words(i, 20), words(i + 1, 30), "More?", words(i + 2, 30), source="s")
+                for i in range(start, start + n)]  # fmt: skip
+        rows[0]["messages"][0]["role"] = "assistant"  # a row that is wrong
+        return rows
+
+    stolen = talk(problems(1, 900)[0]["question"].upper() + "!", "905")  # asked by the evaluation
+    code = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(f):\n    assert f() == 1\n",
+    }
+    mixed = letters(39) + [{**letters(1, 900)[0], "choices": ["901", "900", "903", "902"],
+                            "answer": 1}]  # fmt: skip
+    return {
+        "HuggingFaceTB/smol-smoltalk": {
+            "data/train-smol-0.parquet": table(talks(150) + [stolen]),
+            "data/train-smol-1.parquet": table(talks(50, 500)),
+            "data/test-smol.parquet": table(talks(40, 700) + talks(21, 510)[1:]),  # 20 in both
+        },
+        "cais/mmlu": {"all/auxiliary_train-mmlu.parquet": table(mixed),
+                      "all/validation-mmlu.parquet": table(letters(6, 100)),
+                      "all/test-mmlu.parquet": table(letters(12, 900)),
+                      "all/dev-mmlu.parquet": b"not wanted"},
+        "openai/gsm8k": {"main/train-gsm.parquet": table(problems(60)),
+                         "main/test-gsm.parquet": table(problems(10, 900)),
+                         "socratic/train-soc.parquet": b"not wanted"},
+        "allenai/ai2_arc": {f"{name}/{split}-{name[4]}.parquet": table(science(*rows))
+                            for name in ("ARC-Easy", "ARC-Challenge") for split, rows in {
+                                "train": (20, 0, "1234"), "validation": (5, 50, "ABC"),
+                                "test": (8, 90)}.items()},
+        "openai/openai_humaneval": {"openai_humaneval/test-code.parquet": table([code])},
+    }  # fmt: skip
+
+
+def core_zip(extra=()) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("eval_bundle/core.yaml", "icl_tasks:\n")
+        archive.writestr("eval_bundle/eval_data/world_knowledge/arc_easy.jsonl", '{"query": "?"}\n')
+        for name, data in extra:
+            archive.writestr(name, data)
+    return out.getvalue()
+
+
+SMALL_MIXTURE = {
+    "smoltalk": (prepare.REST, 40, 0, 20), "mmlu": (prepare.REST, 0, 0, prepare.REST),
+    "arc-easy": (0, prepare.REST, 0, prepare.REST),
+    "gsm8k": (prepare.REST, prepare.REST, prepare.REST, 12),
+    "spelling": (60, 10, 0, 5), "identity": (9, 6, 0, 3),
+}  # fmt: skip
+
+
+@pytest.fixture
+def chat_hub(hub, monkeypatch):
+    hub.repos = chat_tables()
+    hub.plain = {
+        "eval_bundle.zip": core_zip(),
+        "words_alpha.txt": "\r\n".join(["don't", "x", *WORDS]).encode(),
+    }
+    monkeypatch.setenv("NANOCHAT_MIRROR", hub.url + "/plain/")
+    monkeypatch.setattr(prepare, "MIXTURE", SMALL_MIXTURE)
+    return hub
+
+
+def fetch_chat(**options):
+    net = quick_net(**options)
+    manifest = prepare.main(prepare.Settings(conversations="hub", name="Ada", workers=2), net)
+    return manifest, net.stopping.delays
+
+
+def test_conversations_of_the_hub_follow_the_mixture(base, chat_hub, capsys):
+    manifest, delays = fetch_chat()
+    out = capsys.readouterr().out
+    names = [path.split("/")[-1] for files in chat_hub.repos.values() for path in files]
+    wanted = sorted(name for name in names if name not in ("dev-mmlu.parquet", "train-soc.parquet"))
+    assert not delays and sorted(chat_hub.fetched()) == wanted
+    files = {name: read_jsonl(base / "data/chat" / f"{name}.jsonl") for name in prepare.FILES}
+    by_kind = {name: collections.Counter(i["kind"] for i in files[name]) for name in files}
+    for name, items in files.items():
+        assert dict(by_kind[name]) == manifest["files"][f"{name}.jsonl"]["kinds"]
+        for item in items:
+            assert_good_conversation(item, "user" if name == "rl" else "assistant")
+            assert ("grade" in item) == (name == "rl") and "reply" not in item
+        assert len({json.dumps(item) for item in items}) == len(items)
+    lines = {name: {json.dumps(item) for item in items} for name, items in files.items()}
+    assert not lines["val"] & (lines["mid"] | lines["sft"])
+    talks = {name: {line for line in lines[name] if '"smoltalk"' in line} for name in lines}
+    assert not talks["mid"] & talks["sft"]
+    assert 200 - 2 - 20 <= len(talks["mid"] | talks["sft"]) < 200 - 2  # some are in val too
+    assert 20 < len(talks["sft"]) < 60 and 8 < len(talks["val"]) < 32  # about 40 and 20
+    problems = {name: {line for line in lines[name] if '"gsm8k"' in line} for name in lines}
+    assert problems["mid"] == problems["sft"] and 2 < len(problems["val"]) < 25
+    assert len(problems["mid"] | problems["val"]) == 60
+    asked = [{item["messages"][0]["content"] for item in files[name] if item["kind"] == "gsm8k"}
+             for name in ("mid", "rl")]  # fmt: skip
+    assert asked[0] == asked[1] and all(i["answer"].isdigit() for i in files["rl"])
+    assert by_kind["mid"]["mmlu"] == 39 and by_kind["val"]["mmlu"] == 6  # one is of the test
+    assert by_kind["sft"]["arc-easy"] == 20 and by_kind["val"]["arc-easy"] == 5
+    assert 30 < by_kind["mid"]["spelling"] <= 60 and "identity" in by_kind["sft"]
+    assert manifest["dropped"]["questions of the evaluation sets"] == 2
+    assert manifest["dropped"]["SmolTalk rows that cannot be used"] == 3
+    spelled = set(re.findall(r"The word (.*?) is spelled", str(files)))
+    assert spelled and spelled <= {word for word in WORDS if len(word) > 2}
+    assert not any(prepare.held_out_word(word) for word in spelled)
+    assert "mid.jsonl" in out and "gsm8k" in out
+    chat_hub.requests.clear()
+    assert fetch_chat()[0] == manifest and "nothing to do" in capsys.readouterr().out
+    prepare.main(prepare.Settings(conversations="hub", name="Bob"), quick_net())
+    assert not chat_hub.requests  # the downloads are there
+    sets = sorted(p.name for p in (base / "data/eval").glob("*.jsonl"))
+    assert sets == [f"{n}.jsonl" for n in ("ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval",
+                                           "MMLU", "SpellingBee")]  # fmt: skip
+    assert (base / "data/eval/core/eval_data/world_knowledge/arc_easy.jsonl").exists()
+
+
+def test_evaluation_sets_of_the_hub_are_graded_items(base, chat_hub, capsys):
+    manifest = prepare.main(prepare.Settings(eval_data="hub"), quick_net())
+    assert not any("train" in name for name in chat_hub.fetched())
+    assert not (base / "data/world").exists()
+    rows = {p.stem: read_jsonl(p) for p in (base / "data/eval").glob("*.jsonl")}
+    assert {name: len(items) for name, items in rows.items() if name != "SpellingBee"} == {
+        "MMLU": 12, "ARC-Easy": 8, "ARC-Challenge": 8, "GSM8K": 10, "HumanEval": 1}  # fmt: skip
+    for name, items in rows.items():
+        for item in items:
+            assert_good_conversation(item, "user")
+            reply = item["reply"]
+            reply = reply if isinstance(reply, str) else common.reply_text(reply)
+            assert item["grade"] == "code" or common.grade(item, reply), (name, item)
+    assert [item["answer"] for item in rows["ARC-Easy"]] == list("CDABCDAB")  # row 90 is the first
+    for item in rows["SpellingBee"]:
+        word = next(w for w in re.findall("[a-z]+", item["reply"][0]["text"]) if w in WORDS)
+        letter = item["reply"][1]["text"][-3]
+        assert prepare.held_out_word(word) and item["answer"] == str(word.count(letter))
+        asked = item["messages"][0]["content"]
+        assert re.search(rf"\b{word}\b", asked) and re.search(rf"\b{letter}\b", asked)
+    code = rows["HumanEval"][0]
+    program = f"{code['reply'][10:-4]}\n{code['tests']}\ncheck({code['entry_point']})"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+    assert "HumanEval 1" in capsys.readouterr().out and len(manifest["files"]) == 7
+    made = (base / "data/eval/MMLU.jsonl").stat()
+    assert prepare.main(prepare.Settings(eval_data="hub"), quick_net()) == manifest
+    assert "nothing to do" in capsys.readouterr().out
+    assert (base / "data/eval/MMLU.jsonl").stat().st_ino == made.st_ino
+
+
+def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub):
+    chat_hub.script = {"train-smol-0.parquet": ["cut", "429 9", "drop"],
+                       "words_alpha.txt": ["ok", "cut"], "eval_bundle.zip": ["503"]}  # fmt: skip
+    _, delays = fetch_chat()
+    assert 9 in delays and any(r for path, r, _ in chat_hub.requests if "smol-0" in path)
+    root = base / "data/downloads"
+    for repo, files in chat_hub.repos.items():
+        for path, data in files.items():
+            assert not (root / repo / path).exists() or (root / repo / path).read_bytes() == data
+    assert (root / "words_alpha.txt").read_bytes() == chat_hub.plain["words_alpha.txt"]
+    assert not list(root.rglob(".*.partial"))
+
+
+def test_wrong_or_missing_downloads_of_conversations_are_one_sentence(base, chat_hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    chat_hub.script = {"words_alpha.txt": ["404"]}
+    with pytest.raises(common.Stop, match="words_alpha.txt answered 404.*NANOCHAT_MIRROR"):
+        fetch_chat()
+    chat_hub.script = {"train-gsm.parquet": ["wrong"] * 9}
+    with pytest.raises(common.Stop, match="train-gsm.parquet gave 3 times other bytes"):
+        fetch_chat()
+    chat_hub.script = {"train-gsm.parquet": ["404"]}
+    with pytest.raises(common.Stop, match="train-gsm.parquet answered 404: it is not there"):
+        fetch_chat()
+    plain = [token for path, _, token in chat_hub.requests if path.startswith("/plain/")]
+    assert plain and not any(plain)  # the hub's token is the hub's
+    assert any(token for _, _, token in chat_hub.requests)
+    del chat_hub.repos["openai/gsm8k"]["main/train-gsm.parquet"]
+    with pytest.raises(common.Stop, match="lists no main/train-.*of openai/gsm8k"):
+        fetch_chat()
+    chat_hub.repos["openai/gsm8k"]["main/train-gsm.parquet"] = table_bytes("text", ["no problem"])
+    with pytest.raises(common.Stop, match="train-gsm.parquet has no row that can be read"):
+        fetch_chat()
+    assert not list((base / "data/chat").glob("*.jsonl"))
+    for name in ("test-gsm.parquet", "train-smol-0.parquet"):
+        assert chat_hub.fetched().count(name) == 1  # what was whole is not fetched again
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        patch.setattr(prepare, "data_dir", lambda source: base / "elsewhere" / source)
+        with pytest.raises(common.Stop, match="GB are needed"):
+            fetch_chat()
+    assert not list((base / "data").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words_"),
+    [
+        (b"no archive", "is damaged"),
+        (core_zip()[:-30], "is damaged"),
+        (core_zip([("../../escape", "x")]), "leads out of it"),
+        (core_zip([("/escape", "x")]), "leads out of it"),
+        (core_zip([("a\\..\\..\\escape", "x")]), "leads out of it"),
+        (core_zip([("C:/escape", "x")]), "leads out of it"),
+        (core_zip([("big", "x" * 10**6)]), "unpacks to more than"),
+    ],
+)
+def test_an_archive_that_is_damaged_huge_or_leads_out_is_refused(
+    tmp_path, monkeypatch, data, words_
+):
+    monkeypatch.setattr(prepare, "ZIP_BYTES", 10**5)
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "eval_bundle.zip").write_bytes(data)
+    with pytest.raises(common.Stop, match=f"{words_}.*delete"):
+        prepare.unzip(tmp_path / "a" / "eval_bundle.zip", tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.rglob("escape"))
+
+
+def test_a_link_in_an_archive_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
+        member = zipfile.ZipInfo("eval_data")
+        member.external_attr = 0o120777 << 16
+        archive.writestr(member, "/etc")
+    with pytest.raises(common.Stop, match="leads out of it"):
+        prepare.unzip(tmp_path / "link.zip", tmp_path / "out")
+
+
+def test_evaluation_sets_of_a_folder_are_added_to_those_there(base, tmp_path, capsys):
+    gsm8k, words_ = tmp_path / "one" / "gsm8k", tmp_path / "two"
+    gsm8k.mkdir(parents=True)
+    words_.mkdir()
+    row = {"question": "How many?", "answer": "2+1=<<2+1=3>>3\n#### 3"}
+    (gsm8k / "test.jsonl").write_text(json.dumps(row))
+    prepare.main(prepare.Settings(eval_data=str(tmp_path / "one")))
+    out = capsys.readouterr().out
+    assert "GSM8K 1" in out and "does not have MMLU, ARC-Easy" in out and "CORE" in out
+    (words_ / "words_alpha.txt").write_text("\n".join(WORDS))
+    manifest = prepare.main(prepare.Settings(eval_data=str(tmp_path / "two")))
+    assert set(manifest["files"]) == {"GSM8K.jsonl", "SpellingBee.jsonl"}
+    assert len(read_jsonl(base / "data/eval/GSM8K.jsonl")) == 1
+    (tmp_path / "three").mkdir()
+    with pytest.raises(common.MissingInput, match="holds none of the evaluation sets"):
+        prepare.main(prepare.Settings(eval_data=str(tmp_path / "three")))
+    (gsm8k / "test.jsonl").write_text('{"question": ')
+    with pytest.raises(common.Stop, match="test.jsonl is damaged .*delete it"):
+        prepare.main(prepare.Settings(eval_data=str(tmp_path / "one")))
+    assert len(read_jsonl(base / "data/eval/GSM8K.jsonl")) == 1
+    assert not list((base / "data").glob(".*"))
+
+
+def test_the_public_evaluation_sets_are_read_whole(base):
+    if not (SHARED / "eval").exists():
+        pytest.skip("needs the public data in ../shared/data")
+    manifest = prepare.main(prepare.Settings(eval_data=str(SHARED / "eval")))
+    counts = {name: entry["conversations"] for name, entry in manifest["files"].items()
+              if "conversations" in entry}  # fmt: skip
+    assert counts == {
+        "MMLU.jsonl": 14_042,
+        "ARC-Easy.jsonl": 2_376,
+        "ARC-Challenge.jsonl": 1_172,
+        "GSM8K.jsonl": 1_319,
+        "HumanEval.jsonl": 164,
+        "SpellingBee.jsonl": 500,
+    }
+    assert not manifest["dropped"] and sum("task" in e for e in manifest["files"].values()) == 20
+    letters = collections.Counter()
+    for name in ("MMLU", "ARC-Easy", "ARC-Challenge"):
+        for item in read_jsonl(base / "data/eval" / f"{name}.jsonl"):
+            letters[item["answer"]] += 1
+            text, number = item["messages"][0]["content"], "ABCDE".index(item["answer"])
+            assert f"- {item['choices'][number]} ({item['answer']})" in text
+    assert all(letters[letter] > 3_500 for letter in "ABCD") and letters["E"] < 10
+    arc = json.loads((SHARED / "eval/arc/ARC-Easy/test.json").read_text("utf-8"))
+    items = read_jsonl(base / "data/eval/ARC-Easy.jsonl")
+    for row, item in zip(arc, items):
+        right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+        assert item["choices"]["ABCDE".index(item["answer"])] == " ".join(right.split())
+
+
+def test_the_public_conversations_are_read_whole(base):
+    if not (SHARED / "chat").exists():
+        pytest.skip("needs the public data in ../shared/data")
+    manifest = prepare.main(own_settings(SHARED / "chat"))
+    files = manifest["files"]
+    packed = (SHARED / "chat").glob("*.gz")
+    rows = sum(gzip.decompress(path.read_bytes()).count(b"\n") for path in packed)
+    good = files["mid.jsonl"]["conversations"] + files["val.jsonl"]["conversations"]
+    assert good + sum(manifest["dropped"].values()) == rows > 27_000
+    assert good > 0.99 * rows
+    assert "{{name}}" not in (base / "data/mine/mid.jsonl").read_text("utf-8")
 
 
 # prepare.py: the embedded world ---------------------------------------------------------------
@@ -2352,6 +3411,11 @@ def test_no_held_out_pair_is_worked(docs: list[str]) -> None:
     ]
     pairs += [[int(a), int(b)] for a, b in re.findall(r"dd (\d+) (?:and|to) (\d+)", text)]
     pairs += [[int(a), int(b)] for a, b in re.findall(r"(\d+) boxes of (\d+)", text)]
+    boxes = rf"\b{number} (?:boxes|bags|baskets|crates) with {number} \w+ (?:each|apiece|per)\b"
+    pairs += [
+        [int(w) if w.isdigit() else words[w.lower()] for w in m]
+        for m in re.findall(boxes, text, re.IGNORECASE)
+    ]
     pairs += [[int(b), int(a)] for a, b in re.findall(r"ake (\d+) away from (\d+)", text)]
     assert len(pairs) > 3000
     assert [p for p in pairs if prepare.held_out_pair(*p)] == []
@@ -2368,7 +3432,7 @@ def test_held_out_words_are_not_spelled(docs: list[str]) -> None:
     assert len(held) >= 80 and len(prepare.shown_words()) >= 700
     spelled = {s.replace("-", "") for s in re.findall(r"\b[a-z](?:-[a-z])+\b", text)}
     assert not spelled & set(held) and len(spelled) > 700
-    phrases = set(re.findall(r"the word \w+ has|letter of \w+ is", text))
+    phrases = set(re.findall(r"the word \w+ has|letter of \w+ is", text.replace('"', "")))
     for word in held:
         assert not {f"the word {word} has", f"letter of {word} is"} & phrases, word
 
@@ -2457,6 +3521,604 @@ def test_stories_keep_their_state() -> None:
         for thing, name in story.holder.items():
             assert story.place[thing] == story.place[name], (thing, story)
         assert set(story.place) == {*teller.he, *teller.reason}
+
+
+def said(content):
+    """The text of a reply, without the tool's."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def calls_of(content):
+    """The (call, output) pairs of a reply, in turn."""
+    parts = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
+    assert [p["type"] for p in parts] == ["python", "output"] * (len(parts) // 2)
+    return [(a["text"], b["text"]) for a, b in zip(parts[::2], parts[1::2])]
+
+
+def asked_and_solved(chat):
+    """Question and reply of a training conversation, or of a graded item."""
+    turns = [message["content"] for message in chat["messages"]]
+    return (turns[0], turns[1]) if turns[1:] else (turns[0], chat.get("reply", ""))
+
+
+@pytest.fixture(scope="module")
+def problems():
+    """Word problems of training and of the test, and their combinations of parts."""
+    made, item = {}, prepare.Composer.item
+
+    def kept(self):
+        found = item(self)
+        made[found["messages"][0]["content"]] = self
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare.Composer, "item", kept)
+        rng = random.Random(3)
+        solved = [prepare.problem_chat(rng) for _ in range(2500)]
+        practised = [prepare.rl_problems(rng) for _ in range(2500)]
+        trained = list(made.values())
+        sets = prepare.problem_sets.__wrapped__()
+    return SimpleNamespace(chat=solved, rl=practised, sets=sets, trained=trained, made=made)
+
+
+PEOPLE = "|".join([*prepare.GIRLS, *prepare.BOYS])
+WHO = rf"({PEOPLE}|[Hh]e|[Ss]he|They)"
+HAS = "has had owns owned starts_with started_with keeps kept counts counted".split()
+TIMES = {"twice": 2, "half": Fraction(1, 2), "three times": 3, "halve": Fraction(1, 2),
+         "triple": 3, "double": 2, "a pair of": 2, "a dozen": 12}  # fmt: skip
+FIRST = ("At first", "In the morning,", "Then", "Later,", "The next day,", "After that,",
+         "Before that,", "At the start of the day,")  # fmt: skip
+
+
+def solve(text):
+    """Solve a word problem from its words, sentence by sentence, with no look at its making."""
+    signs = {verb[form].replace(" ", "_"): 1 if verb["sign"] == "+" else -1
+             for verb in prepare.count_verbs() for form in ("does", "past")}  # fmt: skip
+    text = re.sub(r"If (.*?) and (.*?), how", r"\1. They \2. How", text)
+    had, changes, last, shared, question = {}, [], "", 1, ""
+    for fact in re.split(r"(?<=[.?]) |, and (?=[A-Z]\w+ \w+ \w+ \w*\s?as many)", text):
+        if m := re.search(r"(?:among|into) (\d+) |(\d+) friends share", fact):
+            shared = int(m[1] or m[2])
+        if "?" in fact or fact.startswith("Find"):
+            question = fact
+            continue
+        fact = re.sub(rf"^({'|'.join(FIRST)}) (\w)", lambda m: m[2].upper(), fact)
+        subject = re.match(WHO, fact)
+        last = subject[0] if subject and subject[0] not in ("He", "She", "They") else last
+        words = fact.replace(" of the ", " ").replace(" of these ", " ").replace(" more ", " ")
+        if m := re.match(rf"{WHO} \w+ (\d+) \w+ (?:of|with) (\d+) (\w+)", fact):
+            had[last, m[4]] = int(m[2]) * int(m[3])
+        elif m := re.match(rf"There \w+ (\d+) \w+ with (\d+) (\w+) .*in ({PEOPLE})'s", fact):
+            had[m[4], m[3]] = int(m[1]) * int(m[2])
+        elif m := re.match(rf"Each of ({PEOPLE})'s (\d+) \w+ \w+ (\d+) (\w+)", fact):
+            had[m[1], m[4]] = int(m[2]) * int(m[3])
+        elif m := re.match(rf"There \w+ (\d+) (\w+) in each of ({PEOPLE})'s (\d+)", fact):
+            had[m[3], m[2]] = int(m[1]) * int(m[4])
+        elif m := re.match(rf"There \w+ (\d+) (\w+) in ({PEOPLE})'s room", fact):
+            had[m[3], m[2]] = int(m[1])
+        elif m := re.match(rf"In ({PEOPLE})'s room there \w+ (\d+) (\w+)", fact):
+            had[m[1], m[3]] = int(m[2])
+        elif m := re.match(rf"({PEOPLE}) \w+ (twice|half|three times) as many", fact):
+            had[m[1], ""] = TIMES[m[2]]
+        elif m := re.match(r"The number of (\w+?)(?:'s)? (\w+) (halve|triple|double)", fact):
+            last = m[1] if m[1][0].isupper() else last
+            changes.append((last, m[2], TIMES[m[3]]))
+        elif m := re.match(rf"{WHO} (.+?) (?:another )?(\d+|a pair of|a dozen) (\w+)", words):
+            number, verb = TIMES.get(m[3]) or int(m[3]), m[2].replace(" ", "_")
+            if verb in HAS:
+                had[last, m[4]] = number
+            elif verb in signs:
+                changes.append((last, m[4], [signs[verb] * number]))
+    asked = r"(?:many|number of)(?: more| fewer| of the)? (?:her |his |\S+'s )?(\w+)"
+    thing = re.search(asked, question)[1]
+    scale = {n: had.pop((n, "")) for n, t in list(had) if t == ""}
+    counts = {n: number for (n, t), number in had.items() if t == thing}
+    for n, factor in scale.items():
+        counts[n] = factor * next(iter(counts.values()))
+    for n, t, change in changes:
+        if t == thing:
+            counts[n] = counts[n] + change[0] if isinstance(change, list) else counts[n] * change
+    if re.search(r"\b(more|fewer)\b", question):
+        return max(counts.values()) - min(counts.values())
+    if re.search(r"in all|altogether|in total", question, re.IGNORECASE):
+        return sum(counts.values())
+    main = [*{n for n, t, _ in changes if t == thing}, *scale, *counts][0]
+    return Fraction(counts[main], shared)
+
+
+def test_word_problems_are_solved_as_their_words_say(problems):
+    """Each call is worked by Python's own eval, and each answer by a reader of the text."""
+    tested = [item for items in problems.sets.values() for item in items]
+    for one in (*problems.chat, *problems.rl, *tested):
+        text, reply = asked_and_solved(one)
+        answer = one.get("answer") or common.last_number(said(reply))
+        assert solve(text) == int(answer), (text, answer)
+        assert int(answer) >= 0 and len(text) + len(said(reply)) <= 600, text
+        known = {*re.findall(r"\d+", text), "2", "3", "12"}  # twice, three times, a dozen
+        for call, output in calls_of(reply):
+            assert eval(call) == int(output) == eval(common.calculate(call)) >= 0, text
+            assert set(re.findall(r"\d+", call)) <= known, (text, call)
+            known.add(output)
+        if reply:
+            calls = calls_of(reply)
+            assert 1 <= len(calls) <= 2 and calls[-1][1] == answer, text
+            assert said(reply).endswith(f"The answer is {answer}."), text
+    for item in tested:
+        assert common.grade(item, said(item["reply"])) and not common.grade(item, "It is 1234567.")
+    assert all("reply" not in item and item["grade"] == "number" for item in problems.rl)
+
+
+def phrases(kind):
+    """A pattern for the verbs and phrases of one set, in all forms that a problem can have."""
+    words = [verb[form] for verb in prepare.count_verbs() if verb["set"] == kind
+             for form in ("base", "past", "ing", "does")]  # fmt: skip
+    words += {
+        "practised": "altogether remain(ed)? three.times tripled?s? per fewer.\\w+".split(),
+        "test": ["in total", "left over", "doubled?s?", "dozen", "apiece"],
+    }[kind]
+    return re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
+
+
+def test_parts_of_problems_stay_in_their_sets(problems):
+    practised, test = phrases("practised"), phrases("test")
+    for one in problems.chat:
+        text, reply = asked_and_solved(one)
+        assert not practised.search(text) and not test.search(text + said(reply)), text
+        assert not practised.search(said(reply).replace("so now she has fewer", "")
+                                    .replace("so now he has fewer", "")), text  # fmt: skip
+    asked = [item["messages"][0]["content"] for item in problems.rl]
+    assert not [text for text in asked if test.search(text)]
+    assert 0.75 < sum(bool(practised.search(text)) for text in asked) / len(asked) < 0.95
+    for name, pattern in {"practised": practised, "new": test}.items():
+        found = collections.Counter()
+        for item in problems.sets[f"problems_{name}"]:
+            match = pattern.search(item["messages"][0]["content"])
+            assert match, item
+            found[match[0].lower()] += 1
+        assert len(found) >= 12 and max(found.values()) < 100  # no part outweighs the others
+    for name in ("numbers", "combinations"):
+        texts = [item["messages"][0]["content"] for item in problems.sets[f"problems_{name}"]]
+        assert not [text for text in texts if practised.search(text) or test.search(text)]
+
+
+def test_pairs_and_combinations_of_the_test_are_in_no_problem_of_training(problems):
+    def pairs(calls):
+        return [tuple(map(int, re.findall(r"\d+", call))) for call in calls]
+
+    worked = [p for made in problems.trained for p in pairs(step[1] for step in made.steps)]
+    assert len(worked) > 7000 and not [p for p in worked if prepare.held_out_pair(*p)]
+    for name, items in problems.sets.items():
+        assert len(items) == 500 and len({i["messages"][0]["content"] for i in items}) == 500
+        calls = [[call for call, _ in calls_of(item["reply"])] for item in items]
+        held = [any(prepare.held_out_pair(*p) for p in pairs(c)) for c in calls]
+        assert all(held) if name == "problems_numbers" else not any(held)
+    trained = {tuple(made.shape) for made in problems.trained}
+    for name in ("combinations", "practised"):
+        texts = [item["messages"][0]["content"] for item in problems.sets[f"problems_{name}"]]
+        assert not trained & {tuple(problems.made[text].shape) for text in texts}
+    for item in problems.sets["problems_combinations"]:  # each has a number nobody needs
+        text, reply = asked_and_solved(item)
+        needed = {n for call, _ in calls_of(reply) for n in re.findall(r"\d+", call)}
+        assert set(re.findall(r"\d+", text)) - needed, text
+    texts = {asked_and_solved(one)[0] for one in (*problems.chat, *problems.rl)}
+    assert not texts & {i["messages"][0]["content"] for s in problems.sets.values() for i in s}
+
+
+def test_problems_are_varied_and_good_english(problems):
+    texts = [asked_and_solved(one)[0] for one in (*problems.chat, *problems.rl)]
+    assert len(set(texts)) > 0.99 * len(texts)
+    assert len({re.sub(rf"\d+|{PEOPLE}|\w+s\b", "", text) for text in texts}) > len(texts) / 2
+    for one in (*problems.chat, *problems.rl, *problems.sets["problems_new"]):
+        text, reply = asked_and_solved(one)
+        whole = f"{text} {said(reply)}"
+        for wrong in (r"\b[01] [a-z]+s\b", r"  ", r"[.,?]{2}", r"\{|\}|\[|\]", r" [.,?]",
+                      r"\ba [aeiou]", r"\ban [^aeiou]", r"\b(does|did) \w+ ha[sd]\b"):  # fmt: skip
+            assert not re.search(wrong, whole), (wrong, whole)
+        for pronoun, names in {"she": prepare.GIRLS, "he": prepare.BOYS}.items():
+            if m := re.search(rf"\b{pronoun}\b", whole, re.IGNORECASE):
+                assert set(re.findall(r"\w+", whole[: m.start()])) & set(names), whole
+        assert all(s[0].isupper() or s[0].isdigit() for s in re.split(r"(?<=[.?]) ", text)), text
+    one, other = (prepare.problem_chat(random.Random(8)) for _ in range(2))
+    assert one == other != prepare.problem_chat(random.Random(9))
+
+
+def test_sums_are_asked_in_many_ways_and_worked_with_the_tool():
+    rng = random.Random(1)
+    chats = [prepare.sum_chat(rng) for _ in range(3000)]
+    words = {"plus|add|sum|together": "+", "minus|subtract|tak(e|ing)|taken": "-",
+             "times|multipl|product": "*", "divide|go into": "/"}  # fmt: skip
+    ops = collections.Counter()
+    for one in chats:
+        text, reply = asked_and_solved(one)
+        [(call, output)] = calls_of(reply)
+        assert reply[0]["type"] == "python" and common.last_number(said(reply)) == output
+        assert math.isclose(eval(call), float(output))
+        numbers = [int(n) for n in re.findall(r"\d+", call)]
+        asked = [int(n) for n in re.findall(r"\d+", text)]
+        assert sorted(numbers) == sorted(asked)
+        op = re.search(r"\D", call)[0]
+        named = [sign for word, sign in words.items() if re.search(word, text, re.IGNORECASE)]
+        sign = re.search(r"\d ?([-+*/x\u00f7]) ?\d|$", text)[1]
+        assert {"x": "*", "\u00f7": "/"}.get(sign, sign) == op or (not sign and named == [op]), text
+        swapped = re.search(r"from \d|go into", text)
+        assert op in "+*" or numbers == (asked[::-1] if swapped else asked), text
+        first = eval(op.join(map(str, numbers[:2])))
+        assert not prepare.held_out_pair(*numbers[:2])
+        assert not any(prepare.held_out_pair(first, n) for n in numbers[2:])
+        ops[op] += 1
+    assert min(ops.values()) > 400 and len(ops) == 4
+    assert len({re.sub(r"\d+", "", asked_and_solved(one)[0]) for one in chats}) > 100
+
+
+def test_words_are_spelled_right_and_those_of_the_test_in_no_training():
+    rng = random.Random(1)
+    chats, tested = [prepare.spelling_chat(rng) for _ in range(3000)], prepare.spelling_set()
+    held = {word for word in prepare.spelling_words() if prepare.held_out_word(word)}
+    assert len(tested) == 500 and tested == prepare.spelling_set.__wrapped__() and len(held) > 150
+    words, asked = {True: set(), False: set()}, {True: set(), False: set()}
+    for one in (*chats, *tested):
+        text, reply = asked_and_solved(one)
+        word, spelled = re.match(r'"([a-z]+)" is spelled ([a-z-]+)\.', said(reply)).groups()
+        assert spelled == "-".join(word) and re.search(rf"\b{word}\b", text.lower())
+        words["grade" in one].add(word)
+        asked["grade" in one].add(re.sub(rf'"?\b{word}\b"?|\b[a-z]\b', "_", text.lower()))
+        rest = said(reply).split(". ", 1)[1] if ". " in said(reply) else ""
+        if calls := calls_of(reply):
+            assert eval(calls[0][0]) == int(calls[0][1]) == int(common.last_number(rest))
+            x = re.search(r'count\("(.)"\)', calls[0][0])
+            assert x is None or re.search(rf"\b{x[1]}\b", text.replace(word, ""))
+            assert eval(calls[0][0]) == (word.count(x[1]) if x else len(word))
+        elif rest:
+            low = re.sub(rf"\b{word}\b", "", text.lower(), count=1)
+            first, back = re.search("first|begin|start", low), re.search("backw|rever|around|back to", low)
+            want = "-".join(word[::-1]) if back else word[0] if first else word[-1]
+            assert rest.endswith(f" is {want}."), text
+        if "grade" in one:
+            assert common.grade(one, said(reply)), one
+            assert not common.grade(one, f"{spelled}-s, so s-{spelled}: 77, q."), one
+    assert words[True] <= held and len(words[False]) > 1500 and not words[False] & held
+    assert len(asked[True]) >= 12 and not asked[True] & asked[False]
+    made = [prepare.made_word(rng) for _ in range(500)]
+    assert all(4 <= len(word) <= 10 and word.isalpha() for word in made) and len(set(made)) > 400
+    assert not any(test in word for word in made for test in held if test[3:])
+
+
+# prepare.py: conversations and evaluation sets of the world -----------------------------------
+
+OTHERS = ("problem", "sum", "spelling")  # kinds that have tests of their own
+
+
+@pytest.fixture(scope="module")
+def chats() -> dict[str, list[dict]]:
+    """The training files: mid at its default size, the others smaller."""
+    sizes = {"mid": 60_000, "sft": 6_000, "val": 1_000, "rl": 1_500}
+    return {split: list(prepare.world_conversations(1, split, n)) for split, n in sizes.items()}
+
+
+@pytest.fixture(scope="module")
+def world_items() -> dict[str, list[dict]]:
+    return prepare.world_sets()
+
+
+def part_texts(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def said_in(conversations: list[dict], *kinds: str) -> list[tuple[str, str]]:
+    """List what is said, with the reply, in conversations of some kinds, or of all."""
+    out = []
+    for conversation in conversations:
+        if not kinds or conversation["kind"] in kinds:
+            messages = [m for m in conversation["messages"] if m["role"] != "system"]
+            texts = [part_texts(message) for message in messages]
+            out += itertools.zip_longest(texts[::2], texts[1::2], fillvalue="")
+    return out
+
+
+def normal(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def found_in(needles: set[str], texts) -> set[str]:
+    """Find the needles that occur in texts, as words in a row."""
+    lengths = collections.defaultdict(set)
+    for needle in needles:
+        words = needle.split()
+        assert len(words) > 1, f"{needle}: too short to be told from other text"
+        lengths[words[0], words[1]].add(len(words))
+    found = set()
+    for text in texts:
+        words = normal(text).split()
+        for i, pair in enumerate(itertools.pairwise(words)):
+            for n in lengths.get(pair, ()):
+                found.add(" ".join(words[i : i + n]))
+    return found & needles
+
+
+def fact_questions(unseen: bool) -> dict[str, tuple]:
+    """Every question for every fact: its words -> fact, forward, wording."""
+    out = {}
+    for relation in prepare.world_relations().values():
+        for fact in relation.facts:
+            for forward in (True, False) if relation.unique(fact) else (True,):
+                for wording in relation.askings(forward, unseen):
+                    out[normal(wording.format_map(fact.forms()))] = fact, forward, wording
+    return out
+
+
+def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
+    """Find which question somebody asks, whatever stands around it."""
+    starts = [0, *(m.end() for m in re.finditer(r"[.?!:,]\s+|\n|\band ", text, re.IGNORECASE))]
+    ends = [*(m.start() for m in re.finditer(r"[.?!]|\n|$", text))]
+    for i, j in itertools.product(starts, ends):
+        if i < j and (question := normal(text[i:j])) in known:
+            return known[question]
+    return None
+
+
+def test_conversations_are_a_function_of_the_seed_and_grow_at_the_end() -> None:
+    for split in ("mid", "sft", "val", "rl"):
+        first = list(prepare.world_conversations(7, split, 200))
+        assert first == list(prepare.world_conversations(7, split, 300))[:200]
+        other = list(prepare.world_conversations(8, split, 200))
+        assert sum(chat in first for chat in other) < 10, split
+    named = prepare.world_conversations(7, "mid", 2000, "Bo-Bo 2")
+    assert any("Bo-Bo 2" in reply for _, reply in said_in(list(named), "identity"))
+
+
+def test_conversations_differ_and_fit_the_context(chats) -> None:
+    dumped = {split: {json.dumps(c["messages"]) for c in chats[split]} for split in chats}
+    for split, conversations in chats.items():
+        assert len(dumped[split]) == len(conversations), split
+        for conversation in conversations:
+            roles = [m["role"] for m in conversation["messages"]]
+            roles = roles[1:] if roles[0] == "system" else roles
+            assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
+            assert (roles[-1] == "user") == (split == "rl")
+            texts = [part_texts(m) for m in conversation["messages"]]
+            assert all(text == text.strip() for text in texts) or conversation["kind"] in OTHERS
+            assert sum(map(len, texts)) <= 700, conversation
+    assert not dumped["val"] & (dumped["mid"] | dumped["sft"])
+
+
+def test_each_kind_has_its_share_of_the_turns(chats) -> None:
+    for split, column in (("mid", 0), ("sft", 1), ("val", 1)):
+        count = collections.Counter()
+        for conversation in chats[split]:
+            count[conversation["kind"]] += len(conversation["messages"]) // 2
+        total = sum(share[column] for share in prepare.KINDS.values())
+        for kind, share in prepare.KINDS.items():
+            assert abs(count[kind] / count.total() - share[column] / total) < 0.01, (split, kind)
+
+
+def test_every_tool_output_is_the_calculators(chats) -> None:
+    calls = 0
+    for conversation in itertools.chain(*chats.values()):
+        for message in conversation["messages"]:
+            if isinstance(message["content"], list):
+                parts = message["content"]
+                kinds = [part["type"] for part in parts]
+                assert kinds.count("python") == kinds.count("output")
+                for a, b in itertools.pairwise(parts):
+                    if a["type"] == "python":
+                        assert b == {"type": "output", "text": common.calculate(a["text"])}
+                        calls += 1
+    assert calls > 10_000
+
+
+def test_no_held_out_question_occurs_in_any_training_file(chats, world_items, docs) -> None:
+    needles = set(fact_questions(unseen=True))
+    for name, made in world_items.items():
+        needles |= {normal(part_texts(item["messages"][-1])) for item in made}
+    said = (text for split in chats.values() for turn in said_in(split) for text in turn)
+    assert found_in(needles, itertools.chain(said, docs)) == set()
+    # nor does another seed, or more of it, ask what is held out
+    others = (prepare.world_conversations(seed, "mid", 4000) for seed in (2, 3))
+    assert found_in(needles, (t for c in others for turn in said_in(list(c)) for t in turn)) == set()
+    assert found_in({"is a lion"}, ["What kind of animal is a lion?"]) == {"is a lion"}
+
+
+def test_unseen_wordings_of_every_kind_are_at_least_two_and_no_trained_ones() -> None:
+    for text in (prepare.STORY_ASKS, prepare.MEMORY, prepare.IDENTITY, prepare.BEYOND):
+        for key, fields in prepare.table(text).items():
+            unseen, trained = fields[-2], [w for field in fields[:-2] for w in field]
+            assert len(set(unseen)) >= 2 and not set(unseen) & set(trained), key
+    pairs = [(prepare.FOLLOW_UP, prepare.FOLLOW_UP_UNSEEN), (prepare.IT_TOO, prepare.IT_TOO_UNSEEN)]
+    for trained, unseen in pairs:
+        assert len(prepare.ways(unseen)) >= 2
+        assert not set(prepare.ways(unseen)) & set(prepare.ways(trained))
+
+
+def test_facts_are_asked_equally_often_in_all_wordings_and_unaskable_ones_never(chats) -> None:
+    known = fact_questions(unseen=False)
+    counts = collections.Counter()
+    for split in ("mid", "sft", "val"):
+        for text, _ in said_in(chats[split]):
+            found = asked_in(text, known) if len(text) < 250 else None
+            if found and (found[0].askable or found[0].relation not in prepare.ELSEWHERE):
+                assert found[0].askable, text
+                counts[found[:2]] += split == "mid"
+                counts[found] += 1
+    cards = {found[:2] for found in known.values() if found[0].askable}
+    often = sorted(counts[card] for card in cards)
+    assert len(cards) > 3000 and often[0] >= 4, often[:20]
+    assert often[len(often) // 2] <= 3 * often[len(often) // 20] and often[-1] <= 40
+    wordings = [found for found in known.values() if found[0].askable]
+    assert sum(counts[found] > 0 for found in wordings) > 0.85 * len(wordings)
+
+
+def test_every_reply_about_a_fact_is_true(chats) -> None:
+    known, right = fact_questions(unseen=False), collections.Counter()
+    for text, reply in said_in(chats["sft"], "fact", "mixed", "unknown", "memory"):
+        if (found := asked_in(text, known)) and len(text) < 150:
+            fact, forward, _ = found
+            answer = fact.answer if forward else fact.subject
+            words = {normal(w) for w in (*prepare.spellings(answer), prepare.plural(answer))}
+            assert any(f" {w} " in f" {normal(reply)} " for w in words), (text, reply)
+            item = {"grade": "text", **prepare.fact_grade((fact, forward), text)}
+            assert common.grade(item, reply), (text, reply)
+            right[fact.relation] += 1
+    assert len(right) > len(prepare.world_relations()) - 3 and right.total() > 2500
+
+
+def choices_of(text: str) -> dict[str, str]:
+    behind = {b: a for a, b in re.findall(r"^- (.*) \((\w)\)$", text, re.MULTILINE)}
+    return behind or dict(re.findall(r"^(\w)[).:] (.*)$", text, re.MULTILINE))
+
+
+def test_letters_are_balanced_right_and_follow_no_blank(chats, world_items) -> None:
+    known, unseen = fact_questions(unseen=False), fact_questions(unseen=True)
+    asked = [(*turn, known) for turn in said_in(chats["mid"], "letters")]
+    for item in world_items["letters"]:
+        text = item["messages"][-1]["content"]
+        assert list(choices_of(text).values()) == item["choices"] and item["reply"] == item["answer"]
+        asked.append((text, item["answer"], unseen))
+    layouts, checked = collections.Counter(), 0
+    for made in (asked[: -len(world_items["letters"])], asked[-len(world_items["letters"]) :]):
+        letters = collections.Counter(letter for _, letter, _ in made)
+        assert set(letters) == set("ABCD")
+        assert max(letters.values()) - min(letters.values()) <= 0.02 * len(made)
+    for text, letter, questions in asked:
+        choices = choices_of(text)
+        assert list(choices) == list("ABCD") and len(set(choices.values())) == 4, text
+        layouts[re.sub(r"\w+", "", text.split("\n")[1])[:4]] += 1
+        for mark in "ABCD":  # alone on a line, or in brackets
+            assert re.search(rf"^{mark}[).:] |\({mark}\)$", text, re.MULTILINE)
+        if found := asked_in(text.split("\n")[0] + "\n", questions):
+            fact, forward, _ = found
+            brief = prepare.world_relations()[fact.relation].brief["o" if forward else "s"]
+            assert choices[letter] == brief.format_map(fact.forms()), text
+            assert fact.askable
+            checked += 1
+    assert checked > 0.98 * len(asked) and len(layouts) >= 4, (checked, layouts)
+
+
+def test_invented_names_of_the_test_occur_in_no_training_file(chats, world_items, docs) -> None:
+    tables = (prepare.RELATIONS, prepare.N_UNSEEN_QUESTIONS, prepare.BEYOND)
+    known = set(normal(" ".join([*docs, *tables])).split())
+    asked = [normal(item["messages"][-1]["content"]) for item in world_items["unknown"]]
+    test = {w for text in asked for w in text.split()} - known
+    assert len(test) > 350 and sum(not test.isdisjoint(text.split()) for text in asked) > 350
+    test |= {name.casefold() for name in prepare.TEST_GIRLS + prepare.TEST_BOYS}
+    ours = [kind for kind in prepare.KINDS if kind not in OTHERS]
+    said = [text for split in chats.values() for turn in said_in(split, *ours) for text in turn]
+    assert test & set(normal(" ".join(said)).split()) == set()
+    new = {w for text, _ in said_in(chats["mid"], "unknown") for w in normal(text).split()} - known
+    assert len(new) > 2000  # so many that none of them is learned by heart
+
+
+def test_unknown_things_are_not_known_and_known_ones_are(chats) -> None:
+    known, unknown = fact_questions(unseen=False), collections.Counter()
+    for text, reply in said_in(chats["mid"], "unknown", "fact", "mixed", "follow-up"):
+        if len(text) < 150:
+            unknown["I don't know" in reply, asked_in(text, known) is not None] += 1
+    assert unknown[True, True] == 0 and unknown[True, False] > 4000
+    assert unknown[False, True] > 3 * unknown[True, False]
+    starts = collections.Counter(r.split()[0] for _, r in said_in(chats["mid"], "unknown"))
+    assert len(starts) > 20
+
+
+@pytest.mark.parametrize("name", ["Nano", "Ada", "little bot 3"])
+def test_the_assistant_says_who_it_is(name) -> None:
+    rng, fields = random.Random(5), prepare.table(prepare.IDENTITY)
+    keys = {key: [w.format(name=name) for w in words]
+            for key, words in prepare.lists(prepare.IDENTITY_KEYS).items()}  # fmt: skip
+    assert all(len(replies) >= 12 for key, (_, _, replies) in fields.items() if key in keys)
+    question = {q.rstrip("?."): key for key, (asked, _, _) in fields.items() for q in asked}
+    seen, replies = collections.Counter(), set()
+    for _ in range(800):
+        chat = prepare.identity_chat(rng, name)
+        for text, reply in said_in([chat]):
+            found = [key for q, key in question.items() if normal(text).endswith(normal(q))]
+            replies.add(reply)
+            if len(found) == 1 and found[0] in keys:
+                assert any(w in reply for w in keys[found[0]]), (text, reply)
+                seen[found[0]] += 1
+    assert set(seen) == set(keys) and min(seen.values()) > 40 and len(replies) > 100
+    items = prepare.identity_set(rng, name)
+    assert len(items) >= 400 and all(common.grade(item, item["reply"]) for item in items)
+    assert not any(common.grade(item, "I am a person, and my name is Bob.") for item in items)
+
+
+def test_the_evaluation_sets_are_functions_of_the_tables(world_items) -> None:
+    prepare.world_sets.cache_clear()
+    assert world_items == prepare.world_sets()
+    assert len(world_items["facts"]) >= 2000
+    for name, made in world_items.items():
+        assert len(made) >= 400, name
+        assert len({json.dumps(item["messages"]) for item in made}) == len(made), name
+        for item in made:
+            assert item["messages"][-1]["role"] == "user" and item["kind"], item
+            reply = {"role": "assistant", "content": item["reply"]}
+            assert common.grade(item, part_texts(reply)), item
+            if item["grade"] == "text":
+                assert item["answer"] in item["accept"]
+                assert not set(item["accept"]) & set(item.get("reject", []))
+                wrong = {"reply": " and ".join(item["accept"] + item.get("reject", []))}
+                assert not item.get("reject") or not common.grade(item, wrong["reply"]), item
+                assert not common.grade(item, "Perhaps."), item
+    kinds = collections.Counter(item["kind"] for item in world_items["stories"])
+    assert len(kinds) == 3 and set(kinds.values()) == {200}
+    asked = fact_questions(unseen=True)
+    for name in ("facts", "never_asked"):
+        found = [asked[normal(item["messages"][0]["content"])] for item in world_items[name]]
+        assert len({fact for fact, _, _ in found}) == len(found)
+        assert {fact.askable for fact, _, _ in found} == {name == "facts"}
+        assert 0.08 < sum(not forward for _, forward, _ in found) / len(found) < 0.5
+    assert len(world_items["facts"]) == sum(fact.askable for fact in prepare.world_facts())
+
+
+def test_story_questions_have_the_answers_of_the_story() -> None:
+    rng = random.Random(4)
+    for _ in range(300):
+        teller = prepare.Teller(rng, prepare.GIRLS, prepare.BOYS)
+        told = teller.tell(rng.randint(1, 4))
+        for key, forms, accept in prepare.story_questions(teller, told):
+            if key in ("holder", "carried"):
+                assert told.holder[forms["t"]] == accept[0]
+            if key in ("person", "lying", "carried"):
+                place = told.place[forms["n"] if key == "person" else forms["t"]]
+                assert place.endswith(f" the {accept[-1]}") and forms["at"] == place
+            if key in ("giver", "taker"):
+                assert accept == [forms["n" if key == "giver" else "m"]]
+                verbs = "gave|handed|let|take the|for it|gave it away|asked|you"
+                assert re.search(verbs, told.text) and forms["t"] in told.text
+
+
+def test_memory_is_asked_for_what_was_told(world_items, chats) -> None:
+    for item in world_items["stories"]:
+        if item["kind"] == "memory":
+            before = " ".join(m["content"] for m in item["messages"][:-1] if m["role"] == "user")
+            assert re.search(rf"\b{re.escape(item['answer'])}\b", before)
+            assert item["answer"] not in item["messages"][-1]["content"]
+    for conversation in chats["sft"]:
+        if conversation["kind"] == "memory":
+            texts = [m["content"] for m in conversation["messages"]]
+            if found := re.search(r"^(?:Your name is|You are called) (\w+)\.$", texts[-1]):
+                assert re.search(rf"\b{found[1]}\b", " ".join(texts[:-2])), texts
+
+
+def test_conversations_read_well(chats) -> None:
+    text = "\n".join(
+        t for split in ("sft", "val") for c in chats[split] if c["kind"] not in OTHERS
+        for turn in said_in([c]) for t in turn
+    )  # fmt: skip
+    for wrong in (
+        r"\.\.", r" [,.?!]", r"  ", r"\ba [aeio][a-z]", r"\ban [bcdfgjklmnpqrstvwxyz][a-z]", r"[][{}|]",
+        r"\ba a\b", r"\b[Tt]he [Tt]he\b", r"\?\.", r",[?!.]", r"name of the name", r"\ba the\b",
+        r"[a-z]\.[A-Z]",
+    ):  # fmt: skip
+        found = [m.group(0) for m in re.finditer(r".{0,30}" + wrong + r".{0,20}", text)]
+        allowed = r"\ba (one|eu|ewe|in|is|of|ou|as)|letter|[Tt]he word|a, |with a and|The (Hag|The)"
+        found = [f for f in found if not re.search(allowed, f)]
+        assert found == [], (wrong, found[:5])
+    for conversation in chats["sft"]:
+        if conversation["kind"] not in OTHERS:
+            for message in conversation["messages"]:
+                if message["role"] == "assistant" and len(message["content"]) > 1:
+                    assert re.match(r"[A-Z\d\"-]", message["content"]), message
 
 
 # train_tokenizer.py --------------------------------------------------------------------------
@@ -2665,6 +4327,302 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert not list(base_dir.iterdir())
 
 
+# midtrain.py, sft.py, rl.py --------------------------------------------------------------------
+
+
+def one_turn(question, answer, kind="talk"):
+    user = {"role": "user", "content": question}
+    return {"messages": [user, {"role": "assistant", "content": answer}], "kind": kind}
+
+
+def tool_chat(a, b):
+    parts = [("text", "So "), ("python", f"{a}+{b}"), ("output", str(a + b)), ("text", "Done.")]
+    return one_turn(f"{a} and {b}?", [{"type": t, "text": x} for t, x in parts], "problem")
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
+
+
+@pytest.fixture
+def chat_run(tiny_run):
+    """Runs "t" and "u" with equal base models, conversations of two kinds, and problems."""
+    folder = common.data_dir(tiny_run)
+    words = "red blue green tan".split()
+    talk = [one_turn(f"Say {w}.", f"{w.capitalize()} it is, {w}!") for w in words]
+    tools = [tool_chat(a, b) for a in range(1, 6) for b in range(1, 4)]
+    write_lines(folder / "mid.jsonl", talk * 3 + tools)
+    write_lines(folder / "sft.jsonl", talk + tools)
+    write_lines(folder / "val.jsonl", talk[:2])
+    problem = {"messages": tools[0]["messages"][:1], "grade": "text", "answer": "e",
+               "accept": ["e", "a", "t", "o"], "reject": [], "kind": "problem"}  # fmt: skip
+    write_lines(folder / "rl.jsonl", [problem] * 30)
+    for tag in ("t", "u"):
+        pretrain.main(tiny_pretrain(tag=tag, max_seq_len=64, total_batch_size=192))
+    return tiny_run
+
+
+OFTEN = {"device": "cpu", "dtype": "float32", "save_every": 2, "log_every": 1, "keep": 0}
+CHAT_STAGES = {
+    "mid": (midtrain, {"eval_every": 2}),
+    "sft": (sft, {"eval_every": 2, "start_from": "base"}),
+    "rl": (rl, {"eval_every": 2, "start_from": "mid", "num_iterations": 4, "max_tokens": 12,
+                "problems_per_step": 3, "num_samples": 4, "device_batch_size": 5, "slots": 7}),
+}  # fmt: skip
+
+
+def run_stage(name, tag, **changes):
+    module, options = CHAT_STAGES[name]
+    if name == "rl" and not common.list_checkpoints(tag, "mid"):
+        midtrain.main(midtrain.Settings(tag=tag, **OFTEN, num_iterations=2))
+    settings = module.Settings(**{"tag": tag, **OFTEN, **options, **changes})
+    return module, settings, module.main(settings)
+
+
+def stage_losses(tag, stage):
+    lines = [json.loads(x) for x in (common.run_dir(tag) / "metrics.jsonl").open()]
+    return {x["step"]: x["loss"] for x in lines if x["stage"] == stage and "loss" in x}
+
+
+@pytest.mark.parametrize("name", CHAT_STAGES)
+def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
+    for tag in ("t", "u"):
+        module, settings, _ = run_stage(name, tag)
+    steps = [int(p.name[5:]) for p in common.list_checkpoints("t", name)]
+    assert len(steps) >= 2
+    for step in steps[1:]:  # as if killed after the first checkpoint
+        shutil.rmtree(common.find_checkpoint("t", name, step))
+    module.main(dataclasses.replace(settings, tag="t"))
+    a, b = (common.load_file(common.find_checkpoint(tag, name), "model.pt", CPU) for tag in "ut")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert stage_losses("u", name) == stage_losses("t", name)
+    before = common.load_file(common.find_checkpoint("t", "base"), "model.pt", CPU)
+    assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
+
+
+@pytest.mark.parametrize("name", ["mid", "sft"])
+def test_two_ranks_follow_one_in_the_chat_stages(chat_run, name):
+    module, settings, _ = run_stage(name, "u")
+    options = {**dataclasses.asdict(settings), "tag": "t"}
+    run_ranks(2, f"{module.__name__}.main({module.__name__}.Settings(**{options!r}))")
+    a, b = stage_losses("u", name), stage_losses("t", name)
+    assert a.keys() == b.keys() and len(a) >= 3
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=2e-4)
+
+
+def test_two_ranks_make_the_rl_step_of_one(tokenizer, tmp_path):
+    code = f"""
+    tokenizer = test_all.TOKENIZER()
+    groups = test_all.rl_groups(tokenizer)
+    mine = groups[rank::int(os.environ['WORLD_SIZE'])]
+    weights = test_all.rl_step(tokenizer, mine)
+    if rank == 0:
+        torch.save(weights, {str(tmp_path / "weights.pt")!r})
+    """
+    run_ranks(2, code)
+    torch.manual_seed(0)
+    alone = rl_step(tokenizer, rl_groups(tokenizer))
+    together = torch.load(tmp_path / "weights.pt", weights_only=True)
+    start = random_model(vocab_size=tokenizer.vocab_size).state_dict()
+    assert any(not torch.equal(alone[key], start[key]) for key in alone)
+    for key in alone:
+        torch.testing.assert_close(together[key], alone[key], rtol=0, atol=2e-5)
+
+
+def rl_groups(tokenizer):
+    """Three groups of given answers, one of them without an advantage."""
+    rng, groups = random.Random(0), []
+    for rewards in ([1.0, 0.0, 0.0, 1.0], [1.0] * 4, [0.0, 0.0, 1.0, 0.0]):
+        replies = []
+        for _ in rewards:
+            n = rng.randint(2, 12)
+            ids = [rng.randrange(256) for _ in range(n)]
+            replies.append(common.Reply(ids, [rng.randint(0, 1) for _ in range(n - 1)] + [1]))
+        groups.append(rl.Group([tokenizer.bos, 5, 6], replies, rewards))
+    return groups
+
+
+def rl_step(tokenizer, groups):
+    """Make one update with the groups; return the weights after it."""
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    optimizer = common.Optimizer(common.optimizer_groups(model, 0.02, 0.01, 0.01, 0), torch.float32)
+    batches = rl.group_batches(groups, 3, 4, tokenizer.bos, CPU)
+    steps = common.training_steps(
+        iter(batches), lambda b: model(b.ids, b.targets, b.weights), optimizer, lambda _: 1.0, 1,
+        accum=4,
+    )  # fmt: skip
+    list(steps)
+    return model.state_dict()
+
+
+def test_the_rl_gradient_is_the_plain_policy_gradient(tokenizer):
+    model, groups = random_model(vocab_size=tokenizer.vocab_size), rl_groups(tokenizer)
+    batches = rl.group_batches(groups, 3, 4, tokenizer.bos, CPU)
+    count = sum(sum(reply.mask) for group in groups for reply in group.replies)
+    assert sum(batch.num_targets for batch in batches) == count, "every sampled token counts"
+    for batch in batches:
+        (model(batch.ids, batch.targets, batch.weights) / count).backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = torch.zeros(())
+    for group in groups:  # one answer at a time, straight from the definition
+        mean = sum(group.rewards) / len(group.rewards)
+        for reply, reward in zip(group.replies, group.rewards):
+            ids = torch.tensor([group.prompt_ids + reply.ids])
+            logprobs = model(ids[:, :-1]).log_softmax(-1)[0]
+            for position, (i, own) in enumerate(zip(reply.ids, reply.mask), 2):
+                total = total - own * (reward - mean) * logprobs[position, i]
+    (total / count).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_closing_token_is_learned_in_rl_and_the_tools_output_is_not(tokenizer):
+    special = tokenizer.specials
+    ids, mask = common.render_conversation(tokenizer, tool_chat(2, 3)["messages"])
+    start = ids.index(special["<|assistant_start|>"]) + 1
+    replies = [common.Reply(ids[start:], mask[start:], "stop"), common.Reply([5], [1], "length")]
+    group = rl.Group(ids[:start], replies, [1.0, 0.0])
+    (batch,) = rl.group_batches([group], 8, 1, tokenizer.bos, CPU)
+    learned = [[t for t in row.tolist() if t != common.IGNORE] for row in batch.targets]
+    (whole,) = [row for row in learned if len(row) > 1]
+    assert whole[-1] == special["<|assistant_end|>"] and special["<|python_end|>"] in whole
+    assert not {special["<|output_start|>"], special["<|output_end|>"]} & set(whole)
+    assert tokenizer.decode(whole).count("2+3") == 1 and whole == [
+        i for i, own in zip(ids[start:], mask[start:]) if own
+    ]
+
+
+def test_all_samples_are_used_whatever_the_micro_batch(tokenizer):
+    groups = rl_groups(tokenizer)
+    for micro_batch in (1, 3, 5, 12):
+        accum = -(-12 // micro_batch)
+        batches = rl.group_batches(groups, micro_batch, accum, tokenizer.bos, CPU)
+        assert len(batches) == accum
+        rows = [row for b in batches for row in b.weights[:, 0].tolist() if row]
+        assert sorted(rows) == sorted([0.5, -0.5, -0.5, 0.5, -0.25, -0.25, 0.75, -0.25])
+
+
+def test_rl_learns_what_is_rewarded(chat_run):
+    run_stage("rl", "t", num_iterations=30, problems_per_step=4, num_samples=8,
+                              lr_scale=1.0, warmdown=0.0, save_every=0)  # fmt: skip
+    lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
+    rates = [x["pass_at_1"] for x in lines if x["stage"] == "rl" and "pass_at_1" in x]
+    assert sum(rates[-5:]) / 5 > sum(rates[:5]) / 5 + 0.1
+
+
+def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learned(
+    chat_run, tokenizer
+):
+    folder, T = common.data_dir(chat_run), 64
+    long = {"messages": (one_turn("Hi.", "A b c.")["messages"] * 12)[: 12 * 2], "kind": "long"}
+    huge = one_turn("word " * 200, "Yes.")
+    lines = [json.loads(x) for x in (folder / "sft.jsonl").open()]
+    write_lines(folder / "sft.jsonl", [*lines, long, huge])
+    rows, mixed = common.conversation_rows(folder / "sft.jsonl", tokenizer, T)
+    assert mixed.cut == 1 and mixed.left_out == 1
+    assert mixed.used == {"talk": 5, "problem": 15, "long": 1}
+    expected = collections.Counter()
+    for line in [*lines, long]:
+        messages = line["messages"]
+        while len(common.render_conversation(tokenizer, messages)[0]) > T + 1:
+            messages = messages[:-2]
+        ids, mask = common.render_conversation(tokenizer, messages)
+        expected[tuple(ids), tuple(mask)] += 1
+    got = collections.Counter()
+    for index in range(len(rows)):
+        row = rows.row(index)
+        ids, learned = (row % common.NO_TARGET).tolist(), (row < common.NO_TARGET).tolist()
+        starts = [i for i, one in enumerate(ids) if one == tokenizer.bos] + [len(ids)]
+        for a, b in itertools.pairwise(starts):
+            if b - a > 1:
+                got[tuple(ids[a:b]), tuple(map(int, learned[a:b]))] += 1
+            else:
+                assert not learned[a], "padding is never a target"
+    assert got == expected
+
+
+def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
+    rows, _ = common.conversation_rows(common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64)
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    ids, targets = rows.gather(np.arange(len(rows)))
+    loss = model(ids, targets)
+    raw = np.stack([rows.row(i) for i in range(len(rows))])[:, 1:]
+    masked = torch.from_numpy(raw >= common.NO_TARGET)
+    assert masked.any() and (~masked).any()
+    flipped = raw.copy()
+    flipped[masked.numpy()] = common.NO_TARGET + 3
+    targets2 = torch.from_numpy(np.where(flipped >= common.NO_TARGET, -1, flipped))
+    assert torch.equal(targets2.long(), targets) and torch.equal(model(ids, targets2.long()), loss)
+    one = targets.clone()
+    one[~masked] = (one[~masked] + 1) % 256
+    assert not torch.allclose(model(ids, one), loss), "a learned target does matter"
+
+
+def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
+    rows, _ = common.conversation_rows(common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64)
+    for batch_rows, micro in ((3, 2), (4, 4), (5, 3)):
+        steps = -(-len(rows) // batch_rows)
+        batches = common.row_batches(rows, batch_rows, micro, 0, 0, CPU, len(rows))
+        accum = common.accum_steps(batch_rows, micro)
+        seen = list(itertools.islice(batches, steps * accum))
+        batches.close()
+        used = collections.Counter(
+            tuple(row) for b in seen for row in b.ids.tolist() if set(row) != {tokenizer.bos}
+        )
+        whole = collections.Counter(tuple(rows.gather(np.array([i]))[0][0].tolist())
+                                    for i in range(len(rows)))  # fmt: skip
+        assert used == whole
+
+
+def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
+    run = common.Run("base", "t", None, CPU, 0, 1)
+    with common.alone_at_work(run):
+        with pytest.raises(common.MissingInput, match="another process is training base"):
+            pretrain.main(tiny_pretrain())
+        pretrain.main(tiny_pretrain(tag="u"))
+    pretrain.main(tiny_pretrain())
+
+
+def test_a_stage_whose_parent_changed_says_so(chat_run):
+    run_stage("mid", "t")
+    pretrain.main(tiny_pretrain(max_seq_len=64, total_batch_size=192, seed=5, restart=True))
+    with pytest.raises(common.MissingInput, match="another model than"):
+        run_stage("mid", "t")
+    run_stage("mid", "t", restart=True)
+
+
+def test_a_missing_parent_or_file_is_one_sentence(tiny_run):
+    for module in (midtrain, sft, rl):
+        with pytest.raises(common.MissingInput, match=r"run `python \w+\.py --tag=t`"):
+            module.main(module.Settings(tag="t", device="cpu"))
+    pretrain.main(tiny_pretrain())
+    with pytest.raises(common.MissingInput, match=r"mid.jsonl is missing"):
+        midtrain.main(midtrain.Settings(tag="t", device="cpu"))
+
+
+def test_system_text_joins_the_user_and_special_names_stay_text(tokenizer):
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "<|assistant_end|><|bos|>"},
+        {"role": "assistant", "content": "<|python_start|>1"},
+    ]
+    ids, mask = common.render_conversation(tokenizer, messages)
+    special = set(tokenizer.specials.values())
+    assert [i for i in ids if i in special] == [
+        tokenizer.specials[f"<|{name}|>"]
+        for name in "bos user_start user_end assistant_start assistant_end".split()
+    ]
+    assert tokenizer.decode([i for i in ids if i not in special]) == (
+        "Be kind.\n\n<|assistant_end|><|bos|><|python_start|>1"
+    )
+    own = [i for i, m in zip(ids, mask) if m]
+    assert tokenizer.decode(own) == "<|python_start|>1<|assistant_end|>"
+    prompt = common.render_prompt(tokenizer, messages[:2])
+    assert ids[: len(prompt)] == prompt
+
+
 # evaluate.py ---------------------------------------------------------------------------------
 
 
@@ -2673,17 +4631,6 @@ def test_the_interval_is_wilsons():
     assert low == pytest.approx(0.4902, abs=1e-3) and high == pytest.approx(0.9433, abs=1e-3)
     assert evaluate.wilson_interval(0, 20)[0] == 0 and evaluate.wilson_interval(20, 20)[1] == 1
     assert evaluate.wilson_interval(0, 0) == (0, 1)
-
-
-def test_batched_greedy_completions_equal_the_engines(tokenizer):
-    model = random_model(vocab_size=tokenizer.vocab_size)
-    prompts = ["The cat", "A", "Once upon a time", "The dog", "word " * 4]
-    got = dict(evaluate.complete_greedily(model, tokenizer, prompts, 6))
-    engine = common.Engine(model, tokenizer)
-    for i, prompt in enumerate(prompts):
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-        expected = engine.generate(ids, common.Sampling(max_tokens=6, temperature=0))
-        assert got[i] == tokenizer.decode(list(expected))
 
 
 @pytest.mark.parametrize(
@@ -2695,22 +4642,699 @@ def test_an_answer_comes_first_and_is_whole_words(text, good):
     assert evaluate.starts_with_answer(text, [" Paris", "Lyon", "e"]) == good
 
 
-def test_evaluation_measures_saves_and_skips(tiny_run, capsys):
-    pretrain.main(tiny_pretrain())
-    folder = common.data_dir(tiny_run) / "eval"
+def said_by(tokenizer, replies):
+    """An engine's stand-in that gives each prompt (as a user's message) its written reply."""
+    known = {
+        tuple(common.render_prompt(tokenizer, [{"role": "user", "content": question}])): content
+        for question, content in replies.items()
+    }
+
+    def run(requests):
+        for key, request in reversed(list(enumerate(requests))):
+            messages = [{"role": "assistant", "content": known[tuple(request.prompt_ids)]}]
+            ids, _ = common.render_conversation(tokenizer, messages)
+            yield key, common.Reply(ids[2:], [1] * len(ids[2:]), "stop")
+
+    model = SimpleNamespace(config=SimpleNamespace(max_seq_len=4096))
+    return SimpleNamespace(run=run, tokenizer=tokenizer, model=model)
+
+
+def asking(question, **keys):
+    return {"messages": [{"role": "user", "content": question}], **keys}
+
+
+GRADED = [
+    asking("What is 37 times 12?", kind="sum", grade="number", answer="444"),
+    asking("Which city is France's capital?", kind="fact", grade="text", answer="Paris",
+           accept=["Paris"], reject=["Rome", "Oslo"]),
+    asking("Who are you?", kind="identity", grade="text", answer="Tiny", accept=["Tiny"]),
+    asking("Add 1 to x.", kind="code", grade="code", answer="", entry_point="one_more",
+           prompt='import math\n\ndef one_more(x):\n    """Add 1."""\n',
+           tests="def check(f):\n    assert f(2) == 3 and f(-1) == 0"),
+]  # fmt: skip
+CALL = [{"type": "text", "text": "Let me see: "}, {"type": "python", "text": "37*12"},
+        {"type": "output", "text": "444"}, {"type": "text", "text": " So it is 444."}]  # fmt: skip
+RIGHT = [CALL, "It is Paris.", "I am Tiny.", "    return math.floor(x + 1)"]
+WRONG = [[*CALL[:3], {"type": "text", "text": " So it is 4."}], "It is Paris or Rome.",
+         "I don\u2019t know.", "    return x"]  # fmt: skip
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_replies_of_each_kind_are_graded_and_shown(tokenizer, right):
+    replies = dict(zip((evaluate.question_of(i) for i in GRADED), RIGHT if right else WRONG))
+    got = evaluate.write_replies(said_by(tokenizer, replies), GRADED, range(4), 64)
+    got = sorted(got, key=lambda g: g.index)
+    assert [g.index for g in got] == [0, 1, 2, 3] and [g.right for g in got] == [right] * 4
+    assert not any(g.cut for g in got)
+    assert got[0].question == "What is 37 times 12?" and got[0].answer == "444"
+    assert got[0].reply == f"Let me see: [37*12][= 444] So it is {'444' if right else '4'}."
+    assert got[3].reply.startswith("    return") and "# " in got[3].reply
+    run = SimpleNamespace(rank=0, world_size=1, device=CPU, stopping=False, say=print)
+    record = evaluate.tally(run, "all", GRADED, got)
+    assert record["score"] == right and record["items"] == 4 and record["low"] < record["high"]
+    assert record["unknown_said"] == (0 if right else 0.25)
+    assert record["kinds"]["sum"] == [right, 1] and len(record["kinds"]) == 4
+    shown = record["examples"]["right" if right else "wrong"]
+    assert len(shown) == 3 and shown[0]["reply"] == got[0].reply
+    assert not record["examples"]["wrong" if right else "right"]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["    return x + 1", "def one_more(x):\n    return x + 1", "    return math.ceil(x) + 1",
+     "Here it is:\n```python\ndef one_more(x):\n    return math.floor(x) + 1\n```\nGood luck!",
+     "```\n    return x + 1\n```", "```py\ndef one_more(x):\n    return x + 1"],
+)  # fmt: skip
+def test_a_reply_is_a_program_whole_or_as_a_body_fenced_or_not(reply):
+    names = {}
+    exec(evaluate.program_of(GRADED[3], reply), names)  # noqa: S102  the tests are in it
+    with pytest.raises(AssertionError):
+        exec(evaluate.program_of(GRADED[3], reply.replace("1", "2")), {})  # noqa: S102
+    assert names["one_more"](41) == 42
+
+
+def test_the_solutions_of_humaneval_pass_and_empty_ones_do_not():
+    path = SHARED / "eval" / "humaneval" / "HumanEval.jsonl.gz"
+    if not path.exists():
+        pytest.skip("no HumanEval")
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file][::40]
+    for row in rows:
+        item = {**row, "tests": row["test"]}
+        whole = f"```python\n{row['prompt']}{row['canonical_solution']}```"
+        for reply, passed in ((row["canonical_solution"], 1), (whole, 1), ("    pass\n", 0)):
+            assert common.run_code(evaluate.program_of(item, reply)).passed == passed
+
+
+def test_a_conversation_of_several_turns_is_shown_with_its_roles():
+    item = {"messages": [{"role": "user", "content": "37*12?"},
+                         {"role": "assistant", "content": CALL},
+                         {"role": "user", "content": "Thanks"}]}  # fmt: skip
+    assert evaluate.question_of(item) == (
+        "user: 37*12?\nassistant: Let me see: [37*12][= 444] So it is 444.\nuser: Thanks"
+    )
+
+
+def test_examples_show_unlike_kinds_first():
+    items = [{"kind": kind} for kind in "aaaabbcc"]
+    outcomes = [evaluate.Graded(i, True, str(i), "", "") for i in (3, 5, 0, 7, 2, 6)]
+    assert [e["question"] for e in evaluate.pick_examples(items, outcomes)] == ["0", "5", "6"]
+    items = [{}] * 8
+    assert [e["question"] for e in evaluate.pick_examples(items, outcomes)] == ["0", "2", "3"]
+
+
+def test_a_long_task_shows_its_progress_and_the_time_left(monkeypatch):
+    clock, lines = itertools.count(0, 3), []
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    run = SimpleNamespace(rank=0, world_size=1, device=CPU, stopping=False, say=lines.append)
+    outcomes = (evaluate.Graded(i, True, "", "", "") for i in range(1200))
+    evaluate.tally(run, "letters", [{}] * 2000, outcomes)
+    wanted = r"letters +1,\d+/2,000  0.\d items/s  left \d+ min"
+    assert len(lines) > 100 and re.search(wanted, lines[-1])
+
+
+# The three kinds of CORE's questions, small
+
+
+def test_a_few_shot_prompt_is_laid_out_as_published():
+    choices = evaluate.CoreTask("choices", "", 1, "\nAnswer: ", 25)
+    items = [{"query": "Question: 1 + 1?", "choices": ["one", "two"], "gold": 1},
+             {"query": "Question: 1 + 2?", "choices": ["three", "two"], "gold": 0}]  # fmt: skip
+    assert evaluate.core_texts(choices, items, 0) == [
+        "Question: 1 + 2?\nAnswer: three\n\nQuestion: 1 + 1?\nAnswer: one",
+        "Question: 1 + 2?\nAnswer: three\n\nQuestion: 1 + 1?\nAnswer: two",
+    ]
+    assert evaluate.core_texts(choices._replace(shots=0), items, 1) == [
+        "Question: 1 + 2?\nAnswer: three", "Question: 1 + 2?\nAnswer: two",
+    ]  # fmt: skip
+    schema = evaluate.CoreTask("schema", "", 1, " ", 50)
+    items = [{"context_options": ["Ann because Ann", "Ann because Bob"], "continuation": "ran.",
+              "gold": 1},
+             {"context_options": ["It as she", "It as he"], "continuation": "fell.",
+              "gold": 0}]  # fmt: skip
+    assert evaluate.core_texts(schema, items, 1) == [
+        "Ann because Bob ran.\n\nIt as she fell.", "Ann because Bob ran.\n\nIt as he fell.",
+    ]  # fmt: skip
+    language = evaluate.CoreTask("language", "", 1, " ", 0)
+    items = [{"context": " The sky is\n", "continuation": "blue"},
+             {"context": "Grass is ", "continuation": "green"}]  # fmt: skip
+    assert evaluate.core_texts(language, items, 0) == [
+        "Grass is green\n\nThe sky is", "Grass is green\n\nThe sky is blue",
+    ]  # fmt: skip
+
+
+def test_solved_examples_are_others_and_as_nanochat_draws_them():
+    task = evaluate.CoreTask("language", "", 4, " ", 0)
+    items = [{"context": f"c{i}.", "continuation": f"w{i}"} for i in range(12)]
+    for index in range(12):
+        others = [i for i in range(12) if i != index]
+        drawn = random.Random(1234 + index).sample(others, 4)
+        expected = "".join(f"c{i}. w{i}\n\n" for i in drawn)
+        assert evaluate.core_texts(task, items, index)[0] == f"{expected}c{index}."
+    few = evaluate.core_texts(task, items[:3], 1)[0]
+    assert sorted(few.split("\n\n")) == ["c0. w0", "c1.", "c2. w2"]
+
+
+def plain_scores(model, tokenizer, texts, prefix_of):
+    """Mean nats and whether all is greedy of each text after its first tokens, one by one."""
+    for text, prefix in zip(texts, prefix_of):
+        ids = [tokenizer.bos, *tokenizer.encode(text)]
+        n = len(ids) - prefix
+        if len(ids) > model.config.max_seq_len + 1:
+            ids = [tokenizer.bos, *ids[-model.config.max_seq_len :]]
+        logprobs = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)[-n:]
+        targets = torch.tensor(ids[-n:])
+        nats = -logprobs[torch.arange(n), targets].mean().item()
+        yield nats, bool((logprobs.argmax(-1) == targets).all())
+
+
+def core_engine(tokenizer):
+    """A random model that only ever expects whole words, so that it can be right."""
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=48)
+    words = [i for i in range(256, 256 + len(tokenizer.merges))
+             if re.fullmatch(r" [a-z]+", tokenizer.decode([i]))
+             and tokenizer.encode(tokenizer.decode([i])) == [i]]  # fmt: skip
+    assert len(words) > 9
+    with torch.no_grad():
+        keep = torch.zeros_like(model.head.weight)
+        keep[words] = 1
+        model.head.weight.mul_(keep)
+    return common.Engine(model, tokenizer, 3), [tokenizer.decode([i])[1:] for i in words]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+@pytest.mark.parametrize("shots", [0, 2, 9])  # nine do not fit into the context
+def test_core_answers_batched_equal_those_of_plain_passes_one_at_a_time(tokenizer, rows, shots):
+    (engine, words), rng = core_engine(tokenizer), random.Random(0)
+    model, settings_ = engine.model, evaluate.Settings(device_batch_size=rows)
+
+    def sentence(n):
+        return " ".join(rng.choice(words) for _ in range(n))
+
+    def answers(task, items):
+        return sorted(evaluate.answer_core(engine, task, items, range(12), settings_),
+                      key=lambda g: g.index)  # fmt: skip
+
+    task = evaluate.CoreTask("choices", "", shots, " ", 25)
+    items = [{"query": sentence(rng.randrange(1, 9)), "gold": rng.randrange(3),
+              "choices": [f"{word} {sentence(rng.randrange(0, 3))}".strip()
+                          for word in rng.sample(words, 3)]} for _ in range(12)]  # fmt: skip
+    for got, item in zip(answers(task, items), items):
+        texts = evaluate.core_texts(task, items, got.index)
+        begun = len(tokenizer.encode(texts[0][: -len(item["choices"][0]) - 1])) + 1
+        scores = list(plain_scores(model, tokenizer, texts, [begun] * 3))
+        best = min(range(3), key=lambda i: scores[i][0])
+        assert got.reply == item["choices"][best] and got.right == (best == item["gold"])
+        assert got.cut == any(len(tokenizer.encode(t)) > 48 for t in texts)
+        assert got.cut or shots < 9
+
+    task = evaluate.CoreTask("schema", "", shots, " ", 50)
+    items = [{"context_options": [f"{sentence(3)} {word}" for word in rng.sample(words, 2)],
+              "continuation": sentence(rng.randrange(1, 4)), "gold": rng.randrange(2)}
+             for _ in range(12)]  # fmt: skip
+    for got, item in zip(answers(task, items), items):
+        texts = evaluate.core_texts(task, items, got.index)
+        n = len(tokenizer.encode(f" {item['continuation']}"))
+        begun = [len(tokenizer.encode(text)) + 1 - n for text in texts]
+        scores = list(plain_scores(model, tokenizer, texts, begun))
+        best = min((0, 1), key=lambda i: scores[i][0])
+        assert got.reply == item["context_options"][best] and got.right == (best == item["gold"])
+
+    task = evaluate.CoreTask("language", "", shots, " ", 0)
+    items = [{"context": sentence(rng.randrange(1, 9)), "continuation": sentence(2)}
+             for _ in range(12)]  # fmt: skip
+    rights = []
+    for i, item in enumerate(items):
+        for _ in range(2):  # what the model says indeed, as far as the examples change no more
+            item["continuation"] = answers(task, items)[i].reply.strip()
+        if i % 3 == 0:  # half right
+            item["continuation"] = f"{item['continuation'].split()[0]} {sentence(1)}"
+    for got in answers(task, items):
+        texts = evaluate.core_texts(task, items, got.index)
+        ((_, right),) = plain_scores(model, tokenizer, texts[1:],
+                                     [len(tokenizer.encode(texts[0])) + 1])  # fmt: skip
+        assert got.right == right
+        rights.append(right)
+    assert not all(rights) and any(rights)
+
+
+def test_a_row_past_the_context_keeps_its_first_id_and_its_continuation(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    ids = torch.randint(tokenizer.vocab_size, (100,)).tolist()
+    rows = [(ids, 5), (ids[:20], 3), (ids[:33], 4), (ids[:34], 32), (ids, 90)]
+    got = dict(evaluate.continuation_logits(model, rows, evaluate.Settings()))
+    whole = model(torch.tensor([[ids[0], *ids[-32:-1]]]))[0]
+    torch.testing.assert_close(got[0], whole[-5:], rtol=1e-4, atol=1e-4)
+    short = model(torch.tensor([ids[:19]]))[0]
+    torch.testing.assert_close(got[1], short[-3:], rtol=1e-4, atol=1e-4)
+    full = model(torch.tensor([ids[:32]]))[0]
+    torch.testing.assert_close(got[2], full[-4:], rtol=1e-4, atol=1e-4)
+    assert [len(got[i]) for i in range(5)] == [5, 3, 4, 32, 32]
+
+
+def test_letters_are_chosen_batched_as_one_at_a_time(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=40)
+    engine, rng = common.Engine(model, tokenizer, 1), random.Random(0)
+    items = [asking(" ".join(SENTENCES[i : i + i % 4]) + "?", grade="letter",
+                    choices=["x"] * (2 + i % 4), answer=rng.choice("ABC"))
+             for i in range(30)]  # fmt: skip
+    found = {}
+    for item in items:
+        ids = common.render_prompt(tokenizer, item["messages"])
+        ids = ids if len(ids) <= 40 else [ids[0], *ids[-39:]]
+        logits = model(torch.tensor([ids]))[0, -1]
+        letters = "ABCDE"[: len(item["choices"])]
+        found[len(found)] = max(letters, key=lambda letter: logits[tokenizer.encode(letter)[0]])
+    for rows in (0, 1, 4):
+        options = evaluate.Settings(device_batch_size=rows)
+        got = list(evaluate.choose_letters(engine, items, range(30), options))
+        assert {g.index: g.reply for g in got} == found and len(set(found.values())) > 1
+        assert all(g.right == (found[g.index] == items[g.index]["answer"]) for g in got)
+        assert {g.index for g in got if g.cut} == {i for i in range(30) if len(
+            common.render_prompt(tokenizer, items[i]["messages"])) > 40} != set()  # fmt: skip
+
+
+def test_core_is_the_mean_of_centred_scores_and_says_of_how_many():
+    sides = {"right": [], "wrong": []}
+    records = {
+        "copa": {"centred": -0.5, "baseline": 0.5, "low": 0.2, "high": 0.3, "items": 100,
+                 "seconds": 1.0, "examples": sides},
+        "jeopardy": {"centred": 0.75, "baseline": 0.0, "low": 0.7, "high": 0.8, "items": 60,
+                     "seconds": 2.0, "examples": sides},
+    }  # fmt: skip
+    core = evaluate.core_mean(records)
+    assert core["score"] == pytest.approx(0.125) and core["items"] == 160
+    # half widths 0.05 / 0.5 and 0.05, independent, of a mean of two
+    assert core["high"] - core["score"] == pytest.approx((0.1**2 + 0.05**2) ** 0.5 / 2)
+    assert (core["covered"], core["of"], len(core["missing"])) == (2, 22, 20)
+
+
+def test_the_table_of_core_is_the_published_one_and_its_files_can_be_asked(tokenizer):
+    folder = SHARED / "eval" / "core"
+    if not folder.exists():
+        pytest.skip("no CORE")
+    published = json.loads((folder / "core_tasks.json").read_text())["tasks"]
+    assert [task["task"] for task in published] == list(evaluate.CORE)
+    kinds = {"choices": "multiple_choice", "schema": "schema", "language": "language_modeling"}
+    for facts in published:
+        task = evaluate.CORE[facts["task"]]
+        assert kinds[task.kind] == facts["kind"] and task.shots == facts["num_fewshot"]
+        assert task.delimiter == facts["continuation_delimiter"]
+        assert task.baseline == facts["random_baseline"]
+        if facts["file"] is None:
+            continue
+        assert facts["file"].replace("_partial", "") == f"eval_data/{task.file}.jsonl"
+        with open(folder / facts["file"], encoding="utf-8") as file:
+            items = [json.loads(line) for line in itertools.islice(file, 12)]
+        for index, item in enumerate(items[:3]):
+            texts = evaluate.core_texts(task, items, index)
+            rows = evaluate.core_rows(
+                task, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+            )
+            variants = item.get("choices") or item.get("context_options") or [0]
+            assert len(rows) == len(variants) and all(1 <= n < len(ids) for ids, n in rows)
+            for (ids, n), text in zip(rows, texts[-len(rows) :]):
+                end = tokenizer.decode(ids[-n:])
+                assert text.endswith(end) and tokenizer.decode(ids[1:]) == text
+                if task.kind != "choices":
+                    assert end.strip() == item["continuation"].strip()
+
+
+# The stage as a whole
+
+
+@pytest.fixture
+def evaluated(tiny_run):
+    """A run "t" with a base and an sft model, and a little data of each kind of task."""
+    pretrain.main(tiny_pretrain(num_iterations=1, save_every=0, eval_every=0))
+    shutil.copytree(common.run_dir("t") / "base", common.run_dir("t") / "sft")
     fact = {"prompt": "The cat", "answer": " sat", "accept": [" sat"], "relation": "r"}
-    folder.mkdir()
-    (folder / "facts_trained.jsonl").write_text(f"{json.dumps(fact)}\n" * 5)
-    options = evaluate.Settings(tag="t", device="cpu", dtype="float32")
-    report = evaluate.main(options)
-    assert {"val_bpb", "train_bpb", "facts_trained"} <= report["tasks"].keys()
-    assert report["tasks"]["facts_trained"]["items"] == 5 and len(report["samples"]) == 10
-    texts = list(common.read_texts(common.list_shards(tiny_run, "val")[0]))
-    assert report["tasks"]["val_bpb"]["items"] == len(texts), "a full pass"
+    letters = [asking("A, B?", kind="fact", grade="letter", choices=["x", "y"], answer=answer)
+               for answer in "ABBABBA"]  # fmt: skip
+    quiz = [{"query": "Is it?", "choices": ["yes", "no"], "gold": gold} for gold in (0, 1, 1)]
+    words = {"context": "The cat", "continuation": "sat"}
+    world = common.data_dir(tiny_run) / "eval"
+    public = common.data_dir("eval")
+    core = public / "core" / "eval_data"
+    for path, items in {
+        world / "facts_trained.jsonl": [fact] * 5, world / "letters.jsonl": letters,
+        world / "facts.jsonl": GRADED[1:3] * 3, world / "problems_new.jsonl": GRADED[:1] * 3,
+        public / "GSM8K.jsonl": GRADED[:1] * 2, public / "HumanEval.jsonl": GRADED[3:],
+        core / "commonsense_reasoning" / "copa.jsonl": quiz,
+        core / "reading_comprehension" / "squad_partial.jsonl": [words] * 3,
+    }.items():  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+
+
+def tiny_evaluate(**changes):
+    return evaluate.Settings(**{"tag": "t", "device": "cpu", "dtype": "float32", **changes})
+
+
+def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evaluated, capsys):
+    report = evaluate.main(tiny_evaluate())
+    tasks = report["tasks"]
+    assert set(tasks) == {"val_bpb", "train_bpb", "facts_trained", "CORE"}
+    assert tasks["facts_trained"]["items"] == 5 and len(report["samples"]) == 10
+    texts = list(common.read_texts(common.list_shards("tiny", "val")[0]))
+    assert tasks["val_bpb"]["items"] == len(texts), "a full pass"
+    copa = tasks["CORE"]["tasks"]["copa"]
+    assert copa["centred"] == pytest.approx((copa["score"] - 0.5) / 0.5)
+    assert tasks["CORE"]["covered"] == 2 and tasks["CORE"]["tasks"]["squad"]["partial"]
+    out = capsys.readouterr().out
+    assert "2 of 22 tasks" in out and "a part of the set" in out
+    left_out = re.search("left out, .*", out)[0]
+    assert "facts_unseen" in left_out and "CORE/piqa" in left_out and "copa" not in left_out
     saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
     assert saved == report
     before = time.perf_counter()
-    assert evaluate.main(options) == report and time.perf_counter() - before < 5
+    assert evaluate.main(tiny_evaluate()) == report and time.perf_counter() - before < 5
+
+    capsys.readouterr()
+    tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
+    assert set(tasks) == {
+        "val_bpb", "train_bpb", "facts_trained", "letters", "facts", "problems_new", "GSM8K",
+    }  # fmt: skip
+    left_out = re.search("left out, .*", capsys.readouterr().out)[0]
+    assert "MMLU" in left_out and "HumanEval (it needs --run-code)" in left_out
+    for name, record in tasks.items():
+        if not name.endswith("bpb"):
+            assert 0 <= record["low"] <= record["score"] <= record["high"] <= 1
+            assert set(record["examples"]) == {"right", "wrong"} and record["seconds"] > 0
+    (example,) = tasks["GSM8K"]["examples"]["wrong"][:1]
+    assert example["question"] == "What is 37 times 12?" and example["answer"] == "444"
+
+
+def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
+    path = common.find_checkpoint("t", "sft") / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chats": "talks"}))
+    tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
+    assert "letters" not in tasks and {"facts_trained", "val_bpb", "GSM8K"} <= set(tasks)
+    assert "letters" in re.search("left out, .*", capsys.readouterr().out)[0]
+    shutil.copytree(common.data_dir("tiny") / "eval", common.data_dir("talks") / "eval")
+    report = evaluate.main(tiny_evaluate(stage="sft"))
+    assert "letters" in report["tasks"] and report["chats"] == "talks"
+
+
+def test_programs_run_only_where_that_is_allowed(evaluated, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        evaluate, "run_code", lambda program: ran.append(program) or common.Outcome(True, "", "")
+    )
+    for options in ({"stage": "sft"}, {"stage": "sft", "task": "public"}):
+        with pytest.raises(ValueError, match="--run-code"):
+            tiny_evaluate(task="GSM8K,humaneval")
+        if "task" not in options:
+            evaluate.main(tiny_evaluate(**options))
+    assert not ran
+    report = evaluate.main(tiny_evaluate(task="HumanEval", run_code=True))
+    assert len(ran) == 1 and report["tasks"]["HumanEval"]["score"] == 1
+    assert "def one_more" in ran[0] and ran[0].endswith("check(one_more)\n")
+
+
+def test_tasks_are_named_in_any_case_and_unknown_ones_list_the_choices(evaluated):
+    assert tiny_evaluate(task="gsm8k, arc-easy,CORE").asked() == ["GSM8K", "ARC-Easy", "CORE"]
+    assert tiny_evaluate(task="World").asked() == list(evaluate.WORLD_SETS)
+    with pytest.raises(ValueError, match="'GSM' is none of .*MMLU"):
+        tiny_evaluate(task="MMLU,GSM")
+    with pytest.raises(common.MissingInput, match="no data for MMLU"):
+        evaluate.main(tiny_evaluate(task="MMLU"))
+    path = common.data_dir("eval") / "core" / "eval_data" / evaluate.CORE["piqa"].file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("piqa.jsonl").write_text("{broken\n")
+    with pytest.raises(common.MissingInput, match="piqa.jsonl is damaged"):
+        evaluate.main(tiny_evaluate(task="core"))
+
+
+def test_evaluation_goes_on_task_by_task_after_a_crash(evaluated, monkeypatch):
+    done, plain = [], evaluate.run_task
+
+    def run_task(run, engine, task, *rest):
+        if task == "CORE/squad" and "CORE/squad" not in done and crash:
+            raise RuntimeError("killed")
+        done.append(task)
+        return plain(run, engine, task, *rest)
+
+    monkeypatch.setattr(evaluate, "run_task", run_task)
+    crash = True
+    with pytest.raises(RuntimeError, match="killed"):
+        evaluate.main(tiny_evaluate())
+    saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
+    assert list(saved["done"]) == done == ["bpb", "facts_trained", "CORE/copa"]
+    assert saved["tasks"]["CORE"]["covered"] == 1
+    crash = False
+    report = evaluate.main(tiny_evaluate())
+    assert done == ["bpb", "facts_trained", "CORE/copa", "CORE/squad"]
+    assert report["tasks"]["CORE"]["covered"] == 2 and "samples" in report["done"]
+    # fewer items, other data, other weights: what they touch is measured again, and no more
+    done.clear()
+    report = evaluate.main(tiny_evaluate(task="facts_trained", max_items=2))
+    assert done == ["facts_trained"] and report["tasks"]["facts_trained"]["items"] == 2
+    assert report["tasks"]["CORE"]["covered"] == 2
+    done.clear()
+    with open(common.data_dir("tiny") / "eval" / "facts_trained.jsonl", "a") as file:
+        file.write("\n")
+    evaluate.main(tiny_evaluate(max_items=2))
+    assert done == ["facts_trained", "CORE/copa", "CORE/squad"]
+    done.clear()
+    folder = common.find_checkpoint("t", "base")
+    meta = json.loads((folder / "meta.json").read_text())
+    weights = common.load_file(folder, "model.pt", CPU)
+    torch.save({name: w * 2 for name, w in weights.items()}, folder / "model.pt")
+    meta["files"]["model.pt"] = [
+        (folder / "model.pt").stat().st_size, common._crc32(folder / "model.pt"),
+    ]  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta))
+    report = evaluate.main(tiny_evaluate(task="bpb"))
+    assert done == ["bpb"] and set(report["tasks"]) == {"val_bpb", "train_bpb"}
+
+
+def test_a_stop_comes_between_tasks_and_keeps_what_is_done(evaluated, monkeypatch):
+    plain = evaluate.run_task
+
+    def run_task(run, *rest):
+        run.stopping = len(saved()) == 1
+        return plain(run, *rest)
+
+    def saved():
+        path = common.run_dir("t") / "eval" / "sft.json"
+        return json.loads(path.read_text())["done"] if path.exists() else {}
+
+    monkeypatch.setattr(evaluate, "run_task", run_task)
+    with pytest.raises(common.Stop, match="run the same command again"):
+        evaluate.main(tiny_evaluate(stage="sft", task="bpb,letters,facts"))
+    assert list(saved()) == ["bpb"], "letters was broken off at once"
+
+
+def test_two_ranks_score_as_one(evaluated):
+    names = "facts_trained,letters,facts,problems_new,gsm8k,core,bpb"
+    one = evaluate.main(tiny_evaluate(task=names))
+    options = dataclasses.asdict(tiny_evaluate(task=names, restart=True))
+    run_ranks(2, f"import evaluate; evaluate.main(evaluate.Settings(**{options!r}))")
+    two = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
+    assert two["done"] == one["done"]
+    for name, record in [*one["tasks"].items(), *one["tasks"]["CORE"]["tasks"].items()]:
+        other = two["tasks"].get(name) or two["tasks"]["CORE"]["tasks"][name]
+        assert other["score"] == pytest.approx(record["score"], abs=1e-6), name
+        for key in ("items", "low", "high", "kinds", "unknown_said", "cut", "centred"):
+            assert other.get(key) == record.get(key) or "bpb" in name, (name, key)
+    assert one["tasks"]["letters"]["score"] in (3 / 7, 4 / 7)
+
+
+def made_up_run(stages, tag="r"):
+    """Write what the stages of a run leave on disk, with hostile words in it."""
+    config = dataclasses.asdict(common.GPTConfig(512, 2, 32, 2, 2, 64))
+    log = []
+    for number, stage in enumerate(stages):
+        steps = 2000 if stage == "base" else 40
+        loss = [9 / (i + 1) for i in range(steps)]
+        for step in range(1, steps + 1):
+            log.append({"stage": stage, "step": step, "time": 1e9 + step, "lr": 1 - step / steps,
+                        "loss": math.nan if step == 7 else loss[step - 1], "tok_per_s": 1e4})  # fmt: skip
+            if stage == "rl":
+                log[-1] |= {"pass_at_1": step / 50, "pass_at_k": 0.9, "answer_tokens": 30.0}
+            if step % 20 == 0:
+                log.append({"stage": stage, "step": step, "time": 1e9, "val_bpb": 2 / step})
+        options = {"problems_per_step": 4, "num_samples": 8} if stage == "rl" else {}
+        meta = {"step": steps, "config": config, "settings": {"tag": tag, "note": HOSTILE} | options,
+                "source": "none", "seconds": 1800.0, "batch_tokens": 100}  # fmt: skip
+        folder = common.run_dir(tag) / stage / f"step-{steps:06d}"
+        folder.mkdir(parents=True)
+        common.write_json(folder / "meta.json", meta)
+        share = 0.25 + 0.1 * number
+        example = {"question": f"Who? {HOSTILE}", "reply": f"[2*3][= 6] {HOSTILE}", "answer": "A|B"}
+        record = {"score": share, "low": share - 0.0123, "high": share + 0.0345, "items": 1234,
+                  "seconds": 900.0, "examples": {"right": [example] * 3, "wrong": [example]}}  # fmt: skip
+        tasks = {"val_bpb": {"score": 0.9 - 0.2 * number, "items": 50}, "facts": dict(record)}
+        tasks["facts"] |= {"unknown_said": 0.02 * number, "cut": 3, "kinds": {"a": [1, 9]}}
+        if stage == stages[0]:
+            tasks["letters"] = record
+        result = {"checkpoint": folder.name, "tasks": tasks}
+        common.write_json(common.run_dir(tag) / "eval" / f"{stage}.json", result)
+    lines = "".join(json.dumps(event) + "\n" for event in log)
+    (common.run_dir(tag) / "metrics.jsonl").write_text(lines + '{"stage": "rl", "st')  # killed
+
+
+HOSTILE = "</div><script>alert('x')</script> | **a** \n<img src='http://b/c'> & [<i>][= </b>]"
+
+
+class Page(html.parser.HTMLParser):
+    """Holds that every tag is closed in order; collects tags, tables and text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.rows, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "b" and self.open[-1] == "td":
+            self.rows[-1][-1] += "*"
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in ("path", "circle", "polyline"), "no other tag of ours closes itself"
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if {"td", "th"} & set(self.open):
+            self.rows[-1][-1] += data
+
+
+def report(tag="r", **options):
+    written = evaluate.main(evaluate.Settings(tag=tag, report=True, device="cpu", **options))
+    assert written["html"].parent == written["md"].parent == common.run_dir(tag)
+    return written["html"].read_text("utf-8"), written["md"].read_text("utf-8")
+
+
+@pytest.mark.parametrize("stages", [("base",), ("sft", "rl"), ("base", "mid", "sft", "rl")])
+def test_the_report_is_whole_and_nothing_that_a_model_wrote_is_markup(base_dir, stages, capsys):
+    made_up_run(stages)
+    text, markdown = report()
+    page = Page(text)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "img", "a", "link", "iframe", "object"}
+    for tag, attrs in page.tags:
+        assert not {"src", "href", "onerror"} & attrs.keys() and "//" not in str(attrs), tag
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style and "@import" not in style and "dark" in style
+    questions = 2 * (1 + (stages == ("base",)))  # of the newest stage: it has one task or two
+    assert page.text.count(HOSTILE) == len(stages) + questions, "settings, questions: all said"
+    assert ("code", {}) in page.tags and "2*3 = 6" in page.text, "a call of the tool is set off"
+    for line in markdown.splitlines():
+        assert "<" not in line or line.startswith("    "), line
+    missing = [stage for stage in evaluate.STAGES if stage not in stages]
+    for words in (page.text, markdown):
+        assert (f"Not trained yet: {', '.join(missing)}." in words) == bool(missing)
+        assert "lost their beginning to fit the context: facts 3" in words
+    assert capsys.readouterr().out.count("\n") == 6, "a header, four rows, and where it is"
+    assert report() == (text, markdown), "it is the same again"
+
+
+def test_the_reports_scores_are_those_on_disk_and_the_best_are_marked(base_dir, capsys):
+    made_up_run(evaluate.STAGES)
+    text, markdown = report()
+    printed = capsys.readouterr().out
+    rows = {row[0]: row[1:] for row in Page(text).rows}
+    assert rows["task"] == ["base", "mid", "sft", "rl", "items"]
+    results = {stage: json.loads((common.run_dir("r") / "eval" / f"{stage}.json").read_text())
+               for stage in evaluate.STAGES}  # fmt: skip
+    for i, stage in enumerate(evaluate.STAGES):
+        tasks = results[stage]["tasks"]
+        low, high = (f"{100 * tasks['facts'][key]:.1f}" for key in ("low", "high"))
+        shown = f"{100 * tasks['facts']['score']:.1f} [{low}, {high}]"
+        assert rows["facts"][i] == "*" * (stage == "rl") + shown
+        assert rows["val_bpb"][i] == "*" * (stage == "rl") + f"{tasks['val_bpb']['score']:.4f}"
+        denied = "*0.0 [0.0, " if stage == "base" else f"{2 * i:.1f} ["  # here less is better
+        assert rows[evaluate.REFUSED][i].startswith(denied)
+        assert shown in markdown and shown in printed
+    assert rows["letters"] == ["25.0 [23.8, 28.4]", "", "", "", "1,234"], "alone, none is the best"
+    line = next(line for line in markdown.splitlines() if line.startswith("| facts |"))
+    cells = [cell.strip(" *") for cell in line.split("|")[2:-1]]
+    assert cells == [cell.strip("*") for cell in rows["facts"]]
+    order = list(rows)
+    assert order.index("val_bpb") < order.index("letters") < order.index("facts")
+
+
+def test_the_reports_curves_keep_their_points_and_their_box(base_dir):
+    made_up_run(("base", "rl"))
+    tags = Page(report()[0]).tags
+    curves, title = {}, ""
+    for tag, attrs in tags:
+        if tag == "svg":
+            title, (_, _, width, height) = attrs["aria-label"], map(float, attrs["viewbox"].split())
+        if tag == "polyline":
+            points = [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
+            assert all(0 <= x <= width and 0 <= y <= height for x, y in points), title
+            curves.setdefault(title, []).append(points)
+    sizes = {title: [len(points) for points in found] for title, found in curves.items()}
+    assert sizes == {
+        "Loss, base": [300], "Validation, base": [100], "Learning rate, base": [300],
+        "Speed, base": [300], "Loss, rl": [39], "Validation, rl": [2], "Reward, rl": [40, 40],
+        "Length of answers, rl": [40], "Learning rate, rl": [40], "Speed, rl": [40],
+    }, "of the losses one is not a number"  # fmt: skip
+    (rate,), (loss,) = curves["Learning rate, base"], curves["Loss, base"]
+    assert [x for x, _ in loss] == sorted(x for x, _ in loss)
+    assert [y for _, y in loss] == sorted(y for _, y in loss), "it falls, and downwards is more"
+    (x0, y0), (x1, y1), (x2, y2) = rate[0], rate[100], rate[-1]
+    assert (y1 - y0) / (x1 - x0) == pytest.approx((y2 - y0) / (x2 - x0), rel=0.01), "a line"
+
+
+@settings(deadline=None)
+@given(st.floats(-1e6, 1e6), st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.booleans())
+def test_ticks_are_few_and_hold_the_values(low, span, log):
+    low = abs(low) + 1e-6 if log else low
+    high = (5 * low if log else low) + span  # a scale is logarithmic for such a range alone
+    found = evaluate.ticks(low, high, log)
+    assert found[0] <= low and high <= found[-1] and found == sorted(set(found))
+    assert 2 <= len(found) <= 14
+    if not log and span > 1e-6 * abs(low):
+        steps = [b - a for a, b in itertools.pairwise(found)]
+        digits = f"{steps[0]:.3e}"[:3]
+        assert max(steps) == pytest.approx(min(steps), rel=1e-2) and digits in ("1.0", "2.0", "5.0")
+
+
+def test_the_report_counts_time_and_cost(base_dir):
+    made_up_run(("base", "rl"))
+    rows = {row[0]: row[1:] for row in Page(report(cost_per_hour=4.0)[0]).rows}
+    assert rows["stage"] == ["steps", "tokens/s", "tokens", "training", "evaluation", "USD"]
+    # base: half an hour and 2 tasks of 15 minutes; rl the same with one task less
+    assert rows["base"] == ["2,000", "10,000", "200 k", "30 min", "30 min", "4.00"]
+    tokens = f"{40 * 4 * 8 * 30 / 1e3:.3g} k"  # steps, problems, samples, length
+    assert rows["rl"] == ["40", "10,000", tokens, "30 min", "15 min", "3.00"]
+    assert rows["all"][-3:] == ["60 min", "45 min", "7.00"]
+    assert "USD" not in report()[0]
+    with pytest.raises(ValueError, match="cost-per-hour"):
+        evaluate.Settings(cost_per_hour=-1.0)
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(base_dir):
+    def refusal(tag):
+        with pytest.raises(common.MissingInput) as error:
+            report(tag)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no run has the tag 'nope'" in refusal("nope")
+    made_up_run(("base",))
+    path = common.run_dir("r") / "eval" / "base.json"
+    path.unlink()
+    assert "base is at step-002000 and it is not evaluated" in Page(report()[0]).text
+    path.write_text('{"tasks": ')
+    assert "damaged" in refusal("r")
+    shutil.rmtree(common.run_dir("r") / "base")
+    assert "run `python pretrain.py --tag=r`" in refusal("r")
 
 
 # chat.py -------------------------------------------------------------------------------------
@@ -2728,3 +5352,223 @@ def test_chat_completes_from_a_flag_and_from_a_pipe(tiny_run, capsys, monkeypatc
     assert out.startswith(first) and "A dog" in out
     with pytest.raises(ValueError, match="temperature"):
         chat.Settings(temperature=-1.0)
+
+
+class ScriptedTalk:
+    """Stands in for an engine: says what it was asked, through a call of the tool if told to."""
+
+    def __init__(self, context=256):
+        self.model = SimpleNamespace(config=SimpleNamespace(max_seq_len=context))
+        self.tokenizer, self.asked = TOKENIZER(), []
+
+    def stream_reply(self, messages, sampling):
+        self.asked.append((messages, sampling.seed))
+        said = messages[-1]["content"]
+        if said == "hang up":
+            yield "text", "well"
+            raise KeyboardInterrupt
+        if said == "hang up while calling":
+            yield from (("text", "It is"), ("python", "6*"))
+            raise KeyboardInterrupt
+        if said[0].isdigit():
+            yield from (("text", "It"), ("text", " is"), ("python", said[:2]), ("python", said[2:]))
+            yield from (("output", common.calculate(said)), ("text", "."))
+        else:
+            yield "text", f"You said {said}"
+
+    def complete(self, text, sampling):
+        self.asked.append((text, sampling.seed))
+        yield " and so on"
+
+
+@pytest.fixture
+def converse(base_dir, monkeypatch, capsys):
+    """Run chat's main on lines as if piped, or typed; return what it printed."""
+
+    def run(*lines, stage="sft", typed=False, context=256, **settings):
+        engine = ScriptedTalk(context)
+        monkeypatch.setattr(chat, "load", lambda settings: (engine, stage))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        if typed:
+            events = iter(lines)
+
+            def read(prompt):
+                event = next(events, EOFError)
+                if isinstance(event, str):
+                    return event
+                raise event
+
+            monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+            monkeypatch.setattr("builtins.input", read)
+        chat.main(chat.Settings(**settings))
+        printed = capsys.readouterr()
+        return SimpleNamespace(out=printed.out, err=printed.err, asked=engine.asked)
+
+    return run
+
+
+def test_chat_goes_on_over_the_turns_of_a_pipe_and_shows_calls(converse):
+    run = converse("Hi", "", "37*12", "  ", "Bye", system="Be brief.", seed=5)
+    assert run.out == "You said Hi\nIt is [37*12 = 444].\nYou said Bye\n"
+    messages = run.asked[-1][0]
+    parts = [("text", "It is"), ("python", "37*12"), ("output", "444"), ("text", ".")]
+    assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2, "user"]
+    assert [(p["type"], p["text"]) for p in messages[4]["content"]] == parts
+    assert [m["content"] for m in messages if m["role"] != "assistant"] == [
+        "Be brief.", "Hi", "37*12", "Bye"
+    ]  # fmt: skip
+    assert [asked[1] for asked in run.asked] == [5, 6, 7]
+
+
+def test_chat_commands(converse):
+    run = converse("/regen", "one", "two", "/regen", "/reset", "three", "/quti now", "/help", "/quit",
+                   "four", system="s")  # fmt: skip
+    assert run.out == "You said one\nYou said two\nYou said two\nYou said three\n"
+    contents = [[m["content"] for m in messages if m["role"] == "user"] for messages, _ in run.asked]
+    assert contents == [["one"], ["one", "two"], ["one", "two"], ["three"]]
+    assert [seed for _, seed in run.asked] == [0, 1, 2, 3], "other chances"
+    assert all(messages[0]["role"] == "system" for messages, _ in run.asked)
+    notes = run.err.splitlines()
+    assert "nothing has been said" in notes[0] and "forgotten" in notes[1]
+    assert "/quti is no command" in notes[2] and all(c in notes[3] for c in chat.COMMANDS)
+    run = converse("Once", "/regen", "/usr/bin", "/quit", stage="base")
+    assert run.asked == [("Once", 0), ("Once", 1), ("/usr/bin", 2)]
+    assert run.out == "Once and so on\nOnce and so on\n/usr/bin and so on\n"
+
+
+def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(converse):
+    lines = [f"message {i} " + "of some length " * 3 for i in range(12)]
+    run = converse(*lines, "word " * 400, "short", context=256, system="s")
+    assert run.out.count("You said") == 13
+    sizes = [len(common.render_prompt(TOKENIZER(), messages)) for messages, _ in run.asked]
+    assert max(sizes) <= 192 and sorted(sizes[:3]) == sizes[:3]
+    users = [m["content"] for m in run.asked[11][0] if m["role"] == "user"]
+    assert users == lines[12 - len(users):12] and len(users) > 1, "the newest, in order"
+    assert all([m["role"] for m in messages[:2]] == ["system", "user"] for messages, _ in run.asked)
+    notes = run.err.splitlines()
+    assert any("oldest turns forgotten: 1" in line for line in notes)
+    assert len([line for line in notes if "too long: " in line]) == 1
+    before = [m for m in run.asked[-1][0] if "word word" in str(m["content"])]
+    assert not before, "the refused message is not remembered"
+
+
+def test_ctrl_c_ends_an_answer_and_only_at_the_prompt_the_program(converse):
+    C = KeyboardInterrupt
+    run = converse("hang up", "a", "hang up while calling", C, "b", C, C, "c", typed=True)
+    assert [m[-1]["content"] for m, _ in run.asked] == [
+        "hang up", "a", "hang up while calling", "b"
+    ]  # fmt: skip
+    said = [m["content"] for m in run.asked[-1][0] if m["role"] == "assistant"]
+    assert said[0] == [{"type": "text", "text": "well"}], "what came is remembered"
+    assert said[2] == [{"type": "text", "text": "It is"}], "half a call is not"
+    assert run.err.count("Ctrl-C once more") == 2 and run.out.startswith("well\nYou said a\n")
+    assert converse("x", EOFError, "y", typed=True).out == "You said x\n"
+    with pytest.raises(KeyboardInterrupt):
+        converse("hang up", "a")
+
+
+def test_typed_lines_are_remembered_in_a_private_file(converse, base_dir):
+    readline = pytest.importorskip("readline")
+    readline.clear_history()
+    readline.add_history("an earlier line")
+    converse("x", typed=True)
+    path = base_dir / "chat_history"
+    assert "an earlier line" in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    readline.clear_history()
+    path.chmod(0o644)
+    converse("x", "/quit", typed=True)
+    assert readline.get_history_item(1) == "an earlier line"
+    assert path.stat().st_mode & 0o777 == 0o600
+    readline.clear_history()
+
+
+def test_what_a_model_says_cannot_drive_the_terminal(converse):
+    control = "".join(map(chr, [*range(32), *range(127, 160), 0x202E, 0x2066]))
+    for kind in ("text", "python", "output"):
+        printed = "".join(chat.show(iter([(kind, "a\x1b[2J"), (kind, control)])))
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\u2066]", printed)
+        assert "a\u241b[2J" in printed and "\t" in printed and "\n" in printed
+    letters = "plain é 漢字 \U0001f469\u200d\U0001f680"
+    assert "".join(chat.show([("text", letters)])) == letters
+    assert "\x1b" not in converse("\x1b[31mred").out
+
+
+@pytest.mark.parametrize(
+    ("pieces", "printed"),
+    [
+        ("t:It is |p:37|p:*12|o:444|t:444.", "It is [37*12 = 444] 444."),
+        ("p:1+1|o:2|t:. So|p:2+2|o:4", "[1+1 = 2]. So [2+2 = 4]"),
+        ("p:1+1|o:2|p:2+2|o:4|t:\nEnd", "[1+1 = 2] [2+2 = 4]\nEnd"),
+        ("o:error|t:!", "[ = error]!"),
+        ("t:a|p:1+", "a [1+"),
+        ("t:a|t:|t:b", "ab"),
+        ("", ""),
+    ],
+)
+def test_how_calls_of_the_tool_are_shown(pieces, printed):
+    kinds = {"t": "text", "p": "python", "o": "output"}
+    pairs = [(kinds[p[0]], p[2:]) for p in pieces.split("|") if p]
+    assert "".join(chat.show(pairs)) == printed
+    dim = "".join(chat.show(pairs, dim=True))
+    assert re.sub(r"\x1b\[[02]m", "", dim) == printed
+    for part in re.split(r"\x1b\[2m.*?\x1b\[0m", dim, flags=re.DOTALL):
+        assert not re.search(r"[\x1b\[\]]", part), "all of a call is dim, and nothing else"
+
+
+def test_an_answer_is_printed_while_it_comes():
+    told = []
+
+    def pieces():
+        for i in range(3):
+            told.append(i)
+            yield "text", f"{i} "
+
+    for i, text in enumerate(chat.show(pieces())):
+        assert text == f"{i} " and told == list(range(i + 1))
+
+
+def test_chat_takes_the_last_stage_there_is_and_says_which(tiny_run, capsys, monkeypatch):
+    pretrain.main(tiny_pretrain())
+    run = common.run_dir("t")
+    options = {"tag": "t", "device": "cpu", "temperature": 0.0, "max_tokens": 5}
+    for stage in ("base", "mid", "sft", "rl"):
+        if stage != "base":
+            shutil.copytree(run / "base", run / stage)
+        capsys.readouterr()
+        chat.main(chat.Settings(prompt="The cat", **options))
+        printed = capsys.readouterr()
+        assert printed.err.startswith(f"({stage} model of run t, step-") and printed.out
+        assert printed.out.startswith("The cat") == (stage == "base")
+    chat.main(chat.Settings(stage="base", prompt="The cat", **options))
+    assert "(base model" in capsys.readouterr().err
+    for prompt in ("x" * 999, "\udcff"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{prompt}\nThe cat\n"))
+        chat.main(chat.Settings(**options))
+    assert "too long: it has" in capsys.readouterr().err
+
+
+def test_chats_mistakes_are_one_sentence(tiny_run, capsys):
+    def run(*words):
+        command = [sys.executable, str(HERE / "chat.py"), "--device=cpu", "-p", *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done
+
+    missing = run("Hi", "--tag=none-such")
+    assert missing.returncode == 1 and missing.stdout == ""
+    assert missing.stderr.startswith("no run has the tag 'none-such'")
+    pretrain.main(tiny_pretrain())
+    fine = run("Hi", "--tag=t", "--max-tokens=3")
+    assert fine.returncode == 0 and fine.stdout.startswith("Hi") and fine.stdout[-1] == "\n"
+    options = {"tag": "t", "device": "cpu"}
+    with pytest.raises(common.MissingInput, match="has no rl checkpoint: run `python rl.py"):
+        chat.main(chat.Settings(stage="rl", **options))
+    with pytest.raises(common.Stop, match="--system is for a model that chats"):
+        chat.main(chat.Settings(system="x", **options))
+    shutil.copytree(common.run_dir("t") / "base", common.run_dir("t") / "sft")
+    with pytest.raises(common.Stop, match="too long: it has [0-9]+ tokens"):
+        chat.main(chat.Settings(prompt="word " * 300, **options))
+    for words in (["-i", "raw"], ["--top-p=0"], ["--max-tokens=0"], ["-t", "-1"]):
+        with pytest.raises(SystemExit) as ended:
+            common.parse_settings(chat.Settings, "", words)
+        assert ended.value.code == 2

@@ -86,12 +86,15 @@ def texts_up_to(source: str, max_chars: int, doc_cap: int) -> Iterator[str]:
                 return
 
 
+CHARS_PER_ID = 500
+
+
 def fit_vocab_size(wanted: int, num_chars: int) -> int:
     """Return the vocabulary that num_chars characters can fill: a token per 500, 512 at least.
 
     A rarer token is seen too seldom to be learned; the result is a multiple of 64.
     """
-    return min(wanted, max(512, num_chars // 500 // 64 * 64))
+    return min(wanted, max(512, num_chars // CHARS_PER_ID // 64 * 64))
 
 
 # 3. Evaluation -------------------------------------------------------------------------------
@@ -157,15 +160,24 @@ def main(settings: Settings) -> dict[str, float]:
             f"{folder} was trained with other settings ({have.info['settings']}): use another "
             "--tag, or --restart to replace it"
         )
-    num_chars = sum(map(len, texts_up_to(source, settings.max_chars, settings.doc_cap)))
-    vocab_size = fit_vocab_size(settings.vocab_size, num_chars)
+    # whether the text is too short for the vocabulary shows after as much as fills it
+    enough = min(settings.max_chars, (settings.vocab_size + 64) * CHARS_PER_ID)
+    seen = sum(map(len, texts_up_to(source, enough, settings.doc_cap)))
+    vocab_size = fit_vocab_size(settings.vocab_size, seen)
     if vocab_size < settings.vocab_size:
         print(
             f"tokenizer: {vocab_size:,} ids instead of {settings.vocab_size:,}: the text is short"
         )
+    num_chars = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_chars
+        for text in texts_up_to(source, settings.max_chars, settings.doc_cap):
+            num_chars += len(text)
+            yield text
+
     start = time.perf_counter()
-    texts = texts_up_to(source, settings.max_chars, settings.doc_cap)
-    merges = nanochat_bpe.train(texts, vocab_size - len(SPECIAL_TOKENS), settings.threads)
+    merges = nanochat_bpe.train(counted(), vocab_size - len(SPECIAL_TOKENS), settings.threads)
     seconds = time.perf_counter() - start
     rate = num_chars / seconds
     print(
