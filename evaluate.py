@@ -939,7 +939,7 @@ def ticks(low: float, high: float, log: bool = False) -> list[float]:
         powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
         scale = [f * 10.0**k for k in powers for f in ((1, 2, 5) if high < 100 * low else (1,))]
     else:
-        high = high if high > low else low + (abs(low) or 1)
+        high = high if high > low else low + (abs(low) if abs(low) > 1e-100 else 1)
         power = 10.0 ** math.floor(math.log10((high - low) / 4))
         step = next(f * power for f in (1, 2, 5, 10, 20) if 4 * f * power >= high - low)
         first = math.floor(low / step) - 1

@@ -134,6 +134,8 @@ def run_ranks(world_size, code, timeout_s=120):
     if "main(" not in code:
         script += "torch.distributed.init_process_group('gloo')\n"
     script += textwrap.dedent(code)
+    if "main(" not in code:  # a group that is left alone can abort the process at its end
+        script += "\ntorch.distributed.destroy_process_group()\n"
     port = str(free_port())
     processes = []
     for rank in range(world_size):
@@ -207,6 +209,7 @@ def test_every_command_in_the_readme_parses():
     for name, rest in commands:
         if name in STAGES:
             cls = importlib.import_module(name).Settings
+            rest = rest.replace("~/my/chats.jsonl", str(HERE / "README.md"))
             words = shlex.split(rest.replace("~/my/notes", str(HERE)))
             assert common.parse_settings(cls, "", words), rest
             parsed += 1
@@ -5304,6 +5307,7 @@ def test_the_reports_curves_keep_their_points_and_their_box(base_dir):
 
 
 @settings(deadline=None)
+@example(5e-324, 0.0, False)
 @given(st.floats(-1e6, 1e6), st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.booleans())
 def test_ticks_are_few_and_hold_the_values(low, span, log):
     low = abs(low) + 1e-6 if log else low
