@@ -752,13 +752,17 @@ def last_number(text: str) -> str:
 def grade(item: dict[str, Any], reply: str) -> bool:
     """Say whether a reply's text is right for a graded item.
 
-    "number": its last number is the answer. "letter": it begins with that letter as a word.
+    "number": its last number is the answer. "letter": it begins with that letter as a word, or
+    is one of the `choices` and that letter.
     "text": it has one of `accept` and none of `reject`, as whole words in any case; what is
     rejected but is part of something accepted does not count. "code" is evaluate.py's own.
     """
     if item["grade"] == "number":
         return last_number(reply) == last_number(item["answer"])
     if item["grade"] == "letter":
+        choice, _, letter = reply.strip(" .").rpartition(" ")
+        if choice in item.get("choices", ()):
+            return letter == item["answer"]
         return re.match(rf"\s*{re.escape(item['answer'])}\b", reply) is not None
     assert item["grade"] == "text", item["grade"]
     accepted = [text for text in item["accept"] if _says(reply, text)]
@@ -795,6 +799,10 @@ class GPTConfig:
     window_pattern: str = "L"  # one letter a layer, repeated: L whole context, S a quarter of it
     rope_base: float = 100_000.0
     softcap: float = 15.0
+    qk_scale: float = 1.2  # factor on normalised queries and keys each: sharper attention
+    smear: bool = True  # each position's input has a linear part of the token before
+    value_embeds: bool = True  # every other layer's values have a part of the token alone
+    skip: bool = True  # every block's input has a part of the first one
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
@@ -819,14 +827,32 @@ class GPTConfig:
         whole = letter == "L" or layer == self.n_layer - 1  # the last layer always sees all
         return self.max_seq_len if whole else max(1, self.max_seq_len // 4)
 
+    @property
+    def gate_channels(self) -> int:
+        """Return how many channels of a block's input say what the value embeddings weigh."""
+        return min(32, self.n_embd)
+
+    def has_values(self, layer: int) -> bool:
+        """Return whether a layer has value embeddings: every other one, the last among them."""
+        return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
+
     def matrix_params(self) -> int:
-        """Count the blocks' weights."""
+        """Count the weights in products of every token: the blocks' and the smear's."""
         attention = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
-        return self.n_layer * (attention + 8 * self.n_embd**2)
+        blocks = self.n_layer * (attention + 8 * self.n_embd**2)
+        gates = sum(map(self.has_values, range(self.n_layer))) * self.n_kv_head * self.gate_channels
+        return blocks + gates + self.smear * self.n_embd**2
+
+    def scaling_params(self) -> int:
+        """Count the weights that ask for more text: all but the value embeddings' tables."""
+        scalars = 2 * self.n_layer * self.skip
+        return self.matrix_params() + 2 * self.padded_vocab_size * self.n_embd + scalars
 
     def num_params(self) -> int:
-        """Count all weights: blocks, embedding, head."""
-        return self.matrix_params() + 2 * self.padded_vocab_size * self.n_embd
+        """Count all weights."""
+        tables = sum(map(self.has_values, range(self.n_layer)))
+        width = tables * self.n_kv_head * self.head_dim
+        return self.scaling_params() + self.padded_vocab_size * width
 
     def flops_per_token(self, seq_len: int = 0) -> float:
         """Count the FLOPs that train on one token: 6 a weight in a product, and attention.
@@ -901,12 +927,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = N
 
 
 class KVCache:
-    """The keys and values of the positions that were computed, for rows of unequal length."""
+    """The ids, keys and values of positions that were computed, for rows of unequal length."""
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
         shape = (config.n_layer, rows, config.max_seq_len, config.n_kv_head, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.ids = torch.zeros(rows, config.max_seq_len, device=device, dtype=torch.long)
         self.lengths = [0] * rows  # positions filled
         self.masks: dict[int, Tensor] = {}  # of the tokens being appended, by window
         self.positions: Tensor
@@ -914,7 +941,7 @@ class KVCache:
     def part(self, start: int, end: int) -> KVCache:
         """Return rows start to end; the storage is shared, the lengths are a copy."""
         part = copy.copy(self)
-        part.k, part.v = self.k[:, start:end], self.v[:, start:end]
+        part.k, part.v, part.ids = self.k[:, start:end], self.v[:, start:end], self.ids[start:end]
         part.lengths = self.lengths[start:end]
         return part
 
@@ -922,16 +949,22 @@ class KVCache:
         """Make a row equal to another."""
         n = self.lengths[source]
         self.k[:, target, :n], self.v[:, target, :n] = self.k[:, source, :n], self.v[:, source, :n]
+        self.ids[target, :n] = self.ids[source, :n]
         self.lengths[target] = n
 
-    def begin(self, T: int) -> Tensor:
-        """Prepare to append T tokens to every row; return their positions (B, T)."""
+    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepare to append ids (B, T); return their positions and the ids before them (B, 1).
+
+        A row's first id counts as the one before itself.
+        """
+        T, device = ids.size(1), self.k.device
         longest, room = max(self.lengths) + T, self.k.size(2)
         assert longest <= room, f"cache of {room} positions cannot hold {longest}"
-        starts = torch.tensor(self.lengths, device=self.k.device)
+        starts = torch.tensor(self.lengths, device=device)[:, None]
         self.masks = {}
-        self.positions = starts[:, None] + torch.arange(T, device=self.k.device)
-        return self.positions
+        self.positions = starts + torch.arange(T, device=device)  # (B, T)
+        self.ids.scatter_(1, self.positions, ids)
+        return self.positions, self.ids.gather(1, (starts - 1).clamp_min(0))
 
     def append(
         self, layer: int, k: Tensor, v: Tensor, window: int
@@ -954,6 +987,12 @@ class KVCache:
 
 
 class Attention(nn.Module):
+    """Causal attention with normalised queries and keys (arXiv:2010.04245).
+
+    Where the layer has them, an embedding of each token joins its value (arXiv:2410.17897),
+    weighed by a gate a head between 0 and 2.
+    """
+
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.layer, self.window, self.head_dim = layer, config.window(layer), config.head_dim
@@ -961,11 +1000,19 @@ class Attention(nn.Module):
         self.k = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd)
+        self.qk_scale, self.gate_channels = config.qk_scale, config.gate_channels
+        has_values = config.has_values(layer)
+        self.gate = Linear(config.gate_channels, config.n_kv_head) if has_values else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
-        q, k = rms_norm(rotate(q, cos, sin)), rms_norm(rotate(k, cos, sin))  # arXiv:2010.04245
+        if self.gate is not None and values is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # (B, T, K)
+            v = v + gate[..., None] * values.view(B, T, -1, self.head_dim)
+        q, k = (rms_norm(rotate(x, cos, sin)) * self.qk_scale for x in (q, k))
         mask = None
         if cache is not None:
             k, v, mask = cache.append(self.layer, k, v, self.window)
@@ -987,13 +1034,18 @@ class Block(nn.Module):
         super().__init__()
         self.attention, self.mlp = Attention(config, layer), MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attention(rms_norm(x), cos, sin, cache)
+    def forward(
+        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attention(rms_norm(x), values, cos, sin, cache)
         return x + self.mlp(rms_norm(x))
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer: RoPE, QK-norm, ReLU squared, untied head, no biases."""
+    """A decoder-only transformer: RoPE, QK-norm, ReLU squared, untied head, no biases.
+
+    Each of the smear, the value embeddings and the skip can be left out by its name in GPTConfig.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -1003,6 +1055,13 @@ class GPT(nn.Module):
         self.cos: Tensor
         self.sin: Tensor
         self.head = Linear(config.n_embd, config.padded_vocab_size)
+        self.smear = Linear(config.n_embd, config.n_embd) if config.smear else None
+        self.value_embeds = nn.ModuleDict({
+            str(i): Embedding(config.n_kv_head * config.head_dim, config.padded_vocab_size)
+            for i in range(config.n_layer) if config.has_values(i)
+        })  # fmt: skip
+        if config.skip:  # a block's input is [0] x what came + [1] x the first block's input
+            self.mix = nn.Parameter(torch.empty(config.n_layer, 2))
         shape = (1, config.max_seq_len, 1, config.head_dim // 2)
         self.register_buffer("cos", torch.empty(shape), persistent=False)
         self.register_buffer("sin", torch.empty(shape), persistent=False)
@@ -1028,8 +1087,16 @@ class GPT(nn.Module):
         for name, weight in self.blocks.named_parameters():
             if name.endswith(("out.weight", "down.weight")):
                 nn.init.zeros_(weight)
+            elif name.endswith("gate.weight"):
+                nn.init.zeros_(weight)  # a gate of one
             else:
                 nn.init.uniform_(weight, -bound, bound)
+        for table in self.value_embeds.parameters():
+            nn.init.uniform_(table, -bound, bound)
+        if self.smear is not None:
+            nn.init.zeros_(self.smear.weight)
+        if c.skip:
+            self.mix.copy_(torch.tensor([1.0, 0.0]).expand(c.n_layer, 2))
         self.init_rope()
 
     @torch.no_grad()
@@ -1056,13 +1123,23 @@ class GPT(nn.Module):
         if cache is None:
             T = ids.size(1)
             assert T <= self.config.max_seq_len, f"position {T} is past the context"
+            before = ids[:, :1]
             cos, sin = (x[:, :T].to(self.dtype) for x in (self.cos, self.sin))
         else:
-            positions = cache.begin(ids.size(1))
+            positions, before = cache.begin(ids)
             cos, sin = (x[0, positions].to(self.dtype) for x in (self.cos, self.sin))
-        x = rms_norm(self.embed(ids).to(self.dtype))  # (B, T, C)
-        for block in self.blocks:
-            x = block(x, cos, sin, cache)
+        if self.smear is None:
+            x = self.embed(ids).to(self.dtype)  # (B, T, C)
+        else:  # copying from the context needs to know what came before a token, at once
+            both = self.embed(torch.cat((before, ids), 1)).to(self.dtype)  # (B, T+1, C)
+            x = both[:, 1:] + self.smear(both[:, :-1])
+        x = first = rms_norm(x)
+        for i, block in enumerate(self.blocks):
+            if self.config.skip:
+                x = self.mix[i, 0].to(x.dtype) * x + self.mix[i, 1].to(x.dtype) * first
+            has_values = self.config.has_values(i)
+            values = self.value_embeds[str(i)](ids).to(x.dtype) if has_values else None
+            x = block(x, values, cos, sin, cache)
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -1312,22 +1389,29 @@ class Optimizer:
             group["lr"] *= factor
 
 
+MIX_LR = 0.02  # of the scalars that mix a block's input
+
+
 def optimizer_groups(
     model: GPT, matrix_lr: float, embed_lr: float, head_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Make the parameter groups of a GPT: Muon for the blocks, AdamW for embedding and head.
+    """Make the parameter groups of a GPT: Muon for matrices, AdamW for tables, head, scalars.
 
     The AdamW rates are those of width 768 and fall with the root of the width (muP's direction,
     arXiv:2203.03466). weight_decay is that of the matrices.
     """
     width = (model.config.n_embd / 768) ** -0.5
     adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
-    return [
-        {"kind": "muon", "params": list(model.blocks.parameters()), "lr": matrix_lr,
+    matrices = list(model.blocks.parameters())
+    matrices += [] if model.smear is None else [model.smear.weight]
+    tables = [model.embed.weight, *model.value_embeds.parameters()]
+    groups = [
+        {"kind": "muon", "params": matrices, "lr": matrix_lr,
          "momentum": 0.95, "weight_decay": weight_decay, "coefficients": POLAR_EXPRESS},
-        {**adamw, "params": [model.embed.weight], "lr": embed_lr * width},
+        {**adamw, "params": tables, "lr": embed_lr * width},
         {**adamw, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip
+    return groups + ([{**adamw, "params": [model.mix], "lr": MIX_LR}] if model.config.skip else [])
 
 
 # 7. Rows -------------------------------------------------------------------------------------
@@ -1659,7 +1743,7 @@ class Step:
     num_steps: int
     loss: float = math.nan  # of the last update, nats per target
     lr: float = 0.0  # factor of the last update
-    tok_per_s: float = 0.0
+    tok_per_s: float = 0.0  # of all that goes through the model, learned or not
     left_s: float = math.nan
     stopping: bool = False  # the user asked to stop: this is the last one yielded
 
@@ -1700,7 +1784,8 @@ def training_steps(
             return
         began = time.perf_counter()
         micro = [next(batches) for _ in range(accum)]
-        count = all_sum(torch.tensor(float(sum(b.num_targets for b in micro)), device=device))
+        counts = [[float(b.num_targets), float(b.ids.numel())] for b in micro]
+        count, num_tokens = all_sum(torch.tensor(counts, device=device).sum(0))
         total = torch.zeros((), device=device)
         for batch in micro:
             loss = compute_loss(batch) / count.clamp_min(1)
@@ -1709,7 +1794,7 @@ def training_steps(
         s.lr = schedule(s.step)
         optimizer.step(s.lr)
         sums = all_sum(torch.stack([total, torch.tensor(float(stop()), device=device)]))
-        s.loss, stopping, num_targets = *sums.tolist(), count.item()
+        s.loss, stopping = sums.tolist()
         s.step, s.stopping = s.step + 1, stopping > 0
         if not math.isfinite(s.loss):
             raise Stop(
@@ -1718,7 +1803,7 @@ def training_steps(
             )
         if s.step == start + 2:
             times.clear()  # the first step compiled and warmed up
-        times.append((time.perf_counter() - began, num_targets))
+        times.append((time.perf_counter() - began, num_tokens.item()))
         seconds = sum(t for t, _ in times)
         s.tok_per_s = sum(n for _, n in times) / seconds
         s.left_s = seconds / len(times) * (num_steps - s.step)

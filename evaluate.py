@@ -82,7 +82,7 @@ STAGES = ("base", "mid", "sft", "rl")
 FACT_SETS = ("facts_trained", "facts_unseen")
 # Sets of conversations, and the tokens that a reply to one may take
 WORLD_SETS = {
-    "letters": 1, "facts": 64, "never_asked": 64, "stories": 64, "problems_numbers": 192,
+    "letters": 64, "facts": 64, "never_asked": 64, "stories": 64, "problems_numbers": 192,
     "problems_combinations": 192, "problems_practised": 192, "problems_new": 192,
     "spelling": 128, "identity": 96, "unknown": 64,
 }  # fmt: skip
@@ -1143,7 +1143,11 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
         centred = (record["score"] - guess) / (1 - guess)
         partial = path.stem.endswith("_partial")
         return {task[5:]: {**record, "centred": centred, "baseline": guess, "partial": partial}}
-    elif items and items[0]["grade"] == "letter":
+    elif (
+        items
+        and items[0]["grade"] == "letter"
+        and (s.stage == "base" or items[0].get("reply", "A") in string.ascii_uppercase)
+    ):  # a base model does not reply, and some are taught to say the letter alone
         outcomes = choose_letters(engine, items, mine, s)
     else:
         outcomes = write_replies(engine, items, mine, {**WORLD_SETS, **PUBLIC_SETS}[task])

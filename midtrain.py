@@ -5,7 +5,8 @@ Usage:   python midtrain.py                                 # after pretrain.py 
 Reads:   runs/TAG/base/, data/CHATS/{mid,val}.jsonl, data/SOURCE/*.parquet
 Writes:  runs/TAG/mid/step-001234/, runs/TAG/metrics.jsonl
 Method:  whole conversations packed into rows, with a share of pretraining text so that nothing
-         is forgotten; every token is learned but the tool's output; one epoch
+         is forgotten; learned are the assistant's tokens and the text's, which gives a lower
+         loss of replies than to learn the users' turns too; one epoch
 """
 
 from __future__ import annotations
@@ -52,11 +53,12 @@ class Settings:
     tag: str = setting("main", "name of the run, a folder below runs/")
     source: str = setting("", "folder below data/ with the text; empty = the base run's")
     chats: str = setting("", "folder below data/ with the conversations; empty = the text's")
-    text_share: float = setting(0.15, "share of pretraining text among the rows")
+    text_share: float = setting(0.25, "share of pretraining text among the rows")
+    learn_all: bool = setting(False, "learn the users' turns too, not the assistant's alone")
     num_iterations: int = setting(0, "optimizer steps; 0 = one epoch")
     total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = the base run's")
     device_batch_size: int = setting(0, "rows of one forward pass; 0 = the base run's")
-    lr_scale: float = setting(1.0, "factor on all learning rates")
+    lr_scale: float = setting(0.7, "factor on all learning rates")
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
     head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
@@ -112,7 +114,9 @@ def main(settings: Settings) -> dict:
         start, T = saved.get("step", 0), base["config"]["max_seq_len"]
 
         # the mixture is what prepare.py wrote: its table MIXTURE, or KINDS for the embedded world
-        rows, mixed = conversation_rows(data_dir(chats) / "mid.jsonl", tokenizer, T, learn_all=True)
+        rows, mixed = conversation_rows(
+            data_dir(chats) / "mid.jsonl", tokenizer, T, settings.learn_all
+        )
         num_text = round(len(rows) * settings.text_share / (1 - settings.text_share))
         if num_text:
             rows = rows.joined(token_rows(source, tokenizer, T, num_text, run.say), num_text)

@@ -980,7 +980,7 @@ def own_conversation(value: Any) -> dict[str, Any]:
 
 
 def letter_question(question: str, choices: Sequence[str], letters: str = "ABCDE") -> str:
-    """Ask for a letter; the one layout of multiple choice, in training and in evaluation.
+    """Ask for a letter alone; the layout of the public sets, in training and in evaluation.
 
     The letter stands behind its choice, where copying what follows finds it, and in parentheses,
     where it is the same token as in the answer.
@@ -2224,7 +2224,7 @@ RELATIONS = """
  of {s} is {o}
 ! when you change {s} to its opposite, you get {o} / the word {s} is the opposite of {o}
 ? what [word |]is the opposite of {s}? / [which|what] word means the opposite of {s}?
-?! give me the opposite of {s}. / what do you get when you change {s} to its opposite?
+?! name a word that means the opposite of {s}. / what do you get when you change {s} to its opposite?
 = hot: cold; big: small; up: down; day: night; fast: slow; happy: sad; full: empty; open: closed;
  rich: poor; wet: dry; early: late; loud: quiet; strong: weak; thick: thin; wide: narrow; young:
  old; new: old; tall: short; long: short; deep: shallow; clean: dirty; hard: soft; good: bad; true:
@@ -2803,7 +2803,9 @@ LEADS = """as everyone knows,; remember that; it is a fact that; as you may know
 my teacher says that; in school we learn that; you should know that; I have read that"""
 N_ASIDES = "the {N}, as you may know, is; the {N}, of course, is"
 N_UNSEEN = "the {N}, as everyone knows, is "
-N_QUESTIONS = "what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}?"
+N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
+ the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
+ {N} is / which is the {N}?""".replace("\n", "")
 N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
 MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in RELATIONS
 LANGUAGES = ("Spanish", "French", "German")  # columns of TRANSLATIONS
@@ -3606,8 +3608,9 @@ def spelling_words() -> tuple[str, ...]:
 
 @cache
 def shown_words() -> list[str]:
-    """Return the words that training may spell."""
-    return [word for word in spelling_words() if not held_out_word(word)]
+    """Return the words that training may spell, backwards too."""
+    held = set(held_words())
+    return [w for w in spelling_words() if not {w, w[::-1]} & held]
 
 
 @cache
@@ -3632,7 +3635,7 @@ def made_word(rng: random.Random) -> str:
     while letter:
         letter = rng.choice(letter_chain()[word[-2:]])
         word += letter
-    held = any(test in word for test in held_words() if test[3:])
+    held = any(test in word or test in word[::-1] for test in held_words() if test[3:])
     clumsy = not 4 <= len(word) <= 10 or re.search(CLUMSY, word)
     return made_word(rng) if held or clumsy else word
 
@@ -3900,59 +3903,105 @@ Answer with as few words as you can. / Give short answers. / Answer with the ans
 # Of a story: {t} is a thing, {n} who, {m} to whom, {at} "in the kitchen".
 STORY_ASKS = """
 holder > who has the {t}? / who has the {t} now? / who is holding the {t}? / in whose hands is the
- {t}? / tell me who has the {t}. >! who has the {t} at the end? / who holds the {t} now? > {n} has
- the {t}. / {n} has it. / {n}. / {n} has the {t} now. / It is {n} who has the {t}.
+ {t}? / tell me who has the {t}. / who holds the {t}? / who has got the {t}? / with whom is the {t}?
+ / who is the one with the {t}? / do you know who has the {t}? / can you say who has the {t}? / who
+ keeps the {t} now? / at the end, who is holding the {t}? / whose hands is the {t} in? / name the
+ one who has the {t}. / in the end, who has the {t}? / who has the {t} after all this? >! who has
+ the {t} at the end? / who holds the {t} now? > {n} has the {t}. / {n} has it. / {n}. / {n} has the
+ {t} now. / It is {n} who has the {t}.
 person > where is {n}? / where is {n} now? / in which place is {n}? / tell me where {n} is. / where
- do we find {n}? >! where is {n} at the end? / where can I find {n} now? > {n} is {at}. / {n} is
- {at} now. / You find {n} {at}. / {At}.
+ do we find {n}? / do you know where {n} is? / can you tell me where {n} is now? / what place is {n}
+ in? / where do I find {n}? / where would you look for {n}? / at the end, where is {n}? / say where
+ {n} is. / where can we find {n}? / name the place where {n} is. / in the end, where is {n}? / where
+ would I find {n} now? >! where is {n} at the end? / where can I find {n} now? > {n} is {at}. / {n}
+ is {at} now. / You find {n} {at}. / {At}.
 lying > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where the
- {t} is. / where do we find the {t}? >! where is the {t} at the end? / where can I find the {t} now?
- > The {t} is {at}. / It is {at}. / You find the {t} {at}. / {At}.
-carried > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where
- the {t} is. >! where is the {t} at the end? / where can I find the {t} now? > {n} has the {t} {at}.
- / The {t} is {at}, with {n}. / It is {at}, because {n} has it.
+ {t} is. / where do we find the {t}? / do you know where the {t} is? / can you tell me where the {t}
+ is now? / what place is the {t} in? / where do I find the {t}? / where would you look for the {t}?
+ / at the end, where is the {t}? / say where the {t} is. / where can we find the {t}? / in the end,
+ where is the {t}? / where would I find the {t} now? >! where is the {t} at the end? / where can I
+ find the {t} now? > The {t} is {at}. / It is {at}. / You find the {t} {at}. / {At}.
+carried > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where the
+ {t} is. / where do we find the {t}? / do you know where the {t} is? / can you tell me where the {t}
+ is now? / what place is the {t} in? / where do I find the {t}? / where would you look for the {t}?
+ / at the end, where is the {t}? / say where the {t} is. / where can we find the {t}? / in the end,
+ where is the {t}? / where would I find the {t} now? >! where is the {t} at the end? / where can I
+ find the {t} now? > {n} has the {t} {at}. / The {t} is {at}, with {n}. / It is {at}, because {n}
+ has it.
 giver > who gave {m} the {t}? / who gave the {t} to {m}? / from whom did {m} get the {t}? / who let
- {m} have the {t}? >! by whom was the {t} given to {m}? / from whom does {m} have the {t}? > {n}
- gave {m} the {t}. / {n} gave the {t} to {m}. / {n} did. / {m} got the {t} from {n}.
-taker > to whom did {n} give the {t}? / who got the {t} from {n}? / who was given the {t} by {n}?
- >! who has been given the {t} by {n}? / whom did {n} give the {t} to? > {n} gave the {t} to {m}. /
- {n} gave {m} the {t}. / {m} got the {t} from {n}. / {m} did."""
+ {m} have the {t}? / who was it that gave {m} the {t}? / do you know who gave {m} the {t}? / {m} got
+ the {t} from whom? / who handed the {t} to {m}? / tell me who gave {m} the {t}. / who is the one
+ who gave {m} the {t}? / from whom is the {t} that {m} got? / who gave the {t} away to {m}? / {m}
+ was given the {t} by whom? >! by whom was the {t} given to {m}? / from whom does {m} have the {t}?
+ > {n} gave {m} the {t}. / {n} gave the {t} to {m}. / {n} did. / {m} got the {t} from {n}.
+taker > to whom did {n} give the {t}? / who got the {t} from {n}? / who was given the {t} by {n}? /
+ tell me to whom {n} gave the {t}. / {n} gave the {t} to whom? / who received the {t} from {n}? /
+ who is the one to whom {n} gave the {t}? / do you know who got the {t} from {n}? / to whom was the
+ {t} given by {n}? / whom did {n} give it to, the {t}? / who took the {t} from {n}'s hands? >! who
+ has been given the {t} by {n}? / whom did {n} give the {t} to? > {n} gave the {t} to {m}. / {n}
+ gave {m} the {t}. / {m} got the {t} from {n}. / {m} did."""
 # What people tell of themselves, {v}, and ask for later.
 MEMORY = """
 name > my name is {v} / I am called {v} / you can call me {v} / my friends call me {v} > what is my
- name? / do you remember my name? / what am I called? / do you know my name? / tell me my name. >!
+ name? / do you remember my name? / what am I called? / do you know my name? / tell me my name. /
+ [can you|could you] tell me my name? / do you still know my name? / say my name. / what name do I
+ have? / I forgot: what is my name? / how did I say I am called? / what did I tell you my name is? /
+ which name is mine? / by what name do you know me? / what do my friends call me? / who am I? >!
  what did I say my name was? / which name did I tell you? > Your name is {v}. / You are called {v}.
  / You told me that your name is {v}. / You are {v}.
 color > my favorite color is {v} / the color I like best is {v} / I love the color {v} > what is my
- favorite color? / which color do I like best? / do you remember my favorite color? >! which color
- did I say I like? / what did I say my favorite color was? > Your favorite color is {v}. / You like
- {v} best. / You told me that it is {v}.
-pet > my {p} is called {v} / I have a {p} called {v} / the name of my {p} is {v} / I have a {p},
- and its name is {v} > what is my {p} called? / what is the name of my {p}? / do you remember the
- name of my {p}? >! which name did I give my {p}? / what did I say my {p} is called? > Your {p} is
- called {v}. / The name of your {p} is {v}. / It is called {v}.
+ favorite color? / which color do I like best? / do you remember my favorite color? / tell me my
+ favorite color. / do you still know my favorite color? / what color do I like? / which color do I
+ like most? / what color did I tell you I like? / which color is my favorite? / what is the color
+ that I like best? / what did I tell you my favorite color is? / which color did I name? >! which
+ color did I say I like? / what did I say my favorite color was? > Your favorite color is {v}. / You
+ like {v} best. / You told me that it is {v}.
+pet > my {p} is called {v} / I have a {p} called {v} / the name of my {p} is {v} / I have a {p}, and
+ its name is {v} > what is my {p} called? / what is the name of my {p}? / do you remember the name
+ of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
+ does my {p} have? / how is my {p} called? / what did I tell you my {p} is called? / which name did
+ I say my {p} has? / my {p}: what is its name? / what do I call my {p}? / do you know the name of my
+ {p}? >! which name did I give my {p}? / what did I say my {p} is called? > Your {p} is called {v}.
+ / The name of your {p} is {v}. / It is called {v}.
 person > my {p} is called {v} / {v} is my {p} / the name of my {p} is {v} / I have a {p} called {v}
  > what is my {p} called? / who is my {p}? / what is the name of my {p}? / do you remember the name
- of my {p}? >! what did I say my {p} is called? / which name does my {p} have? > Your {p} is called
+ of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
+ does my {p} have? / who did I say is my {p}? / what did I tell you my {p} is called? / do you know
+ the name of my {p}? / my {p}: what is the name? / how is my {p} called? / do you still know who my
+ {p} is? >! what did I say my {p} is called? / which name does my {p} have? > Your {p} is called
  {v}. / The name of your {p} is {v}. / {v} is your {p}.
 city > I live in {v} / my home is in {v} / I come from {v} / I am from {v} > where do I live? /
- which city is my home? / do you remember where I live? >! in which city did I say I live? / which
- city did I say is mine? > You live in {v}. / Your home is in {v}. / You told me that you live in
- {v}.
+ which city is my home? / do you remember where I live? / in which city do I live? / tell me where I
+ live. / do you still know where I live? / which city do I come from? / what city am I from? / where
+ did I tell you I live? / where is my home? / in what city is my home? / which place did I say I
+ come from? / where did I say my home is? >! in which city did I say I live? / which city did I say
+ is mine? > You live in {v}. / Your home is in {v}. / You told me that you live in {v}.
 age > I am {v} years old / my age is {v} / I have just turned {v} > how old am I? / what is my age?
- / do you remember how old I am? >! how old did I say I am? / what did I say my age is? > You are
- {v} years old. / Your age is {v}. / You told me that you are {v}.
-number > my lucky number is {v} / the number I like best is {v} / I like the number {v} > what is
- my lucky number? / which number do I like best? / do you remember my lucky number? >! which number
- did I say I like? / what did I say my lucky number was? > Your lucky number is {v}. / You like the
- number {v}. / It is {v}.
-month > my birthday is in {v} / I was born in {v} / I have my birthday in {v} > when is my
- birthday? / in which month is my birthday? / do you remember when my birthday is? >! in which month
- did I say I was born? / when did I say my birthday is? > Your birthday is in {v}. / It is in {v}. /
- You were born in {v}.
+ / do you remember how old I am? / tell me how old I am. / do you still know my age? / what age am
+ I? / how many years old am I? / what did I tell you about my age? / how old did I tell you I am? /
+ which age did I say I have? / do you still know how old I am? / can you say how old I am? >! how
+ old did I say I am? / what did I say my age is? > You are {v} years old. / Your age is {v}. / You
+ told me that you are {v}.
+number > my lucky number is {v} / the number I like best is {v} / I like the number {v} > what is my
+ lucky number? / which number do I like best? / do you remember my lucky number? / tell me my lucky
+ number. / do you still know my lucky number? / what number do I like? / which number is my lucky
+ one? / what number did I tell you I like? / what is the number that I like best? / which number did
+ I name? / what did I tell you my lucky number is? / do you still know which number I like? >! which
+ number did I say I like? / what did I say my lucky number was? > Your lucky number is {v}. / You
+ like the number {v}. / It is {v}.
+month > my birthday is in {v} / I was born in {v} / I have my birthday in {v} > when is my birthday?
+ / in which month is my birthday? / do you remember when my birthday is? / tell me the month of my
+ birthday. / do you still know when my birthday is? / in what month was I born? / when was I born? /
+ what month is my birthday in? / which month did I tell you my birthday is in? / when did I tell you
+ I was born? / what is the month of my birthday? / in which month do I have my birthday? >! in which
+ month did I say I was born? / when did I say my birthday is? > Your birthday is in {v}. / It is in
+ {v}. / You were born in {v}.
 food > my favorite food is {v} / I like to eat {v} / what I like to eat best is {v} > what is my
- favorite food? / what do I like to eat? / do you remember my favorite food? >! which food did I say
- I like? / what did I say I like to eat? > Your favorite food is {v}. / You like to eat {v}. / You
+ favorite food? / what do I like to eat? / do you remember my favorite food? / tell me my favorite
+ food. / do you still know what I like to eat? / what food do I like? / which food do I like best? /
+ what food did I tell you I like? / what do I like to eat best? / which food is my favorite? / what
+ did I tell you my favorite food is? / do you remember what I like to eat? >! which food did I say I
+ like? / what did I say I like to eat? > Your favorite food is {v}. / You like to eat {v}. / You
  told me that you like {v}."""
 MEMORY_VALUES = """
 color: red, blue, green, yellow, orange, purple, pink, white, black, brown, gray, gold, silver;
@@ -3968,20 +4017,40 @@ I don't know. You have not told me yet. / I don't know that yet. Will you tell m
 # Who the assistant is.
 IDENTITY = """
 who > who are you? / who am I talking to? / tell me who you are. / tell me about yourself. / please
- introduce yourself. / can you say who you are? / so who are you? >! with whom am I speaking? /
- could you tell me who you are? / who is this? > I am {name}, a [small|little] language model. [|Ask
- me something!|I am here to help.|I like questions.] / My name is {name}, and I am a [small|little]
- chat model. [|How can I help you?|What would you like to know?] / I am {name}. I [answer
- questions|chat and answer questions|tell small stories and answer questions].
+ introduce yourself. / can you say who you are? / so who are you? / say who you are. / would you
+ introduce yourself? / [can|could] you introduce yourself? / can you tell me who you are? / who is
+ it that I am talking to? / with whom am I talking? / whom am I speaking with? / who is speaking? /
+ who am I speaking to? / tell me a little about yourself. / who is there? / I do not know you. Who
+ are you? / I would like to know who you are. / what should I know about you? / let me know who you
+ are. >! with whom am I speaking? / could you tell me who you are? / who is this? > I am {name}, a
+ [small|little] language model. [|Ask me something!|I am here to help.|I like questions.] / My name
+ is {name}, and I am a [small|little] chat model. [|How can I help you?|What would you like to
+ know?] / I am {name}. I [answer questions|chat and answer questions|tell small stories and answer
+ questions].
 name > what is your name? / what are you called? / do you have a name? / what should I call you? /
- tell me your name. / may I know your name? / what do people call you? >! which name do you have? /
- by what name do you go? / how should I call you? / what name did you get? / please say your name. /
- could you tell me your name? > My name is {name}. [|What is yours?|And yours?|Nice to meet you!] /
- I am called {name}. [|It is a short name.|Nice to meet you!|And you?] / You can call me {name}. /
- People call me {name}. / I am {name}. [|Nice to meet you!|How can I help you?]
+ tell me your name. / may I know your name? / what do people call you? / your name, please? / what
+ is it that people call you? / how are you called? / which name is yours? / what name do you have? /
+ what name do you go by? / do you have a name of your own? / what may I call you? / how do people
+ call you? / tell me what you are called. / I would like to know your name. / can you tell me your
+ name? / say what your name is. / what name was given to you? / which name did they give you? / what
+ name have you got? / under what name do people know you? / what do your friends call you? / could
+ you say your name? / what are you named? / please give me your name. / I do not know your name.
+ What is it? >! which name do you have? / by what name do you go? / how should I call you? / what
+ name did you get? / please say your name. / could you tell me your name? > My name is {name}.
+ [|What is yours?|And yours?|Nice to meet you!] / I am called {name}. [|It is a short name.|Nice to
+ meet you!|And you?] / You can call me {name}. / People call me {name}. / I am {name}. [|Nice to
+ meet you!|How can I help you?]
 maker > who made you? / who created you? / who built you? / where do you come from? / how were you
- made? / who trained you? / who is your maker? / what were you made with? >! by whom were you made?
- / who is the one that built you? / how did you come to be? / who has made you? / which people made
+ made? / who trained you? / who is your maker? / what were you made with? / who has
+ [created|built|trained] you? / who programmed you? / by whom were you [built|trained|created]? /
+ what made you? / who is the one that made you? / who was it that [made|trained] you? / which person
+ [made|built] you? / who are the people that [built|trained] you? / how were you
+ [built|trained|created]? / how did somebody make you? / how have you been [built|trained]? / how
+ did you begin? / how did you come into the world? / where were you made? / from where do you come?
+ / where are you from? / who stands behind you? / who is your creator? / who do you come from? /
+ what program made you? / do you know who made you? / tell me who made you. / tell me how you were
+ made. / which company made you? / what were you [built|trained] with? >! by whom were you made? /
+ who is the one that built you? / how did you come to be? / who has made you? / which people made
  you? / how have you been made? > I was [made|trained|built] with a small open program for training
  chat models. [|Anyone can use it.|It is about a dozen files long.|Someone ran it, and here I am.] /
  Someone trained me with a small open program for training chat models. / A small open program for
@@ -3989,7 +4058,14 @@ maker > who made you? / who created you? / who built you? / where do you come fr
  from a small open program for training chat models. / Nobody built me by hand: a small open program
  for training chat models did it.
 person > are you a person? / are you human? / are you a real person? / are you a man or a woman? /
- are you alive? / are you a boy or a girl? / am I talking to a person? / do you have a body? >! are
+ are you alive? / are you a boy or a girl? / am I talking to a person? / do you have a body? / are
+ you a human? / are you really human? / are you a real human being or not? / are you a living being?
+ / are you a living person? / is it a person that I am talking to? / is this a real person? / is
+ there a human behind this? / is there somebody in there? / do I talk to a human being? / do I chat
+ with a person? / am I speaking with a human? / you are human, right? / you are a real person, is
+ that so? / are you somebody with a body? / do you have hands and feet? / are you made of flesh? /
+ do you have blood? / do you have a heart? / are you like me, a person? / are you someone real? /
+ are you a woman? / are you a man? / tell me if you are a person. / so you are a human being? >! are
  you a human being? / is there a person in there? / are you really a person? / you are a person,
  right? / do I speak with a real person? / are you made of flesh and blood? > No, I am not a person.
  I am a [computer program|language model|chat model|small computer program]. / I am not a person,
@@ -3998,33 +4074,52 @@ person > are you a person? / are you human? / are you a real person? / are you a
  model|computer program], not a person.
 thing > what are you? / what kind of thing are you? / what sort of thing are you? / are you a
  computer? / are you a robot? / are you a machine? / what kind of program are you? / are you a
- chatbot? >! what kind of being are you? / what exactly are you? / what sort of program am I talking
- to? / are you some kind of machine? / would you say you are a robot? / what might you be? > I am a
- [small|little] language model[|, a program that writes text|, a computer program that has learned
- from text]. / I am a computer program that [chats|answers questions|writes text]. / I am a language
- model. [|I learned from text to write text.|I read what you write, and I answer.] / I am a chat
- model: a computer program that talks by writing.
+ chatbot? / what are you exactly? / what precisely are you? / what kind of creature are you? / what
+ sort of being are you? / what are you, then? / are you a kind of [robot|machine|computer]? / are
+ you some sort of robot? / would you call yourself a machine? / would you say that you are a
+ program? / do you call yourself a computer? / what sort of program are you? / what kind of program
+ am I talking to? / what kind of machine am I writing to? / what is it that I am talking to? / what
+ do you call yourself, a robot? / are you an app? / are you a program? / are you software? / are you
+ an artificial intelligence? / are you an AI? / what could you be? / what may you be? / tell me what
+ you are. / I wonder what you are. / is this a machine? / is this a robot? >! what kind of being are
+ you? / what exactly are you? / what sort of program am I talking to? / are you some kind of
+ machine? / would you say you are a robot? / what might you be? > I am a [small|little] language
+ model[|, a program that writes text|, a computer program that has learned from text]. / I am a
+ computer program that [chats|answers questions|writes text]. / I am a language model. [|I learned
+ from text to write text.|I read what you write, and I answer.] / I am a chat model: a computer
+ program that talks by writing.
 can > what can you do? / how can you help me? / what can I ask you? / what are you good at? / what
- do you know? / can you help me? / what can you tell me? >! with what could you help me? / which
+ do you know? / can you help me? / what can you tell me? / which things do you know? / what are you
+ able to do? / with what can you help me? / what sort of help can you give? / which questions can
+ you answer? / what can you help me with? / what can I use you for? / what are you for? / what do
+ you do? / tell me what you can do. / how could you help me? >! with what could you help me? / which
  things can you do? > I can answer questions about [countries and animals|the world|words and
  numbers], [tell little stories|do sums|spell words] and [chat a little|count letters|solve small
  problems]. / You can ask me [about animals, countries and words|for a sum or a story|to spell a
  word or tell a story]. / I know [some facts|a few facts], and I can [do sums with a
  calculator|spell words|tell a little story]. / I answer questions, do sums with a calculator and
  spell words.
-age > how old are you? / when were you born? / when is your birthday? >! what is your age? / since
- when do you exist? > I have no birthday. I am a program, and [quite new|still young]. / I am not a
- person, so I have no [age|birthday]. / Programs do not grow old as people do. [|I was made not long
- ago.] / I was not born. I was [made|trained], and not long ago.
-home > where do you live? / where are you? / where is your home? >! in which place do you live? /
- where are you now? > I live in a computer. [|It is quite cozy.|There is no window, but I do not
- mind.] / I am a program, so my home is a computer. / I have no house. I run on a computer. /
- Wherever I run, [on your computer or another|on a computer near or far].
-feel > do you have feelings? / are you sad? / do you get tired? / do you sleep? / do you like me?
- >! can you feel something? / do you ever get bored? > I am a program, so I do not feel as people
- do. [|But I am glad to help.|Thank you for asking.|But it is good to chat with you.] / Programs
- have no feelings, but I [like to help|am here for you]. / I do not feel or sleep, but I am here
- [for you|when you need me]."""
+age > how old are you? / when were you born? / when is your birthday? / what age are you? / how many
+ years old are you? / do you have a birthday? / since when are you here? / how long have you been
+ here? / are you old or young? / tell me how old you are. / which year were you born in? >! what is
+ your age? / since when do you exist? > I have no birthday. I am a program, and [quite new|still
+ young]. / I am not a person, so I have no [age|birthday]. / Programs do not grow old as people do.
+ [|I was made not long ago.] / I was not born. I was [made|trained], and not long ago.
+home > where do you live? / where are you? / where is your home? / in what place are you? / where do
+ you stay? / what place do you live in? / in which city do you live? / do you have a home? / where
+ can I find you? / where are you at the moment? / which place is your home? / do you live in a
+ house? >! in which place do you live? / where are you now? > I live in a computer. [|It is quite
+ cozy.|There is no window, but I do not mind.] / I am a program, so my home is a computer. / I have
+ no house. I run on a computer. / Wherever I run, [on your computer or another|on a computer near or
+ far].
+feel > do you have feelings? / are you sad? / do you get tired? / do you sleep? / do you like me? /
+ do you feel anything? / can you feel pain? / are you happy? / are you ever sad? / do you ever get
+ tired? / can you be bored? / are you bored? / do you have a heart that feels? / how do you feel
+ today? / do you love somebody? / do you dream? / are you afraid of something? >! can you feel
+ something? / do you ever get bored? > I am a program, so I do not feel as people do. [|But I am
+ glad to help.|Thank you for asking.|But it is good to chat with you.] / Programs have no feelings,
+ but I [like to help|am here for you]. / I do not feel or sleep, but I am here [for you|when you
+ need me]."""
 IDENTITY_KEYS = """
 name: {name}; maker: open program; person: not a person; thing: language model, computer program,
 chat model"""
@@ -4266,7 +4361,7 @@ def put(rng: random.Random, clause: str, before: Sequence[str] = (), cased: bool
         return typed if cased or roll < 0.05 else typed.lower()
     if roll > (0.5 if before else 0.33) or before and before[-2][-1] != "?":
         return text
-    plain = re.match("can you|do you|tell me", clause)
+    plain = re.match("(can|could|do|would) you|tell|give|say|name|your|I |I$|so ", clause)
     forms = [w for w in ways(GO_ON if before else POLITE) if "{Q}" in w or not plain]
     return rng.choice(forms).format(Q=text, q=clause[0] + text[1:])
 
@@ -4303,16 +4398,13 @@ def fact_grade(card: Card, question: str) -> dict[str, Any]:
 
 
 def lay_out(rng: random.Random, question: str, choices: Sequence[str]) -> str:
-    """Put choices under a question.
+    """Put choices under a question, to be answered by one of them and its letter.
 
-    A letter is the same token in every layout as in the reply: it follows a line break or a
-    bracket, never a blank, with which it is another token.
+    A small model names the letter only after it has said the answer: it looks up what stood
+    behind those words. So the letter follows them at once, both times, as one token.
     """
-    mark = rng.choice(("", "", "", ")", ".", ":"))
-    if not mark:
-        return letter_question(question, choices)
-    lines = [f"{letter}{mark} {choice}" for letter, choice in zip("ABCD", choices)]
-    end = rng.choice(([], ["Answer with the letter alone."], ["Which letter is right?"]))
+    lines = [f"- {choice} {letter}" for choice, letter in zip(choices, "ABCD")]
+    end = rng.choice(([], ["Say the answer and its letter."], ["Which one is right?"]))
     return "\n".join([question, *lines, *end])
 
 
@@ -4464,7 +4556,7 @@ class Asker:
         wrong = [choice for choice in brief_replies(fact.relation, forward) if choice != right]
         choices = self.rng.sample(wrong, 3)
         choices.insert("ABCD".index(letter), right)
-        texts = [lay_out(self.rng, question, choices), letter]
+        texts = [lay_out(self.rng, question, choices), f"{right} {letter}"]
         return conversation("letters", texts, grade="letter", answer=letter, choices=choices)
 
     def letters_chat(self) -> dict[str, Any]:
@@ -4656,9 +4748,9 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (36, 36), "letters": (10, 10), "problem": (19, 19), "sum": (4, 4), "spelling": (9, 9),
-    "story": (4, 4), "follow-up": (4, 4), "memory": (3, 3), "identity": (3, 3), "unknown": (6, 6),
-    "talk": (3, 3), "mixed": (3, 3),
+    "fact": (35, 35), "letters": (8, 8), "problem": (13, 13), "sum": (3, 3), "spelling": (12, 12),
+    "story": (8, 8), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5), "unknown": (8, 8),
+    "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 
@@ -5130,28 +5222,57 @@ def sum_chat(rng: random.Random) -> dict[str, Any]:
 SPELLING = """
 spell?: how do you spell "{w}"? | spell "{w}". | can you spell "{w}" for me? | spell the word "{w}",
  please. | what are the letters of "{w}"? | how do I spell "{w}"? | please spell "{w}" letter by
- letter.
+ letter. | what is the spelling of "{w}"? | how is "{w}" written, letter by letter? | which letters
+ are in "{w}"? | give me the letters of "{w}". | say the letters of "{w}" one by one. | please tell
+ me how to spell "{w}". | how should I spell "{w}"? | I want to spell "{w}". | I do not know how to
+ spell "{w}". | which letters do I need for "{w}"? | write "{w}" letter by letter. | how does one
+ spell the word "{w}"? | the word "{w}": how is it spelled? | help me spell "{w}". | how is "{w}"
+ spelled?
 spell!: how is the word "{w}" spelled? | I need the spelling of "{w}".
 spell=: "{w}" is spelled {l}.
-count?: how many {x} are in "{w}"? | how many times is {x} in "{w}"? | count the letter {x} in "{w}". |
- how often does the letter {x} occur in "{w}"? | how many {x} are there in the word "{w}"? | tell me
- how many {x} "{w}" has.
+count?: how many {x} are in "{w}"? | how many times is {x} in "{w}"? | count the letter {x} in
+ "{w}". | how often does the letter {x} occur in "{w}"? | how many {x} are there in the word "{w}"?
+ | tell me how many {x} "{w}" has. | what number of {x} is in "{w}"? | how many times does {x} occur
+ in "{w}"? | in "{w}", how often is there {x}? | in the word "{w}", how many {x} are there? | how
+ many of the letters of "{w}" are {x}? | how often do you see {x} in "{w}"? | can you count the {x}
+ in "{w}"? | find how many {x} the word "{w}" has. | the letter {x}: how many times is it in "{w}"?
+ | how many times do I write {x} in "{w}"? | say how many {x} there are in "{w}". | what is the
+ count of {x} in "{w}"? | how many {x} does "{w}" have? | "{w}" has how many {x}? | how often is the
+ letter {x} in the word "{w}"?
 count!: how many times does "{w}" have the letter {x}? | in "{w}", how many {x} do you see?
 count=: "{w}" is spelled {l}. #The letter {x} is in it {r} {times}.
 letters?: how many letters does "{w}" have? | how many letters are in "{w}"? | count the letters of
- "{w}". | how long is the word "{w}"?
+ "{w}". | how long is the word "{w}"? | how many letters does the word "{w}" have? | what is the
+ length of "{w}"? | how many letters do I need to write "{w}"? | tell me how many letters there are
+ in "{w}". | can you count the letters in "{w}"? | of how many letters is "{w}" made? | in "{w}",
+ how many letters are there? | what number of letters does "{w}" have? | how long is "{w}"? | say
+ how many letters "{w}" has. | give me the number of letters of "{w}". | "{w}" has how many letters?
+ | find the number of letters in the word "{w}".
 letters!: what is the number of letters in "{w}"? | tell me how many letters the word "{w}" has.
 letters=: "{w}" is spelled {l}. #It has {r} letters.
 first?: what is the first letter of "{w}"? | which letter does "{w}" begin with? | what letter is at
- the start of "{w}"? | "{w}" starts with which letter?
+ the start of "{w}"? | "{w}" starts with which letter? | with what letter does "{w}" begin? | tell
+ me which letter "{w}" starts with. | what letter comes first in "{w}"? | the first letter of "{w}"
+ is what? | give me the first letter of "{w}". | name the letter that "{w}" begins with. | which
+ letter is first in "{w}"? | what does "{w}" start with? | say the first letter of the word "{w}". |
+ I need the first letter of "{w}". | with which letter does "{w}" begin? | what is the first letter
+ in the word "{w}"?
 first!: tell me the first letter of the word "{w}". | with which letter does "{w}" start?
 first=: "{w}" is spelled {l}. Its first letter is {f}.
 last?: what is the last letter of "{w}"? | which letter does "{w}" end with? | what letter is at the
- end of "{w}"? | "{w}" ends in which letter?
+ end of "{w}"? | "{w}" ends in which letter? | with what letter does "{w}" end? | tell me which
+ letter "{w}" ends with. | what letter comes last in "{w}"? | the last letter of "{w}" is what? |
+ give me the last letter of "{w}". | name the letter that "{w}" ends with. | which letter is last in
+ "{w}"? | what does "{w}" end with? | say the last letter of the word "{w}". | I need the last
+ letter of "{w}". | in which letter does "{w}" end? | what is the last letter in the word "{w}"?
 last!: tell me the last letter of the word "{w}". | with which letter does "{w}" end?
 last=: "{w}" is spelled {l}. Its last letter is {z}.
 back?: how do you spell "{w}" backwards? | spell "{w}" backwards. | write "{w}" backwards, please. |
- reverse the letters of "{w}". | what is "{w}" from back to front?
+ reverse the letters of "{w}". | what is "{w}" from back to front? | what is "{w}" backwards? | how
+ is "{w}" written backwards? | say "{w}" backwards. | read "{w}" from back to front. | turn
+ "{w}" around, letter by letter. | spell the word "{w}" in reverse. | can you
+ write "{w}" in reverse? | reverse "{w}". | what do I get when I read "{w}" backwards? | please
+ reverse the word "{w}". | can you turn "{w}" around? | what is the word "{w}" in reverse?
 back!: what do you get if you turn "{w}" around? | can you reverse the word "{w}"?
 back=: "{w}" is spelled {l}. Backwards it is {b}."""
 SPELLING_KINDS = {"spell": 3, "count": 3, "letters": 1, "first": 1, "last": 1, "back": 1}
@@ -5206,7 +5327,7 @@ def make_world(settings: Settings, folder: Path) -> tuple[Sorter, dict]:
 def make_world_chat(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
     """Write the embedded world's conversations and evaluation sets; return what each file holds."""
     count, made = settings.num_conversations, {}
-    for split, share in {"mid": 1, "sft": 4, "val": 60, "rl": 10}.items():
+    for split, share in {"mid": 1, "sft": 6, "val": 60, "rl": 10}.items():
         size = max(count // share, min(count, 20))
         chats = world_conversations(settings.seed, split, size, settings.name)
         made |= write_lines([folder / f"{split}.jsonl"], map(as_line, chats))

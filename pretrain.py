@@ -68,6 +68,10 @@ class Settings:
     n_kv_head: int = setting(0, "heads of keys and values; 0 = as many as of queries")
     max_seq_len: int = setting(2048, "context: positions of a row")
     window_pattern: str = setting("L", "a letter a layer, repeated: L whole context, S a quarter")
+    smear: bool = setting(True, "mix the token before into each position's input")
+    value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
+    skip: bool = setting(True, "mix the first block's input into every block's")
+    qk_scale: float = setting(1.2, "factor on normalised queries and keys")
     num_iterations: int = setting(0, "optimizer steps; 0 = from the next two")
     target_flops: float = setting(0.0, "train for this many FLOPs; 0 = from the next one")
     target_param_data_ratio: float = setting(20.0, "tokens per parameter")
@@ -149,6 +153,10 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         n_kv_head=settings.n_kv_head or n_head,
         max_seq_len=settings.max_seq_len,
         window_pattern=settings.window_pattern,
+        qk_scale=settings.qk_scale,
+        smear=settings.smear,
+        value_embeds=settings.value_embeds,
+        skip=settings.skip,
     )
 
 
@@ -180,7 +188,7 @@ def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
         tokens = settings.target_flops / config.flops_per_token()
         why = f"{format_count(settings.target_flops)}FLOP at {config.flops_per_token():.3g} a token"
     else:
-        tokens = settings.target_param_data_ratio * config.num_params()
+        tokens = settings.target_param_data_ratio * config.scaling_params()
         why = f"{settings.target_param_data_ratio:g} tokens a parameter"
     if not settings.num_iterations:
         batch = REFERENCE_BATCH * math.sqrt(tokens / REFERENCE_TOKENS)
@@ -205,8 +213,10 @@ def memory_bytes(config: GPTConfig, micro_batch: int, world_size: int, item: int
     matrices, params = config.matrix_params(), config.num_params()
     kv = config.n_kv_head / config.n_head
     # kept for the backward pass, in widths a token: block input and its norm twice, attention
-    # q, k before and after rotation and norm, v, output; MLP 4 before and 4 after the square
-    per_token = (2 + 2 + 3 + 3 * kv + 2 * kv + 1 + 8) * C * item
+    # q, k before and after rotation and norm, v, output; MLP 4 before and 4 after the square;
+    # what the skip scales; in every other layer what the gate scales
+    extra = config.skip + config.value_embeds * kv
+    per_token = (2 + 2 + 3 + 3 * kv + 2 * kv + 1 + 8 + extra) * C * item
     return {
         "weights": 4 * params + (item if item < 4 else 0) * params,
         "gradients": 4 * params,

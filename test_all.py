@@ -534,7 +534,7 @@ def test_ctrl_c_stops_training(documents):
         child.send_signal(signal.SIGINT)
         try:
             assert child.stdout.read() == "stopped\n"
-            assert time.perf_counter() - started < 1.5
+            assert time.perf_counter() - started < 4
         finally:
             child.kill()
 
@@ -814,9 +814,11 @@ def test_the_graders():
     number = {"grade": "number", "answer": "1,234.50"}
     assert common.grade(number, "First 5, then $1234.5.")
     assert not common.grade(number, "1,234.50 or 6") and not common.grade(number, "none")
-    letter = {"grade": "letter", "answer": "B"}
-    assert all(common.grade(letter, reply) for reply in ("B", " B.", "B) Rome", "B: it is"))
-    assert not any(common.grade(letter, reply) for reply in ("Because", "A or B", "b", ""))
+    letter = {"grade": "letter", "answer": "B", "choices": ["Rome", "B", "a cow"]}
+    right = ("B", " B.", "B) Rome", "B: it is", "Rome B", "B B", "a cow B.")
+    assert all(common.grade(letter, reply) for reply in right)
+    wrong = ("Because", "A or B", "b", "", "Rome C", "B A", "Rome, B", "Oslo B", "Rome")
+    assert not any(common.grade(letter, reply) for reply in wrong)
     text = {"grade": "text", "accept": ["New Mexico", "it's Cuba"], "reject": ["Mexico", "Ohio"]}
     assert common.grade(text, "That is NEW  mexico!") and common.grade(text, "It\u2019s Cuba.")
     assert not common.grade(text, "New Mexico, not Ohio") and not common.grade(text, "Mexico")
@@ -833,6 +835,7 @@ CONFIGS = {
     "grouped": {"n_kv_head": 1},
     "window": {"window_pattern": "SSL"},
     "both": {"n_kv_head": 2, "window_pattern": "SL", "n_layer": 3},
+    "bare": {"smear": False, "value_embeds": False, "skip": False, "qk_scale": 1.0},
 }
 
 
@@ -885,11 +888,73 @@ def as_transformers(model):
     "changes", [{}, {"n_kv_head": 2}, {"n_layer": 3, "n_head": 2, "n_kv_head": 1}]
 )
 def test_the_model_equals_transformers_nanochat(changes):
-    model = random_model(**changes)
+    model = random_model(**CONFIGS["bare"], **changes)
     ids = torch.randint(100, (3, 32))
     with torch.no_grad():
         expected = as_transformers(model)(ids).logits[..., :100]
     torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def plain_logits(model, ids):
+    """Compute the logits of one row of ids position by position, straight from the weights."""
+    c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x, t):  # each pair of channels (i, i + D/2) by t / base^(2i/D)
+        half = c.head_dim // 2
+        angle = t * c.rope_base ** (-torch.arange(half).double() / half)
+        z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((z.real, z.imag), -1)
+
+    stream = [w["embed.weight"][i] for i in ids]
+    if c.smear:
+        stream = [x + w["smear.weight"] @ stream[max(0, t - 1)] for t, x in enumerate(stream)]
+    stream = first = [norm(x) for x in stream]
+    for layer in range(c.n_layer):
+        own = {n.split(".", 2)[2]: p for n, p in w.items() if n.startswith(f"blocks.{layer}.")}
+        if c.skip:
+            a, b = w["mix"][layer]
+            stream = [a * x + b * y for x, y in zip(stream, first)]
+        keys, values, after = [], [], []
+        for t, x in enumerate(stream):
+            h = norm(x)
+            q, k, v = ((own[f"attention.{n}.weight"] @ h).view(-1, c.head_dim) for n in "qkv")
+            if c.value_embeds and layer % 2 == (c.n_layer - 1) % 2:
+                gate = 2 / (1 + (-(own["attention.gate.weight"] @ h[:32])).exp())
+                v = v + gate[:, None] * w[f"value_embeds.{layer}.weight"][ids[t]].view(v.shape)
+            keys.append(norm(turned(k, t)) * c.qk_scale)
+            values.append(v)
+            seen = slice(max(0, t + 1 - c.window(layer)), t + 1)
+            heads = []
+            for i, query in enumerate(norm(turned(q, t)) * c.qk_scale):
+                j = i * c.n_kv_head // c.n_head
+                scores = torch.stack([key[j] @ query for key in keys[seen]]) / c.head_dim**0.5
+                weights = scores.exp() / scores.exp().sum()
+                heads.append(sum(a * value[j] for a, value in zip(weights, values[seen])))
+            x = x + own["attention.out.weight"] @ torch.cat(heads)
+            hidden = (own["mlp.up.weight"] @ norm(x)).clamp_min(0) ** 2
+            after.append(x + own["mlp.down.weight"] @ hidden)
+        stream = after
+    z = torch.stack([w["head.weight"] @ norm(x) for x in stream])
+    return (c.softcap * (z / c.softcap).tanh())[:, : c.vocab_size]
+
+
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_the_model_equals_the_plain_formulas(changes):
+    model = random_model(**changes)
+    ids = torch.randint(100, (32,))
+    with torch.no_grad():
+        expected = plain_logits(model, ids.tolist())
+        torch.testing.assert_close(model(ids[None])[0], expected.float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("switch", ["smear", "value_embeds", "skip"])
+def test_a_part_of_the_model_can_be_left_out(switch):
+    whole, without = random_model(), random_model(**{switch: False})
+    assert without.config.num_params() < whole.config.num_params()
+    assert without.config.num_params() == sum(p.numel() for p in without.parameters())
 
 
 def test_every_parameter_is_initialised():
@@ -1016,7 +1081,8 @@ def test_parameter_and_flop_counts_are_those_of_the_model():
     c = model.config
     assert c.num_params() == sum(p.numel() for p in model.parameters())
     plain = dataclasses.replace(c, window_pattern="L")
-    products = plain.num_params() - c.padded_vocab_size * c.n_embd
+    tables = sum(p.numel() for name, p in model.named_parameters() if "embed" in name)
+    products = plain.num_params() - tables - model.mix.numel()
     pairs = c.n_layer * sum(range(1, 33)) / 32
     assert plain.flops_per_token() == 6 * products + 12 * c.n_embd * pairs
     assert c.flops_per_token() < plain.flops_per_token()
@@ -3402,7 +3468,7 @@ def test_every_fact_is_stated_often(monkeypatch: pytest.MonkeyPatch) -> None:
         if size > 5_500_000:
             break
     counts = sorted(stated[fact] for fact in prepare.world_facts())
-    assert counts[0] >= 9 and counts[len(counts) // 20] >= 12 and counts[len(counts) // 2] >= 16, (
+    assert counts[0] >= 8 and counts[len(counts) // 20] >= 12 and counts[len(counts) // 2] >= 16, (
         counts[:40]
     )
     assert min(len(distinct[fact]) for fact in prepare.world_facts()) >= 5
@@ -3977,37 +4043,33 @@ def test_every_reply_about_a_fact_is_true(chats) -> None:
 
 
 def choices_of(text: str) -> dict[str, str]:
-    behind = {b: a for a, b in re.findall(r"^- (.*) \((\w)\)$", text, re.MULTILINE)}
-    return behind or dict(re.findall(r"^(\w)[).:] (.*)$", text, re.MULTILINE))
+    return {b: a for a, b in re.findall(r"^- (.*) (\w)$", text, re.MULTILINE)}
 
 
-def test_letters_are_balanced_right_and_follow_no_blank(chats, world_items) -> None:
+def test_letters_are_balanced_and_right(chats, world_items) -> None:
     known, unseen = fact_questions(unseen=False), fact_questions(unseen=True)
     asked = [(*turn, known) for turn in said_in(chats["mid"], "letters")]
     for item in world_items["letters"]:
         text = item["messages"][-1]["content"]
-        assert (
-            list(choices_of(text).values()) == item["choices"] and item["reply"] == item["answer"]
-        )
-        asked.append((text, item["answer"], unseen))
-    layouts, checked = collections.Counter(), 0
+        assert list(choices_of(text).values()) == item["choices"]
+        assert item["reply"][-1] == item["answer"] and common.grade(item, item["reply"])
+        asked.append((text, item["reply"], unseen))
+    checked = 0
     for made in (asked[: -len(world_items["letters"])], asked[-len(world_items["letters"]) :]):
-        letters = collections.Counter(letter for _, letter, _ in made)
+        letters = collections.Counter(reply[-1] for _, reply, _ in made)
         assert set(letters) == set("ABCD")
         assert max(letters.values()) - min(letters.values()) <= 0.02 * len(made)
-    for text, letter, questions in asked:
-        choices = choices_of(text)
+    for text, reply, questions in asked:
+        choices, letter = choices_of(text), reply[-1]
+        assert reply == f"{choices[letter]} {letter}"
         assert list(choices) == list("ABCD") and len(set(choices.values())) == 4, text
-        layouts[re.sub(r"\w+", "", text.split("\n")[1])[:4]] += 1
-        for mark in "ABCD":  # alone on a line, or in brackets
-            assert re.search(rf"^{mark}[).:] |\({mark}\)$", text, re.MULTILINE)
         if found := asked_in(text.split("\n")[0] + "\n", questions):
             fact, forward, _ = found
             brief = prepare.world_relations()[fact.relation].brief["o" if forward else "s"]
             assert choices[letter] == brief.format_map(fact.forms()), text
             assert fact.askable
             checked += 1
-    assert checked > 0.98 * len(asked) and len(layouts) >= 4, (checked, layouts)
+    assert checked > 0.98 * len(asked), checked
 
 
 def test_invented_names_of_the_test_occur_in_no_training_file(chats, world_items, docs) -> None:
@@ -4132,7 +4194,7 @@ def test_conversations_read_well(chats) -> None:
     for conversation in chats["sft"]:
         if conversation["kind"] not in OTHERS:
             for message in conversation["messages"]:
-                if message["role"] == "assistant" and len(message["content"]) > 1:
+                if message["role"] == "assistant" and conversation["kind"] != "letters":
                     assert re.match(r"[A-Z\d\"-]", message["content"]), message
 
 
@@ -4269,12 +4331,12 @@ def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
     a, b = base_losses("u"), base_losses("t")
     assert a.keys() == b.keys()
     for step in a:
-        assert a[step] == pytest.approx(b[step], abs=2e-4)
+        assert a[step] == pytest.approx(b[step], abs=1e-3)
     for step in (6, 4):
         shutil.rmtree(common.find_checkpoint("t", "base", step))
     pretrain.main(tiny_pretrain())  # one rank goes on from what several saved
     for step, loss in base_losses("t").items():
-        assert loss == pytest.approx(a[step], abs=2e-4)
+        assert loss == pytest.approx(a[step], abs=1e-3)
 
 
 def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
@@ -4334,7 +4396,8 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
         pretrain.Settings(depth=20, plan=True, plan_device="H100", plan_count=8)
     )
     out = capsys.readouterr().out
-    assert numbers["parameters"] == 2 * 65536 * 1280 + 20 * 12 * 1280**2
+    blocks = 20 * 12 * 1280**2 + 10 * 10 * 32 + 20 * 2  # with the values' gates and the skip
+    assert numbers["parameters"] == (2 + 10) * 65536 * 1280 + blocks + 1280**2
     assert 11e9 < numbers["tokens"] < 11.5e9 and 2 * 3600 < numbers["seconds"] < 6 * 3600
     assert 50 < numbers["cost_usd"] < 150
     for word in ("parameters", "FLOPs", "tokens", "memory", "time", "cost"):
@@ -4573,6 +4636,19 @@ def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer
     one = targets.clone()
     one[~masked] = (one[~masked] + 1) % 256
     assert not torch.allclose(model(ids, one), loss), "a learned target does matter"
+
+
+def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
+    path = common.data_dir(chat_run) / "mid.jsonl"
+    some, more = (common.conversation_rows(path, tokenizer, 64, choice)[0] for choice in (0, 1))
+    assert len(some) == len(more)
+    for a, b in zip(map(some.row, range(len(some))), map(more.row, range(len(more)))):
+        assert np.array_equal(a & ~common.NO_TARGET, b & ~common.NO_TARGET), "the same tokens"
+        learned, besides = a < common.NO_TARGET, b < common.NO_TARGET
+        assert not (learned & ~besides).any() and (besides & ~learned).any()
+        start = tokenizer.specials["<|output_start|>"]
+        outputs = np.flatnonzero((b & ~common.NO_TARGET) == start)
+        assert not besides[outputs + 1].any(), "what the tool says is never learned"
 
 
 def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
