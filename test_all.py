@@ -4486,7 +4486,7 @@ def test_two_ranks_follow_one_in_the_chat_stages(chat_run, name):
     a, b = stage_losses("u", name), stage_losses("t", name)
     assert a.keys() == b.keys() and len(a) >= 3
     for step in a:
-        assert a[step] == pytest.approx(b[step], abs=2e-4)
+        assert a[step] == pytest.approx(b[step], abs=1e-3)
 
 
 def test_two_ranks_make_the_rl_step_of_one(tokenizer, tmp_path):
