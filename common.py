@@ -832,15 +832,16 @@ class GPTConfig:
         """Return how many channels of a block's input say what the value embeddings weigh."""
         return min(32, self.n_embd)
 
-    def has_values(self, layer: int) -> bool:
-        """Return whether a layer has value embeddings: every other one, the last among them."""
-        return self.value_embeds and (self.n_layer - 1 - layer) % 2 == 0
+    @property
+    def value_layers(self) -> range:
+        """Return the layers that have value embeddings: every other one, the last among them."""
+        return range((self.n_layer - 1) % 2, self.n_layer * self.value_embeds, 2)
 
     def matrix_params(self) -> int:
         """Count the weights in products of every token: the blocks' and the smear's."""
         attention = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
         blocks = self.n_layer * (attention + 8 * self.n_embd**2)
-        gates = sum(map(self.has_values, range(self.n_layer))) * self.n_kv_head * self.gate_channels
+        gates = len(self.value_layers) * self.n_kv_head * self.gate_channels
         return blocks + gates + self.smear * self.n_embd**2
 
     def scaling_params(self) -> int:
@@ -850,8 +851,7 @@ class GPTConfig:
 
     def num_params(self) -> int:
         """Count all weights."""
-        tables = sum(map(self.has_values, range(self.n_layer)))
-        width = tables * self.n_kv_head * self.head_dim
+        width = len(self.value_layers) * self.n_kv_head * self.head_dim
         return self.scaling_params() + self.padded_vocab_size * width
 
     def flops_per_token(self, seq_len: int = 0) -> float:
@@ -1001,7 +1001,7 @@ class Attention(nn.Module):
         self.v = Linear(config.n_embd, config.n_kv_head * config.head_dim)
         self.out = Linear(config.n_head * config.head_dim, config.n_embd)
         self.qk_scale, self.gate_channels = config.qk_scale, config.gate_channels
-        has_values = config.has_values(layer)
+        has_values = layer in config.value_layers
         self.gate = Linear(config.gate_channels, config.n_kv_head) if has_values else None
 
     def forward(
@@ -1058,7 +1058,7 @@ class GPT(nn.Module):
         self.smear = Linear(config.n_embd, config.n_embd) if config.smear else None
         self.value_embeds = nn.ModuleDict({
             str(i): Embedding(config.n_kv_head * config.head_dim, config.padded_vocab_size)
-            for i in range(config.n_layer) if config.has_values(i)
+            for i in config.value_layers
         })  # fmt: skip
         if config.skip:  # a block's input is [0] x what came + [1] x the first block's input
             self.mix = nn.Parameter(torch.empty(config.n_layer, 2))
@@ -1137,7 +1137,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if self.config.skip:
                 x = self.mix[i, 0].to(x.dtype) * x + self.mix[i, 1].to(x.dtype) * first
-            has_values = self.config.has_values(i)
+            has_values = i in self.config.value_layers
             values = self.value_embeds[str(i)](ids).to(x.dtype) if has_values else None
             x = block(x, values, cos, sin, cache)
         return rms_norm(x)

@@ -80,7 +80,8 @@ from common import (
 
 STAGES = ("base", "mid", "sft", "rl")
 FACT_SETS = ("facts_trained", "facts_unseen")
-# Sets of conversations, and the tokens that a reply to one may take
+# Sets of conversations, and the tokens that a reply to one may take; at 1, and from a base model,
+# which does not reply, the likeliest of the letters counts
 WORLD_SETS = {
     "letters": 64, "facts": 64, "never_asked": 64, "stories": 64, "problems_numbers": 192,
     "problems_combinations": 192, "problems_practised": 192, "problems_new": 192,
@@ -1134,6 +1135,7 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
     path = data_path(task, asked)
     items = read_items(path, s)
     mine = range(run.rank, len(items), run.world_size)
+    max_tokens = {**WORLD_SETS, **PUBLIC_SETS}.get(task, 0)
     if task in FACT_SETS:
         outcomes = complete_facts(engine, items, mine)
     elif task.startswith("CORE/"):
@@ -1143,14 +1145,10 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
         centred = (record["score"] - guess) / (1 - guess)
         partial = path.stem.endswith("_partial")
         return {task[5:]: {**record, "centred": centred, "baseline": guess, "partial": partial}}
-    elif (
-        items
-        and items[0]["grade"] == "letter"
-        and (s.stage == "base" or items[0].get("reply", "A") in string.ascii_uppercase)
-    ):  # a base model does not reply, and some are taught to say the letter alone
+    elif items and items[0]["grade"] == "letter" and (s.stage == "base" or max_tokens == 1):
         outcomes = choose_letters(engine, items, mine, s)
     else:
-        outcomes = write_replies(engine, items, mine, {**WORLD_SETS, **PUBLIC_SETS}[task])
+        outcomes = write_replies(engine, items, mine, max_tokens)
     return {task: tally(run, task, items, outcomes)}
 
 

@@ -2805,7 +2805,7 @@ N_ASIDES = "the {N}, as you may know, is; the {N}, of course, is"
 N_UNSEEN = "the {N}, as everyone knows, is "
 N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
  the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
- {N} is / which is the {N}?""".replace("\n", "")
+ {N} is / which is the {N}?"""
 N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
 MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in RELATIONS
 LANGUAGES = ("Spanish", "French", "German")  # columns of TRANSLATIONS
@@ -3059,7 +3059,7 @@ def parse_relations(block: str) -> list[Relation]:
             marked["+"] += expand(f"{end} is the {phrase.rstrip(',')}") if letter == "o" else []
             marked["+"] += [f"{w.replace('{N}', first)} {end}" for w in items(N_ASIDES)]
             marked["!"].append(N_UNSEEN.replace("{N}", first) + end)
-            marked["?"] += expand(N_QUESTIONS.replace("{N}", first))
+            marked["?"] += ways(N_QUESTIONS.replace("{N}", first))
             marked["?!"] += expand(N_UNSEEN_QUESTIONS.replace("{N}", first))
     relations = []
     for name in names.split(", "):

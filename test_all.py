@@ -3468,7 +3468,7 @@ def test_every_fact_is_stated_often(monkeypatch: pytest.MonkeyPatch) -> None:
         if size > 5_500_000:
             break
     counts = sorted(stated[fact] for fact in prepare.world_facts())
-    assert counts[0] >= 8 and counts[len(counts) // 20] >= 12 and counts[len(counts) // 2] >= 16, (
+    assert counts[0] >= 9 and counts[len(counts) // 20] >= 12 and counts[len(counts) // 2] >= 16, (
         counts[:40]
     )
     assert min(len(distinct[fact]) for fact in prepare.world_facts()) >= 5
