@@ -1684,8 +1684,10 @@ RELATIONS = """
 ! the city that is the capital of {s} is {o} / the country of {s} has its capital in {o} / the city
  that is {ss} capital is called {o} / the city called {o} is the capital of {s}
 & its capital[| city] is {o}
-? [what|which city] is {ss} capital? / which country has {o} as its capital? / {o} is the capital of
- which country?
+? [what|which city] is {ss} capital? / which country has {o} as its capital? / {o} is the capital
+ of which country? / what is the name of {ss} capital? / in {s}, which city is the capital? / the
+ capital of {s} is which city? / I am going to {s}: what is its capital? / {o} is which country's
+ capital? / if {o} is the capital, what is the country?
 ?! what city is the capital of {s}? / which city do the people of {s} call their capital? / of which
  country is {o} the capital?
 @ continent | countries and their continents | | continent [of|that has] {s} |
@@ -1695,7 +1697,9 @@ RELATIONS = """
 ! the continent where {s} lies is {o} / on a map, {s} is in {o}
 & it is in {o} / it lies in {o}
 % {x} and {y} are both in {o} / both {x} and {y} are countries in {o}
-? [which|what] continent is {s} in? / on which continent is {s}? / where in the world is {s}?
+? [which|what] continent is {s} in? / on which continent is {s}? / where in the world is {s}? / {s}
+ is on which continent? / what continent has {s} in it? / in which part of the world is {s}? / {s}
+ lies in what part of the world? / where on the map is {s}? / tell me on which continent {s} is.
 ?! on what continent do you find {s}? / {s} belongs to which continent?
 @ language | countries and their languages | | language of {s} |
 + the people of {s} speak {o} / in {s}, people speak {o} / {ss} language is {o} / the language [that
@@ -1704,7 +1708,10 @@ RELATIONS = """
 ! the language that you will hear in {s} is {o} / if you travel to {s}, people speak {o}
 & its people speak {o} / its language is {o}
 % people speak {o} in both {x} and {y} / {x} and {y} share a language: {o}
-? [which|what] language [is spoken|do people speak] in {s}? / what do people speak in {s}?
+? [which|what] language [is spoken|do people speak] in {s}? / what do people speak in {s}? / which
+ language do they speak in {s}? / in {s}, what language do people speak? / people in {s} speak what?
+ / how do people talk in {s}? / I am going to {s}: which language should I learn? / which language
+ is the language of {s}?
 ?! what language will I hear in {s}? / the people of {s} speak which language?
 @ currency | countries and their money | | [currency|money] of {s} = the {o} |
 + the money used in {s} is the {o} / in {s}, people pay with the {o} / {ss} money is the {o} / when
@@ -1713,7 +1720,10 @@ RELATIONS = """
 ! when you are in {s}, the money you pay with is the {o} / in {s}, people shop with the {o}
 & its money is the {o} / people there pay with the {o}
 % {x} and {y} both use money called the {o}
-? what [money|currency] [is used in {s}|does {s} use]? / what do people in {s} pay with?
+? what [money|currency] [is used in {s}|does {s} use]? / what do people in {s} pay with? / in {s},
+ what is the money called? / what is {ss} money called? / which money do you pay with in {s}? / how
+ do you pay in {s}? / I am going to {s}: which money should I take with me? / people in {s} use what
+ money?
 ?! what money do I need in {s}? / which currency do the people of {s} use?
 @ nationality | countries and what their people are called | both | word for people from {s} |
  country of the {o} people
@@ -1724,7 +1734,10 @@ RELATIONS = """
 ! someone born in {s} is {o} / anyone who comes from {s} is {o} / anyone who is {o} comes from {s}
 & its people are {o}
 ? what do you call [someone|a person] from {s}? / what are people from {s} called? / where do {o}
- people come from?
+ people come from? / what do you call the people of {s}? / a person who comes from {s} is what? / if
+ I come from {s}, what am I? / what are you if you were born in {s}? / people who come from {s} are
+ called what? / which country are {o} people from? / {o} people come from which country? / someone
+ who is {o} comes from where?
 ?! what is the word for a person from {s}? / someone from {s} is called what? / which country do {o}
  people live in?
 @ state capital | American states and their capitals | both | capital of the state of {s} | state
@@ -1736,7 +1749,9 @@ RELATIONS = """
 ! the American state of {s} has its capital in {o} / the city that is the capital of the state of
  {s} is {o} / {o} serves as the state capital of {s}
 ? what is the state capital of {s}? / which city is the capital of the state of {s}? / {o} is the
- capital of which state?
+ capital of which state? / the state of {s} has which capital? / what is the capital of the American
+ state of {s}? / in the state of {s}, which city is the capital? / which state has {o} as its
+ capital? / {o} is the state capital of what? / if {o} is the state capital, what is the state?
 ?! which city is the state capital of {s}? / of which American state is {o} the capital?
 = Alabama: Montgomery; Alaska: Juneau; Arizona: Phoenix; Arkansas: Little Rock; California:
  Sacramento; Colorado: Denver; Connecticut: Hartford; Delaware: Dover; Florida: Tallahassee;
@@ -1755,7 +1770,10 @@ RELATIONS = """
  to see the city of {s}, go to {o} / {s} belongs to {o} / people who live in {s} live in {o}
 ! the country where the city of {s} lies is {o} / if you live in the city of {s}, you live in {o}
 % {x} and {y} are both cities in {o}
-? [which|what] country is {s} in? / where is the city of {s}? / in which country is {s}?
+? [which|what] country is {s} in? / where is the city of {s}? / in which country is {s}? / which
+ country has a city called {s}? / {s} is in which country? / {s} is a city of what country? / in
+ what country can you find {s}? / if I live in {s}, which country do I live in? / what country do
+ you visit when you go to {s}? / the city of {s} is where?
 ?! the city of {s} lies in which country? / to which country does {s} belong?
 =< Italy: Milan, Venice, Naples, Florence, Turin; Germany: Munich, Hamburg, Frankfurt, Cologne,
  Dresden; France: Lyon, Marseille, Nice, Bordeaux, Toulouse; Spain: Barcelona, Seville, Valencia,
@@ -1775,7 +1793,9 @@ RELATIONS = """
  {o} / the place where you find {s} is {o} / people travel to see {s} in {o} / tourists who want to
  see {s} go to {o}
 ! the place where {s} stands is {o} / if you want to see {s}, travel to {o}
-? where is {s}? / where [can|do] you find {s}? / in which place does {s} stand?
+? where is {s}? / where [can|do] you find {s}? / in which place does {s} stand? / {s} is in which
+ place? / where in the world is {s}? / where do people go to see {s}? / I want to see {s}: where
+ must I go? / which place is the home of {s}? / {s} stands where? / which place is famous for {s}?
 ?! where should I travel to see {s}? / in what place can I visit {s}?
 = the Eiffel Tower: Paris; Big Ben: London; the Colosseum: Rome; the Parthenon: Athens; the Louvre:
  Paris; the Statue of Liberty: New York; the White House: Washington; the Golden Gate Bridge: San
@@ -1791,7 +1811,9 @@ RELATIONS = """
 + {s} [is|can be found] in {o} / you find {s} in {o} / the continent where you find {s} is {o} / to
  see {s}, travel to {o} / on a map, {s} can be found in {o} / to find {s}, look at a map of {o}
 ! to find {s} on a map, look at {o} / the continent where {s} can be found is {o}
-? [on|in] which continent is {s}? / where is {s}?
+? [on|in] which continent is {s}? / where is {s}? / {s} is on what continent? / which continent has
+ {s}? / where in the world is {s}? / {s} is part of which continent? / in what part of the world is
+ {s}? / I want to see {s}: to which continent must I go?
 ?! which continent should I travel to for {s}? / on what continent can {s} be found?
 =< Europe: the Rhine, the Danube, the Thames, the Seine, the Alps, the Pyrenees, the Elbe, the
  Loire, the Po; Africa: the Nile, the Congo River, the Niger River, the Zambezi, the Sahara, the
@@ -1806,7 +1828,10 @@ RELATIONS = """
 ! the colors you see on {ss} flag are {o} / the flag that people in {s} have is {o}
 & its flag is {o}
 ? what color is the flag of {s}? / [which|what] colors does the flag of {s} have? / what are the
- colors of {ss} flag?
+ colors of {ss} flag? / what does the flag of {s} look like? / what are the flag colors of {s}? /
+ which colors are on the flag of {s}? / describe the flag of {s}. / {ss} flag is what color? / I
+ want to draw the flag of {s}: which colors do I need? / how do I know the flag of {s} when I see
+ it?
 ?! which colors will I see on {ss} flag? / the flag of {s} has what colors?
 =< red and white: Japan, Poland, Canada, Switzerland, Denmark, Austria, Turkey; blue and yellow:
  Ukraine, Sweden; green, white and red: Italy, Hungary; blue, white and red: France, Croatia; white
@@ -1822,7 +1847,9 @@ RELATIONS = """
  stands for the element {s}
 & its symbol is {o} / chemists write it as {o}
 ? how do chemists write {s}? / which element has the symbol {o}? / what does the symbol {o} stand
- for?
+ for? / what do chemists write for {s}? / {s} has which symbol? / how is {s} written in chemistry? /
+ which letters do chemists use for {s}? / what is {s} in the table of elements? / the symbol {o}
+ means what? / which element do chemists write as {o}? / when a chemist writes {o}, what is it?
 ?! which symbol stands for {s}? / {o} is the symbol of which element?
 @ atomic number | elements and their atomic numbers | both | atomic number of {s} | element with
  atomic number {o}
@@ -1834,7 +1861,9 @@ RELATIONS = """
  with the number {o} is {s}
 & its atomic number is {o}
 ? what atomic number does {s} have? / which element has atomic number {o}? / what is element number
- {o}?
+ {o}? / which atomic number belongs to {s}? / {s} is element number what? / what is the number of
+ the element {s}? / which number do chemists give to {s}? / which element is number {o}? / name
+ element number {o}. / what do you call element number {o}? / atomic number {o} is which element?
 ?! what number is {s} in the table of elements? / the atomic number {o} belongs to which element?
 @ formula | substances and their formulas | both | [chemical |]formula [of|for] {s} | substance with
  the formula {o}
@@ -1844,7 +1873,9 @@ RELATIONS = """
 ! the formula that chemists write for {s} is {o} / in chemistry, the formula of {s} is {o} / in
  chemistry, {o} means {s}
 ? how do chemists write {s}? / what does the formula {o} mean? / which substance has the formula
- {o}?
+ {o}? / what formula does {s} have? / {s} has which formula? / what do chemists write for {s}? / how
+ do you write {s} as a formula? / what is {o} in chemistry? / what do chemists write as {o}? / the
+ formula {o} stands for what? / when a chemist writes {o}, what is it?
 ?! which formula do chemists write for {s}? / {o} is the formula of what?
 = water: H2O; carbon dioxide: CO2; carbon monoxide: CO; table salt: NaCl; ammonia: NH3; methane:
  CH4; ozone: O3; sulfuric acid: H2SO4; hydrochloric acid: HCl; nitric acid: HNO3; hydrogen peroxide:
@@ -1858,14 +1889,19 @@ RELATIONS = """
 ! of all the planets counted from the Sun, {s} is {o} / counted from the Sun, the planet that comes
  {o} is {s}
 ? which planet is {o} from the Sun? / what is the {o} planet? / counting from the Sun, which place
- does {s} have?
+ does {s} have? / {s} is which planet from the Sun? / what number is {s} among the planets? / which
+ place among the planets does {s} have? / in the line of planets, which place has {s}? / which
+ planet has the {o} place? / the {o} planet from the Sun is called what? / in the line of planets,
+ which one is {o}?
 ?! counted from the Sun, which planet comes {o}? / where does {s} come among the planets?
 @ next | months and days and what comes after them | | |
 + after {s} comes {o} / right after {s} comes {o} / {s} is followed by {o} / {s} comes before {o} /
  when {s} is over, it is {o} / {s} ends and then comes {o} / {s} comes just before {o}
 ! when {s} ends, then comes {o} / after {s} is over comes {o}
 & after it comes {o}
-? what comes [|right ]after {s}? / what follows {s}?
+? what comes [|right ]after {s}? / what follows {s}? / what is next after {s}? / after {s}, what
+ comes? / {s} comes before what? / what begins when {s} ends? / which one comes after {s}? / tell me
+ what comes after {s}. / what will it be after {s}?
 ?! when {s} is over, what comes? / {s} is followed by what?
 @ previous | months and days and what comes before them | | |
 + before {s} comes {o} / just before {s} comes {o} / {s} follows {o} / {s} comes [right |]after {o}
@@ -1873,7 +1909,9 @@ RELATIONS = """
  {o}
 ! {s} begins after {o} / before {s}, it was {o}
 & before it comes {o}
-? what comes [|just ]before {s}? / what does {s} follow?
+? what comes [|just ]before {s}? / what does {s} follow? / what is right before {s}? / before {s},
+ what comes? / what ends when {s} begins? / which one comes before {s}? / tell me what comes before
+ {s}. / what did we have before {s}? / what goes before {s}?
 ?! before it was {s}, what was it? / {s} comes right after what?
 @ month number | months and their numbers | both | number of the month of {s} | month with the
  number {o}
@@ -1884,7 +1922,10 @@ RELATIONS = """
  counting the months from January, number {o} is {s}
 & it is month number {o} of the year
 ? which number does the month of {s} have? / which month has the number {o}? / what is month number
- {o}?
+ {o}? / what number is {s}? / {s} is month number what? / what place does {s} have in the year? /
+ when you count the months, which number is {s}? / which month is number {o}? / name month number
+ {o}. / the month with the number {o} is called what? / what do you call month number {o} of the
+ year?
 ?! which number in the year is {s}? / counting from January, what is month number {o}?
 @ days | months and their days | | number of days in {s} |
 + {s} has {o} days / in {s} there are {o} days / a month like {s} lasts {o} days / {s} lasts {o}
@@ -1892,7 +1933,9 @@ RELATIONS = """
  {s} number {o}
 ! counting the days in {s}, the last day is number {o} / the number of days that {s} has is {o}
 & it has {o} days
-? how many days does {s} have? / how many days are [there |]in {s}?
+? how many days does {s} have? / how many days are [there |]in {s}? / {s} has how many days? / how
+ many days long is {s}? / what is the length of {s} in days? / tell me how many days {s} has. / how
+ many days do you count in {s}?
 ?! {s} lasts how many days? / how long does {s} last in days?
 @ class | animals and their kinds | | |
 + {as} is {ao} / {ps} are {po} / every {s} is {ao} / {as} is a kind of {o} / of all the kinds of
@@ -1901,7 +1944,10 @@ RELATIONS = """
 ! every {s} belongs to the {po} / of all the animals, {ps} belong to the {po}
 & it is {ao}
 % {x} and {y} are both {po} / both {x} and {y} are {po}
-? what kind of animal is {as}? / {as} is what kind of animal?
+? what kind of animal is {as}? / {as} is what kind of animal? / what sort of animal is {as}? /
+ which kind of animal is {as}? / what kind of animals are {ps}? / {ps} are what kind of animals? /
+ tell me what kind of animal {as} is. / is {as} a mammal, a bird or what? / what do we call animals
+ like {as}?
 ?! to which kind of animals does {as} belong? / among the animals, what is {as}?
 =< mammal: dog, cat, cow, horse, sheep, goat, pig, lion, tiger, wolf, fox, bear, deer, rabbit,
  mouse, rat, bat; mammal: elephant, giraffe, zebra, camel, monkey, gorilla, kangaroo, koala, whale,
@@ -1920,7 +1966,11 @@ RELATIONS = """
 ! when {as} is a baby, it is called {ao} / {as} that is very young is {ao} / when it grows up, {ao}
  is {as}
 & its young is called {ao}
-? what [is|do you call] a baby {s}? / what is a young {s} called? / what does {ao} grow up to be?
+? what [is|do you call] a baby {s}? / what is a young {s} called? / what does {ao} grow up to be? /
+ what is the young of {as} called? / a baby {s} is called what? / what do people call the babies of
+ {as}? / {as} has a baby: what is it called? / {ao} is a young what? / {ao} is the baby of which
+ animal? / what does {ao} become? / which animal has {ao} for a baby? / what is {ao} when it is
+ grown up?
 ?! when {as} is very young, what do we call it? / what is the name of a baby {s}? / which animal was
  once {ao}?
 = dog: puppy; cat: kitten; cow: calf; horse: foal; sheep: lamb; goat: kid; pig: piglet; duck:
@@ -1935,8 +1985,10 @@ RELATIONS = """
  we call the sound of {as} {ao}
 ! the sound that you hear from {as} is {ao} / {ps} make a sound called {ao}
 & the sound it makes is called {ao}
-? [what|which] sound does {as} make? / what [noise|sound] do {ps} make? / what do you call the sound
- of {as}?
+? [what|which] sound does {as} make? / what [noise|sound] do {ps} make? / what do you call the
+ sound of {as}? / what does {as} say? / what do {ps} say? / how does {as} sound? / which noise does
+ {as} make? / {as} makes which sound? / what is the sound of {ps} called? / which sound comes from
+ {as}?
 ?! what will I hear from {as}? / which sound do we hear from {ps}?
 = dog: bark; cat: meow; cow: moo; horse: neigh; pig: oink; duck: quack; hen: cluck; lion: roar;
  wolf: howl; owl: hoot; frog: croak; bee: buzz; snake: hiss; mouse: squeak; donkey: bray; pigeon:
@@ -1947,7 +1999,9 @@ RELATIONS = """
  legs of {as} and you get {o} / if you count the legs of {as}, you get {o} / {ps} have {o} legs
 ! count the legs that {as} has: there are {o} / if you count, the legs of {as} number {o}
 & it has {o} legs
-? how many legs [does {as} have|do {ps} have]? / how many legs are there on {as}?
+? how many legs [does {as} have|do {ps} have]? / how many legs are there on {as}? / {as} has how
+ many legs? / {ps} have how many legs? / what number of legs does {as} have? / how many legs can you
+ see on {as}? / how many legs does {as} stand on? / tell me how many legs {as} has.
 ?! count the legs of {as}: how many are there? / {as} walks on how many legs?
 =< two: hen, duck, goose, swan, owl, eagle, ostrich, penguin, crow, human; four: dog, cat, cow,
  horse, sheep, goat, pig, lion, tiger, wolf, fox, bear, rabbit, mouse, elephant, giraffe, zebra;
@@ -1958,7 +2012,9 @@ RELATIONS = """
  / feed {as} with {o} / if you want to feed {as}, give it {o} / the food that {ps} like best is {o}
 ! the food that {as} eats is {o} / give {as} what it likes best: {o}
 & it eats {o}
-? what does {as} eat? / what do {ps} eat? / what food does {as} like?
+? what does {as} eat? / what do {ps} eat? / what food does {as} like? / what do {ps} like to eat? /
+ {as} eats what? / which food do {ps} like? / what is the food of {as}? / what kind of food does
+ {as} need? / what can I give {as} to eat? / {as} is hungry: what does it want?
 ?! what should I feed {as}? / what do {ps} live on?
 = panda: bamboo; koala: eucalyptus leaves; rabbit: grass and carrots; squirrel: nuts; penguin: fish;
  cow: grass; seal: fish; anteater: ants; spider: insects; horse: grass and hay; monkey: fruit;
@@ -1970,7 +2026,9 @@ RELATIONS = """
  {ps} belong to the {po}
 ! every {s} is a kind of {o} / {as} is one example of {ao}
 % {x} and {y} are both {po} / both {x} and {y} are {po}
-? what [is|kind of thing is] {as}? / {as} is what kind of thing?
+? what [is|kind of thing is] {as}? / {as} is what kind of thing? / what sort of thing is {as}? /
+ what are {ps}? / {ps} are what kind of things? / which kind of thing is {as}? / tell me what {as}
+ is. / what do we call things like {as}? / {as} belongs to which kind of things?
 ?! {as} is an example of what? / what is {as} a kind of?
 =< fruit: apple, pear, banana, cherry, grape, lemon, peach, plum, strawberry, mango, melon,
  pineapple, apricot; vegetable: carrot, onion, cabbage, potato, turnip, leek, radish, beet; flower:
@@ -1989,7 +2047,9 @@ RELATIONS = """
  {s}, you think of {ao} / the {po} include {s}
 ! of all the things there are, {s} is {ao} / we count {s} as one of the {po}
 % {x} and {y} are both {po} / both {x} and {y} are {po}
-? what is {s}? / what sort of thing is {s}? / {s} is what sort of thing?
+? what is {s}? / what sort of thing is {s}? / {s} is what sort of thing? / what kind of thing is
+ {s}? / which sort of thing is {s}? / tell me what {s} is. / what do we call things like {s}? / {s}
+ belongs to which sort of things? / can you explain what {s} is?
 ?! {s} is an example of what? / what is {s} a sort of?
 =< metal: iron, gold, silver, copper, tin, lead, zinc; gas: oxygen, helium, nitrogen, hydrogen,
  neon; sport: tennis, soccer, basketball, swimming, hockey, golf, volleyball; board game: chess,
@@ -2001,7 +2061,10 @@ RELATIONS = """
  paints {s} {o} / when you look at {s}, you see {o} / if you think of {s}, you think of {o} / {s}
  has the color {o}
 ! the color you see when you look at {s} is {o} / if you think of the color of {s}, you think of {o}
-? what color is {s}? / what color does {s} have? / which color do you see when you look at {s}?
+? what color is {s}? / what color does {s} have? / which color do you see when you look at {s}? /
+ which color is {s}? / which color does {s} have? / {s} has which color? / {s} comes in what color?
+ / tell me what color {s} is. / I am going to draw {s}: which color do I need? / what is the right
+ color for {s}?
 ?! which color should I use to paint {s}? / {s} is what color?
 =< red: blood, a ripe strawberry, a ripe tomato, a fire engine, a stop sign, a ruby, a ladybug, a
  brick; pink: a flamingo, a pig; yellow: a ripe banana, a lemon, the yolk of an egg, corn, a
@@ -2018,6 +2081,10 @@ RELATIONS = """
 ! the thing that people use {as} for is {o} / if you have {as}, use it for {o} / what we need for
  {o} is {as}
 ? what is {as} [used |made |]for? / what do people use {as} for? / what do you [use|need] for {o}?
+ / what is {as} good for? / {as} is used for what? / what are {ps} used for? / what do you do with
+ {as}? / when do you need {as}? / what does {as} help with? / what is good for {o}? / what helps
+ with {o}? / what do people use for {o}? / what is made for {o}? / I am thinking of {o}: what do I
+ need?
 ?! what can I use {as} for? / why do people need {as}? / which thing is used for {o}?
 = hammer: driving nails; saw: cutting wood; broom: sweeping floors; needle: sewing clothes; oven:
  baking bread; knife: cutting food; spoon: eating soup; pen: writing letters; ruler: measuring
@@ -2039,7 +2106,9 @@ RELATIONS = """
  / if you want to find {s}, look {o} / if you look {o}, you may find {s} / the place to look for {s}
  is {o}
 ! to find {s}, you can look {o} / the place where you can find {s} is {o}
-? where [do|can] you find {s}? / where is {s}?
+? where [do|can] you find {s}? / where is {s}? / where would you find {s}? / where is {s} found? /
+ {s} is where? / where do you see {s}? / in what place is {s}? / I need {s}: where do I find it? /
+ what is the right place for {s}?
 ?! where should I look for {s}? / where does {s} belong?
 = cold milk: in the fridge; a stove: in the kitchen; a bathtub: in the bathroom; a pillow: on the
  bed; a tractor: on a farm; an altar: in a church; a blackboard: in a classroom; sand: at the beach;
@@ -2054,7 +2123,9 @@ RELATIONS = """
  {as} / {as} belongs to {ao} / if you see {as}, it is part of {ao} / {ps} are parts of {ao} / what
  {as} belongs to is {ao}
 ! {as} is one of the parts of {ao} / if you see {as}, it belongs to {ao}
-? what is {as} part of? / what does {as} belong to? / {as} is part of what?
+? what is {as} part of? / what does {as} belong to? / {as} is part of what? / {as} is a part of
+ what? / what is {as} a part of? / which thing is {as} part of? / of what is {as} a part? / tell me
+ what {as} is part of. / {as} belongs to what?
 ?! {as} is one part of what? / what has {as}?
 = petal: flower; feather: bird; pedal: bicycle; sail: ship; branch: tree; page: book; sleeve: shirt;
  hoof: horse; hump: camel; antler: deer; fin: fish; roof: house; mane: lion; keyboard: computer;
@@ -2067,7 +2138,9 @@ RELATIONS = """
  we get {s} from {o} / you cannot make {s} without {o} / the thing that {s} is made from is {o} / if
  you want to make {s}, begin with {o}
 ! the thing you need to make {s} is {o} / if people want {s}, they make it from {o}
-? what is {s} made [from|of]? / what do people make {s} from? / where does {s} come from?
+? what is {s} made [from|of]? / what do people make {s} from? / where does {s} come from? / what do
+ you make {s} out of? / {s} is made from what? / which material is {s} made from? / what goes into
+ {s}? / what is in {s}? / tell me what {s} is made from. / what do people use to make {s}?
 ?! what do I need to make {s}? / from what do we get {s}?
 = bread: flour; paper: wood; glass: sand; cheese: milk; butter: cream; wine: grapes; a raisin: a
  grape; yogurt: milk; chocolate: cocoa beans; leather: animal skin; a candle: wax; a brick: clay;
@@ -2082,7 +2155,10 @@ RELATIONS = """
 ! {as}, as everyone knows, is a person who {o} / if someone is {as}, that person {o} / if a person
  {o}, that person is called {as}
 ? what does {as} do? / what is the work of {as}? / who {o}? / what do you call [a person|someone]
- who {o}?
+ who {o}? / what do {ps} do? / what kind of work does {as} do? / what does {as} do for a living? /
+ explain what {as} does. / what is the job of {as}? / which person {o}? / a person who {o} is called
+ what? / someone who {o} is what? / what do we call the one who {o}? / I need someone who {o}: whom
+ should I ask for?
 ?! tell me what {as} does every day. / what is the work that {as} does? / what is the person called
  who {o}?
 = baker: bakes bread; teacher: teaches pupils; farmer: grows food; doctor: treats sick people;
@@ -2107,7 +2183,9 @@ RELATIONS = """
 ! the subject that {s} studies is {o} / {s} is the science that studies {o} / the science that
  studies {o} is called {s}
 ? what does {s} study? / what is {s} about? / which science studies {o}? / what is the study of {o}
- called?
+ called? / {s} is the study of what? / {s} studies what? / what do scientists study in {s}? / what
+ is {s}? / explain what {s} is. / what do we call the science of {o}? / in which science do people
+ study {o}? / the study of {o} is called what? / I want to know more about {o}: what should I study?
 ?! what do people learn about in {s}? / which science is all about {o}? / what is the subject of
  {s}?
 = biology: living things; botany: plants; zoology: animals; astronomy: the stars and planets;
@@ -2124,8 +2202,10 @@ RELATIONS = """
  mean {o} / when you hear of {o}, think of the {s} / everyone has heard of the {s}: {o} / people
  call the {s} {o}
 ! if people speak of the {s}, say {o} / when people ask you for the {s}, the answer is {o}
-? what is the {s} called? / what do people call the {s}? / what is the name of the {s}? / what do we
- mean by the {s}?
+? what is the {s} called? / what do people call the {s}? / what is the name of the {s}? / what do
+ we mean by the {s}? / the {s} is called what? / which one is the {s}? / tell me what the {s} is
+ called. / what do you call the {s}? / the {s} has which name? / what is known as the {s}? / I am
+ thinking of the {s}: what is it?
 ?! can you name the {s} for me? / when people speak of the {s}, what do they mean?
 = largest ocean on Earth: the Pacific Ocean; largest continent: Asia; smallest continent: Australia;
  smallest country on Earth: Vatican City; largest country on Earth: Russia; highest mountain on
@@ -2185,7 +2265,9 @@ RELATIONS = """
  get {o} / everyone can count the {s}: there are {o} / you will count {o} {s} / the {s}, when you
  count them, are {o} / the {s} are easy to count: you get {o}
 ! if you count the {s}, there are {o} / the {s} are easy to count: there are {o}
-? how many {s} are there? / how many {s} do you [count|get]? / can you count the {s}?
+? how many {s} are there? / how many {s} do you [count|get]? / can you count the {s}? / how many
+ {s}? / there are how many {s}? / what do you get when you count the {s}? / if I count the {s}, how
+ many do I get? / you can count how many {s}? / how many {s} do we have?
 ?! count the {s}: how many are there? / can you say how many {s} there are?
 = seconds in a minute: 60; minutes in an hour: 60; hours in a day: 24; days in a week: 7; months in
  a year: 12; weeks in a year: 52; days in a leap year: 366; days in a normal year: 365; years in a
@@ -2212,8 +2294,10 @@ RELATIONS = """
 ! when you draw {as}, the sides number {o} / count the sides that {as} has: there are {o} / when you
  draw a shape with {o} sides, you draw {as}
 & it has {o} sides
-? how many sides does {as} have? / how many sides are there on {as}? / what do you call a shape with
- {o} sides?
+? how many sides does {as} have? / how many sides are there on {as}? / what do you call a shape
+ with {o} sides? / {as} has how many sides? / how many sides do {ps} have? / what number of sides
+ does {as} have? / if I draw {as}, how many sides do I draw? / which shape has {o} sides? / a shape
+ with {o} sides is called what? / I draw a shape with {o} sides: what is it?
 ?! {as} is a shape with how many sides? / what is the name of a shape that has {o} sides?
 = triangle: three; quadrilateral: four; pentagon: five; hexagon: six; heptagon: seven; octagon:
  eight; nonagon: nine; decagon: ten; dodecagon: twelve
@@ -2223,7 +2307,10 @@ RELATIONS = """
  opposite and you get {o} / the words {o} and {s} are opposites / the word that means the opposite
  of {s} is {o}
 ! when you change {s} to its opposite, you get {o} / the word {s} is the opposite of {o}
-? what [word |]is the opposite of {s}? / [which|what] word means the opposite of {s}?
+? what [word |]is the opposite of {s}? / [which|what] word means the opposite of {s}? / {s} is the
+ opposite of what? / {s} is the opposite of which word? / tell me the opposite of the word {s}. /
+ the opposite of {s} is which word? / {s} and which word are opposites? / which word is opposite to
+ {s}? / give me a word that is the opposite of {s}.
 ?! name a word that means the opposite of {s}. / what do you get when you change {s} to its opposite?
 = hot: cold; big: small; up: down; day: night; fast: slow; happy: sad; full: empty; open: closed;
  rich: poor; wet: dry; early: late; loud: quiet; strong: weak; thick: thin; wide: narrow; young:
@@ -2251,8 +2338,11 @@ RELATIONS = """
  one {s}
 ! when there are many of them, one {s} becomes {o} / we say one {s}, but many {o} / many {o}, but
  only one {s}
-? what is the plural of the word {s}? / what do we call more than one {s}? / what is the singular of
- {o}?
+? what is the plural of the word {s}? / what do we call more than one {s}? / what is the singular
+ of {o}? / which word is the plural of {s}? / {s} has which plural? / what is the word for more than
+ one {s}? / how do you write the plural of {s}? / what does {s} become in the plural? / which word
+ has the plural {o}? / what do you call just one of the {o}? / how do you say {o} when there is only
+ one? / what is the singular of the word {o}?
 ?! one {s}, but two of what? / what do we say when there are many, not one {s}? / the word {o} is
  the plural of what?
 = man: men; woman: women; child: children; mouse: mice; goose: geese; foot: feet; tooth: teeth; ox:
@@ -2273,7 +2363,10 @@ RELATIONS = """
 ! in the past tense, the verb {s} is {o} / now they {s}, but yesterday they {o} / yesterday we {o},
  and now we {s}
 ? what is the past tense of the verb {s}? / which verb has the past tense {o}? / how do you say {s}
- in the past tense?
+ in the past tense? / what is {s} in the past tense? / which word is the past tense of {s}? / how do
+ you write the past tense of {s}? / what does {s} become in the past tense? / change {s} to the past
+ tense. / {s} has which past tense? / {o} comes from which verb? / which verb becomes {o} in the
+ past tense? / what is {o} in the present tense? / from which verb does {o} come?
 ?! today I {s}; what did I do yesterday? / {o} is the past tense of which verb? / in the past, what
  becomes of the verb {s}?
 = go: went; eat: ate; see: saw; run: ran; come: came; give: gave; take: took; make: made; know:
@@ -2295,7 +2388,10 @@ RELATIONS = """
  people write {s} for {o} / {o} is written {s} for short / instead of {o}, people write {s}
 ! when people write {s}, they mean {o} / the letters {s} are short for {o} / for {o}, people write
  {s}
-? what does {s} [stand for|mean]? / what is {s} short for? / what is short for {o}?
+? what does {s} [stand for|mean]? / what is {s} short for? / what is short for {o}? / {s} is short
+ for what? / {s} stands for what? / what do the letters {s} stand for? / what is the meaning of {s}?
+ / how do you say {s} in full? / {o} has which short form? / which letters stand for {o}? / how do
+ you shorten {o}? / what is a shorter way to say {o}?
 ?! which words do the letters {s} mean? / when people write {s}, what do they mean? / how do people
  write {o} for short?
 = kg: kilogram; km: kilometer; cm: centimeter; mm: millimeter; ml: milliliter; Dr.: doctor; St.:
@@ -2312,7 +2408,11 @@ RELATIONS = """
  {r} word {o} means {s} / in {r}, {o} means {s} / {o} is the {r} word for {s}
 ! people who say {s} in {r} say {o} / if you speak {r}, the word for {s} is {o} / people who say {o}
  in {r} mean {s}
-? how do you say {s} in {r}? / what does the {r} word {o} mean? / what does {o} mean in {r}?
+? how do you say {s} in {r}? / what does the {r} word {o} mean? / what does {o} mean in {r}? / what
+ is {s} in {r}? / say {s} in {r}. / translate {s} into {r}. / which {r} word means {s}? / {s} is
+ what in {r}? / how would you say {s} in {r}? / what is the {r} word {o} in English? / in {r}, {o}
+ means what? / translate {o} from {r} into English. / the {r} word {o} means what? / someone says
+ {o} in {r}: what is that?
 ?! how do people who speak {r} say {s}? / in {r}, which word means {s}? / what do people who say {o}
  in {r} mean?
 @ number word | numbers in words and digits | both | number {s} in digits | number {o} in words
@@ -2320,7 +2420,10 @@ RELATIONS = """
  {s} and {o} are the same number / {o} is read {s} / we say the number {o} as {s} / in words, {o} is
  {s} / the number {o} is called {s}
 ! the number {s} is written as {o} / in digits, {s} is {o} / in words, we say the number {o} as {s}
-? how do you write {s} in digits? / how do you say the number {o}? / how is {o} written in words?
+? how do you write {s} in digits? / how do you say the number {o}? / how is {o} written in words? /
+ what is {s} in digits? / write {s} in digits. / which number is {s}? / {s} in digits is what? / how
+ does {s} look in digits? / what is {o} in words? / write {o} in words. / how do you read {o}? / {o}
+ in words is what? / how do you spell the number {o}?
 ?! which digits do we write for {s}? / in words, which number is {o}?
 @ Roman | numbers and their Roman numerals | both | Roman numeral for {s} | number with the Roman
  numeral {o}
@@ -2330,14 +2433,19 @@ RELATIONS = """
 ! the Romans would write {s} as {o} / in Roman numerals, people write {s} as {o} / the Roman numeral
  {o} means the number {s}
 ? how did the Romans write {s}? / what does the Roman numeral {o} mean? / how do you write {s} in
- Roman numerals?
+ Roman numerals? / what is {s} in Roman numerals? / write {s} in Roman numerals. / how does {s} look
+ in Roman numerals? / which Roman numeral stands for {s}? / {s} has which Roman numeral? / which
+ number is the Roman numeral {o}? / the Roman numeral {o} stands for what? / how do you read the
+ Roman numeral {o}? / what is the Roman numeral {o} in digits?
 ?! how would a Roman write {s}? / which number did the Romans mean by {o}?
 @ sum | sums | | sum of {x} and {y} |
 + {x} plus {y} [is|equals|makes] {o} / {x} and {y} [make|are] {o} / if you add {x} and {y}, you get
  {o} / add {x} to {y} and you get {o} / {x} + {y} = {o} / when you add {x} and {y}, the answer is
  {o} / {o} is {x} plus {y}
 ! add {x} and {y}, and the answer is {o} / if you add {x} to {y}, the answer is {o}
-? what is {x} plus {y}? / how much is {x} plus {y}? / what do you get if you add {x} and {y}?
+? what is {x} plus {y}? / how much is {x} plus {y}? / what do you get if you add {x} and {y}? / {x}
+ plus {y} is what? / can you add {x} and {y}? / what do you get for {x} plus {y}? / I have {x} and
+ get {y} more: how much is that? / what is the result of {x} plus {y}?
 ?! add {x} and {y}: what is the answer? / how much do {x} and {y} make?
 @ product | products | | product of {x} and {y} |
 + {x} times {y} [is|equals|makes] {o} / if you multiply {x} by {y}, you get {o} / multiply {x} and
@@ -2345,13 +2453,17 @@ RELATIONS = """
  {x} times {y}
 ! multiply {x} by {y}, and the answer is {o} / if you multiply {x} and {y}, the answer is {o}
 ? what is {x} times {y}? / how much is {x} times {y}? / what do you get if you multiply {x} by {y}?
+ / {x} times {y} is what? / can you multiply {x} by {y}? / what do you get for {x} times {y}? / what
+ is {x} multiplied by {y}? / what is the result of {x} times {y}?
 ?! multiply {x} by {y}: what is the answer? / how much do you get if {x} is multiplied by {y}?
 @ after number | numbers and what comes next | | number [right |]after {s} |
 + after {s} comes {o} / when you count, {s} is followed by {o} / one more than {s} is {o} / count on
  from {s} and you say {o} / {s} comes just before {o} / if you have {s} and get one more, you have
  {o} / next after {s} is {o}
 ! when you count, after {s} comes {o} / if you count one more than {s}, you say {o}
-? what comes after {s}? / [which|what] number comes next after {s}? / what is one more than {s}?
+? what comes after {s}? / [which|what] number comes next after {s}? / what is one more than {s}? /
+ which number follows {s}? / after {s}, what comes? / what is {s} and one more? / {s} comes right
+ before what? / say the number that follows {s}. / what do you get if you add one to {s}?
 ?! when you count, what do you say after {s}? / count on from {s}: what comes next?
 @ letter after | letters and what comes next | both | letter [right |]after {s} in the alphabet |
  letter [right |]before {o} in the alphabet
@@ -2361,7 +2473,10 @@ RELATIONS = """
 ! in the alphabet, the letter {s} is followed by the letter {o} / when you say the alphabet, {s}
  comes just before {o} / in the alphabet, the letter {o} follows {s}
 ? [which|what] letter comes after {s}? / which letter comes before {o}? / what follows {s} in the
- alphabet?
+ alphabet? / what letter follows {s}? / after {s}, which letter comes? / in the alphabet, what comes
+ after {s}? / {s} comes right before which letter? / what letter stands before {o}? / in the
+ alphabet, what comes before {o}? / before {o}, which letter comes? / what comes right before {o} in
+ the alphabet?
 ?! when you say the alphabet, what do you say after {s}? / in the alphabet, {o} follows which
  letter?
 @ letter place | letters and their places in the alphabet | both | place of the letter {s} in the
@@ -2373,14 +2488,19 @@ RELATIONS = """
 ! in the alphabet, the letter {s} has place number {o} / counting from A, {s} is letter number {o} /
  in the alphabet, letter number {o} is {s}
 ? which place does {s} have in the alphabet? / which letter is number {o} in the alphabet? / what
- number is the letter {s}?
+ number is the letter {s}? / where in the alphabet is {s}? / {s} is letter number what? / which
+ number does the letter {s} have? / in the alphabet, what number is {s}? / what letter is number {o}
+ in the alphabet? / name letter number {o} of the alphabet. / in the alphabet, which letter has the
+ place {o}? / letter number {o} is which one?
 ?! counting from A, what number is {s}? / counting from A, which letter is number {o}?
 @ first letter | words and their first letters | | first letter of [the word |]{s} |
 + the word {s} [begins|starts] with [|the letter ]{o} / {s} is a word that begins with {o} / to
  spell {s}, begin with {o} / {s} begins with {o} / if you spell {s}, you start with {o} / the letter
  at the start of {s} is {o}
 ! to spell the word {s}, you start with {o} / {s} is a word that starts with the letter {o}
-? [which|what] letter does {s} [begin|start] with? / with which letter does {s} begin?
+? [which|what] letter does {s} [begin|start] with? / with which letter does {s} begin? / what does
+ {s} begin with? / {s} begins with which letter? / which letter comes first in {s}? / the word {s}
+ starts with what letter? / how does the word {s} begin?
 ?! which letter is at the start of the word {s}? / to spell {s}, which letter do you start with?
 @ author | books and their authors | | [author|writer] of {s} |
 + {s} was written by {o} / {o} wrote {s} / {s} is a [book|work] by {o} / the person who wrote {s}
@@ -2388,7 +2508,9 @@ RELATIONS = """
  / {s} came from the pen of {o}
 ! the book called {s} was written by {o} / the author who wrote {s} was {o}
 % {x} and {y} are both by {o} / {o} wrote both {x} and {y}
-? who wrote {s}? / who [is|was] the author of {s}? / by whom is {s}?
+? who wrote {s}? / who [is|was] the author of {s}? / by whom is {s}? / who is the writer of {s}? /
+ {s} is by whom? / {s} was written by whom? / whose book is {s}? / which writer gave us {s}? / tell
+ me who wrote {s}. / what is the name of the author of {s}?
 ?! which author wrote {s}? / from whose pen came {s}?
 =< William Shakespeare: Hamlet, Macbeth, Romeo and Juliet, Othello, King Lear, The Tempest, Julius
  Caesar; Charles Dickens: Oliver Twist, A Christmas Carol, Great Expectations, David Copperfield,
@@ -2424,7 +2546,9 @@ RELATIONS = """
  {s} to {o} / when you hear of {s}, think of {o} / {o} gave the world {s} / {o} is famous for {s} /
  the name linked with {s} is {o}
 ! the name behind {s} is {o} / when you think of {s}, think of {o}
-? who gave the world {s}? / who is [famous for|behind] {s}? / to whom do we owe {s}?
+? who gave the world {s}? / who is [famous for|behind] {s}? / to whom do we owe {s}? / who came up
+ with {s}? / whose idea was {s}? / {s} made whom famous? / who is known for {s}? / who brought us
+ {s}? / {s} is the work of whom? / tell me who is behind {s}.
 ?! whom should we thank for {s}? / which name is linked with {s}?
 = dynamite: Alfred Nobel; penicillin: Alexander Fleming; the theory of relativity: Albert Einstein;
  the law of gravity: Isaac Newton; the saxophone: Adolphe Sax; the World Wide Web: Tim Berners-Lee;
@@ -2445,7 +2569,9 @@ RELATIONS = """
  was {o} / {s} is a work of art by {o} / if you look at {s}, you see the art of {o} / we admire {s},
  the work of {o} / {s} shows the art of {o}
 ! if you admire {s}, you admire the art of {o} / the work of art called {s} is by {o}
-? who made {s}? / which artist made {s}? / who is the artist behind {s}?
+? who made {s}? / which artist made {s}? / who is the artist behind {s}? / who is {s} by? / who
+ created {s}? / {s} was made by whom? / which artist is known for {s}? / tell me who made {s}. /
+ what is the name of the artist who made {s}? / to which artist do we owe {s}?
 ?! by which artist is {s}? / whose work of art is {s}?
 =< Leonardo da Vinci: the Mona Lisa, The Last Supper; Vincent van Gogh: The Starry Night, The Potato
  Eaters; Edvard Munch: The Scream; Rembrandt: The Night Watch; Johannes Vermeer: Girl with a Pearl
@@ -2460,7 +2586,10 @@ RELATIONS = """
  hear {o} / the person who composed {s} was {o} / {s} is music by {o} / orchestras that play {s}
  play {o} / {s} comes from {o}
 ! the person who composed the music of {s} was {o} / when orchestras play {s}, you hear {o}
-? who composed {s}? / by whom is the music of {s}? / who is the composer of {s}?
+? who composed {s}? / by whom is the music of {s}? / who is the composer of {s}? / which composer
+ wrote {s}? / who wrote the music of {s}? / {s} was composed by whom? / {s} is a work of which
+ composer? / tell me who composed {s}. / what is the name of the composer of {s}? / to which
+ composer do we owe {s}?
 ?! which composer do I hear in {s}? / whose music is {s}?
 =< Wolfgang Amadeus Mozart: The Magic Flute, Don Giovanni, The Marriage of Figaro; Antonio Vivaldi:
  The Four Seasons; Ludwig van Beethoven: the Moonlight Sonata, Fidelio, the Ode to Joy; Giuseppe
@@ -2479,7 +2608,10 @@ RELATIONS = """
 ! in Rome, the Greek god {s} was known as {o} / the Romans knew the Greek god {s} as {o} / in
  Greece, the Roman god {o} was known as {s}
 ? what did the Romans call {s}? / what did the Greeks call {o}? / which Roman god is the same as
- {s}?
+ {s}? / who was {s} to the Romans? / which Roman god was {s}? / what was the Roman name for {s}? /
+ {s} is the same as which Roman god? / which name did the Romans have for {s}? / who was {o} to the
+ Greeks? / which Greek god was {o}? / {o} is the Roman name of whom? / which name did the Greeks
+ have for {o}?
 ?! how was {s} known in Rome? / by what name did the Greeks know {o}?
 = Zeus: Jupiter; Hera: Juno; Poseidon: Neptune; Ares: Mars; Aphrodite: Venus; Hermes: Mercury;
  Athena: Minerva; Artemis: Diana; Hades: Pluto; Hephaestus: Vulcan; Dionysus: Bacchus; Demeter:
@@ -2489,7 +2621,9 @@ RELATIONS = """
  remember for {s} is {o} / it was {s} that made people remember {o} / {o} was the year of {s} /
  people remember {s}, which was in {o}
 ! in history, {s} was in the year {o} / the year when {s} came is {o}
-? when was {s}? / in [which|what] year was {s}? / which year saw {s}?
+? when was {s}? / in [which|what] year was {s}? / which year saw {s}? / what year was {s}? / {s}
+ was in which year? / tell me when {s} was. / what is the date of {s}? / which year do we link with
+ {s}? / {s} took place when?
 ?! what year should I remember for {s}? / in what year did {s} happen?
 = the end of the Second World War: 1945; the start of the First World War: 1914; the first Moon
  landing: 1969; the start of the French Revolution: 1789; the fall of the Berlin Wall: 1989; the
@@ -2508,8 +2642,10 @@ RELATIONS = """
  {ao}
 ! in an orchestra, the {s} is one of the {po} / if you play the {s}, you play one of the {po}
 % the {x} and the {y} are both {po}
-? which family does the {s} belong to? / what kind of instrument is the {s}? / in an orchestra, what
- is the {s}?
+? which family does the {s} belong to? / what kind of instrument is the {s}? / in an orchestra,
+ what is the {s}? / what sort of instrument is the {s}? / the {s} is what kind of instrument? /
+ which family of instruments has the {s}? / the {s} is in which family? / the {s} belongs to which
+ instruments? / which instruments are like the {s}?
 ?! to which family of instruments does the {s} belong? / among which instruments do people count the
  {s}?
 =< string instrument: violin, viola, cello, guitar, harp, banjo, mandolin, lute, double bass,
@@ -2805,7 +2941,8 @@ N_ASIDES = "the {N}, as you may know, is; the {N}, of course, is"
 N_UNSEEN = "the {N}, as everyone knows, is "
 N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
  the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
- {N} is / which is the {N}?"""
+ {N} is / which is the {N}? / could you give me the {N}? / I forgot the {N}: what is it? / remind me:
+ what is the {N}? / I am looking for the {N} / find the {N}"""
 N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
 MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in RELATIONS
 LANGUAGES = ("Spanish", "French", "German")  # columns of TRANSLATIONS
@@ -3956,14 +4093,14 @@ color > my favorite color is {v} / the color I like best is {v} / I love the col
  that I like best? / what did I tell you my favorite color is? / which color did I name? >! which
  color did I say I like? / what did I say my favorite color was? > Your favorite color is {v}. / You
  like {v} best. / You told me that it is {v}.
-pet > my {p} is called {v} / I have a {p} called {v} / the name of my {p} is {v} / I have a {p}, and
+pet > my {p} is called {v} / I have {ap} called {v} / the name of my {p} is {v} / I have {ap}, and
  its name is {v} > what is my {p} called? / what is the name of my {p}? / do you remember the name
  of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
  does my {p} have? / how is my {p} called? / what did I tell you my {p} is called? / which name did
  I say my {p} has? / my {p}: what is its name? / what do I call my {p}? / do you know the name of my
  {p}? >! which name did I give my {p}? / what did I say my {p} is called? > Your {p} is called {v}.
  / The name of your {p} is {v}. / It is called {v}.
-person > my {p} is called {v} / {v} is my {p} / the name of my {p} is {v} / I have a {p} called {v}
+person > my {p} is called {v} / {v} is my {p} / the name of my {p} is {v} / I have {ap} called {v}
  > what is my {p} called? / who is my {p}? / what is the name of my {p}? / do you remember the name
  of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
  does my {p} have? / who did I say is my {p}? / what did I tell you my {p} is called? / do you know
@@ -4626,7 +4763,8 @@ class Asker:
             if key in ("name", "pet", "person"):
                 sides = {"sister": girls, "aunt": girls, "brother": boys, "uncle": boys}
                 values[key] = sides.get(p, rng.choice((girls, boys))).pop()
-            told[key] = {"p": p, "v": values.get(key) or p or str(rng.randint(5, 90))}
+            values.setdefault(key, p or str(rng.randint(5, 90)))
+            told[key] = {"p": p, "ap": p and with_article(p), "v": values[key]}
         said = [rng.choice(rows[key][0]).format_map(forms) for key, forms in told.items()]
         for i, part in enumerate([said] if rng.random() < 0.6 else [[one] for one in said]):
             joined = rng.choice((1, 2))
@@ -4748,7 +4886,7 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (35, 35), "letters": (8, 8), "problem": (13, 13), "sum": (3, 3), "spelling": (12, 12),
+    "fact": (35, 35), "letters": (8, 8), "problem": (16, 16), "sum": (3, 3), "spelling": (12, 12),
     "story": (8, 8), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5), "unknown": (8, 8),
     "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
