@@ -753,14 +753,15 @@ def grade(item: dict[str, Any], reply: str) -> bool:
     """Say whether a reply's text is right for a graded item.
 
     "number": its last number is the answer. "letter": it begins with that letter as a word, or
-    is one of the `choices` and that letter.
+    its last line is one of the `choices` and that letter.
     "text": it has one of `accept` and none of `reject`, as whole words in any case; what is
     rejected but is part of something accepted does not count. "code" is evaluate.py's own.
     """
     if item["grade"] == "number":
         return last_number(reply) == last_number(item["answer"])
     if item["grade"] == "letter":
-        choice, _, letter = reply.strip(" .").rpartition(" ")
+        last = reply.strip(" .\n").rpartition("\n")[2]
+        choice, _, letter = last.removeprefix("- ").rpartition(" ")
         if choice in item.get("choices", ()):
             return letter == item["answer"]
         return re.match(rf"\s*{re.escape(item['answer'])}\b", reply) is not None

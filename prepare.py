@@ -1843,13 +1843,13 @@ RELATIONS = """
 + chemists write {s} as {o} / {ss} symbol is {o} / the element {s} has the symbol {o} / {s} is
  written as {o} / the letters {o} stand for {s} / {o} is the symbol of the element {s} / when
  chemists write {o}, they mean {s}
-! the symbol that chemists write for {s} is {o} / the element {s} is written as {o} / the symbol {o}
- stands for the element {s}
+! the symbol that chemists write for {s} is {o} / the element {s} is written as {o} / the symbol
+ {o} stands for the element {s}
 & its symbol is {o} / chemists write it as {o}
 ? how do chemists write {s}? / which element has the symbol {o}? / what does the symbol {o} stand
  for? / what do chemists write for {s}? / {s} has which symbol? / how is {s} written in chemistry? /
- which letters do chemists use for {s}? / what is {s} in the table of elements? / the symbol {o}
- means what? / which element do chemists write as {o}? / when a chemist writes {o}, what is it?
+ which letters do chemists use for {s}? / the symbol {o} means what? / which element do chemists
+ write as {o}? / when a chemist writes {o}, what is it?
 ?! which symbol stands for {s}? / {o} is the symbol of which element?
 @ atomic number | elements and their atomic numbers | both | atomic number of {s} | element with
  atomic number {o}
@@ -1865,8 +1865,8 @@ RELATIONS = """
  the element {s}? / which number do chemists give to {s}? / which element is number {o}? / name
  element number {o}. / what do you call element number {o}? / atomic number {o} is which element?
 ?! what number is {s} in the table of elements? / the atomic number {o} belongs to which element?
-@ formula | substances and their formulas | both | [chemical |]formula [of|for] {s} | substance with
- the formula {o}
+@ formula | substances and their formulas | both | [chemical |]formula [of|for] {s} | substance
+ with the formula {o}
 + chemists write {s} as {o} / {ss} formula is {o} / in chemistry, {s} is written as {o} / {s} has
  the formula {o} / {o} is the formula of {s} / when chemists write {o}, they mean {s} / the formula
  {o} means {s}
@@ -1875,7 +1875,7 @@ RELATIONS = """
 ? how do chemists write {s}? / what does the formula {o} mean? / which substance has the formula
  {o}? / what formula does {s} have? / {s} has which formula? / what do chemists write for {s}? / how
  do you write {s} as a formula? / what is {o} in chemistry? / what do chemists write as {o}? / the
- formula {o} stands for what? / when a chemist writes {o}, what is it?
+ formula {o} stands for what? / when a chemist writes {o}, which substance is it?
 ?! which formula do chemists write for {s}? / {o} is the formula of what?
 = water: H2O; carbon dioxide: CO2; carbon monoxide: CO; table salt: NaCl; ammonia: NH3; methane:
  CH4; ozone: O3; sulfuric acid: H2SO4; hydrochloric acid: HCl; nitric acid: HNO3; hydrogen peroxide:
@@ -2184,8 +2184,8 @@ RELATIONS = """
  studies {o} is called {s}
 ? what does {s} study? / what is {s} about? / which science studies {o}? / what is the study of {o}
  called? / {s} is the study of what? / {s} studies what? / what do scientists study in {s}? / what
- is {s}? / explain what {s} is. / what do we call the science of {o}? / in which science do people
- study {o}? / the study of {o} is called what? / I want to know more about {o}: what should I study?
+ do we call the science of {o}? / in which science do people study {o}? / the study of {o} is called
+ what? / I want to know more about {o}: what should I study?
 ?! what do people learn about in {s}? / which science is all about {o}? / what is the subject of
  {s}?
 = biology: living things; botany: plants; zoology: animals; astronomy: the stars and planets;
@@ -2762,6 +2762,7 @@ trade away, traded away, trading away, -, test, to give something for another th
 # number, use in a problem ([now|in the past]), meaning.
 COUNT_PHRASES = """
 in all, shown, all, +, in all, everything counted together
+together, shown, all, +, together, everything counted as one
 altogether, practised, all, +, altogether, everything counted together
 in total, test, all, +, in total, everything counted together
 left, shown, left, 0, [are|were] left, still there when the rest is gone
@@ -2769,8 +2770,15 @@ to remain, practised, left, 0, [remain|remained], to be left
 to be left over, test, left, 0, [are|were] left over, to be there still when the rest is gone
 twice as many, shown, times, *2, twice as many, two times the number
 half as many, shown, times, /2, half as many, half of the number
+four times as many, shown, times, *4, four times as many, four times the number
+five times as many, shown, times, *5, five times as many, five times the number
+ten times as many, shown, times, *10, ten times as many, ten times the number
+a third as many, shown, times, /3, a third as many, a third of the number
 three times as many, practised, times, *3, three times as many, three times the number
 to halve, shown, scale, /2, [halves|halved], to become half of the number
+to quadruple, shown, scale, *4, [quadruples|quadrupled], to become four times the number
+to grow tenfold, shown, scale, *10, [grows|grew] tenfold, to become ten times the number
+to fall to a third, shown, scale, /3, [falls|fell] to a third, to become a third of the number
 to triple, practised, scale, *3, [triples|tripled], to become three times the number
 to double, test, scale, *2, [doubles|doubled], to become two times the number
 each, shown, group, *, with {b} {things} each, every single one has that number
@@ -2942,7 +2950,8 @@ N_UNSEEN = "the {N}, as everyone knows, is "
 N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
  the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
  {N} is / which is the {N}? / could you give me the {N}? / I forgot the {N}: what is it? / remind me:
- what is the {N}? / I am looking for the {N} / find the {N}"""
+ what is the {N}? / I am looking for the {N} / find the {N} / I wonder what the {N} is / would you tell
+ me the {N}?"""
 N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
 MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in RELATIONS
 LANGUAGES = ("Spanish", "French", "German")  # columns of TRANSLATIONS
@@ -4036,6 +4045,9 @@ You are {name}, a helpful assistant. / You are {name}. Be kind and brief. / Answ
  with their questions. / You are a helpful assistant called {name}."""
 BRIEFLY = """
 Answer with as few words as you can. / Give short answers. / Answer with the answer alone."""
+# Left out of questions by people in a hurry.
+SMALL_WORDS = """a an the is are was what which do does did of can could you me tell I we it there
+to give know say please that has have"""
 # Tables of talk: key > what is said >! the same, held out > what is replied.
 # Of a story: {t} is a thing, {n} who, {m} to whom, {at} "in the kitchen".
 STORY_ASKS = """
@@ -4503,6 +4515,20 @@ def put(rng: random.Random, clause: str, before: Sequence[str] = (), cased: bool
     return rng.choice(forms).format(Q=text, q=clause[0] + text[1:])
 
 
+def hurried(rng: random.Random, wording: str) -> str:
+    """Leave small words out of a wording now and then, as people type into a search box.
+
+    Without such questions a model takes any wording that it has not seen for one that asks for
+    what it does not know.
+    """
+    if rng.random() > 0.15:
+        return wording
+    words = wording.split()
+    kept = [w for w in words if w.strip("?.,:") not in SMALL_WORDS.split() or rng.random() < 0.3]
+    short = " ".join(kept)
+    return short if re.search("[a-z]{3}", re.sub(r"\{.*?\}", "", short)) else wording
+
+
 def greeted(rng: random.Random, text: str, reply: str) -> str:
     """Return a greeting, or agree to help, before a reply now and then."""
     if text.startswith(("Hello", "Hi", "Good ")) and rng.random() < 0.4:
@@ -4538,7 +4564,8 @@ def lay_out(rng: random.Random, question: str, choices: Sequence[str]) -> str:
     """Put choices under a question, to be answered by one of them and its letter.
 
     A small model names the letter only after it has said the answer: it looks up what stood
-    behind those words. So the letter follows them at once, both times, as one token.
+    behind those words. So the letter follows them at once, both times, as one token, and the
+    reply ends in the line that is right.
     """
     lines = [f"- {choice} {letter}" for choice, letter in zip(choices, "ABCD")]
     end = rng.choice(([], ["Say the answer and its letter."], ["Which one is right?"]))
@@ -4664,7 +4691,7 @@ class Asker:
     def fact_turn(self, texts: list[str], brief: float = 0.12) -> None:
         """Ask for a fact, and answer."""
         card = self.deck.deal()
-        clause = self.wording(card).format_map(fact_cards()[card])
+        clause = hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
         text = put(self.rng, clause, texts, card[0].relation in CASED)
         texts += [text, greeted(self.rng, text, self.reply(card, brief))]
 
@@ -4693,7 +4720,8 @@ class Asker:
         wrong = [choice for choice in brief_replies(fact.relation, forward) if choice != right]
         choices = self.rng.sample(wrong, 3)
         choices.insert("ABCD".index(letter), right)
-        texts = [lay_out(self.rng, question, choices), f"{right} {letter}"]
+        told = self.reply(card, 0)
+        texts = [lay_out(self.rng, question, choices), f"{told}\n- {right} {letter}"]
         return conversation("letters", texts, grade="letter", answer=letter, choices=choices)
 
     def letters_chat(self) -> dict[str, Any]:
@@ -4701,7 +4729,7 @@ class Asker:
         texts: list[str] = []
         for _ in range(self.rng.choice((1, 1, 1, 2))):
             card = self.lettered.deal()
-            clause = self.wording(card).format_map(fact_cards()[card])
+            clause = hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
             item = self.by_letter(card, put(self.rng, clause, texts, True))
             texts += [item["messages"][0]["content"], item["reply"]]
         return conversation("letters", texts)
@@ -4806,7 +4834,8 @@ class Asker:
             o = s if forward else coined(rng, self.models[name][1], self.test)
             wording = rng.choice(questions(name, forward, self.test))
             forms = Fact(name, s, o, "").forms()
-            clause, cased = wording.format_map(forms), name in CASED
+            clause = wording if self.test else hurried(rng, wording)
+            clause, cased = clause.format_map(forms), name in CASED
             reply = rng.choice(ways(DONT_KNOW)).format(s=as_asked(wording, forms) if forward else o)
         text = sentence(clause) if self.test else put(rng, clause, texts, cased)
         texts += [text, greeted(rng, text, reply)]
@@ -4886,8 +4915,9 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (35, 35), "letters": (8, 8), "problem": (16, 16), "sum": (3, 3), "spelling": (12, 12),
-    "story": (8, 8), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5), "unknown": (8, 8),
+    "fact": (34, 34), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3), "spelling": (11, 11),
+    "story": (10, 10), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5),
+    "unknown": (10, 10),
     "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
@@ -5154,7 +5184,8 @@ class Composer:
             self.facts.append(self.word(key, a=a, b=b, use=phrase["use"]))
             why = f"There are {a} {self.forms['boxes']} with {b} in each, so we multiply. "
             return self.step(why, "*", a, b)
-        self.other = 2 * rng.randint(2, 60) if phrase["op"] == "/2" else rng.randint(2, 90)
+        op, of = phrase["op"][0], int(phrase["op"][1:])
+        self.other = of * rng.randint(2, 120 // of) if op == "/" else rng.randint(2, 90)
         self.facts.append(self.word("times", a=self.other, use=phrase["use"]))
         self.has("o", self.other)
         return self.scaled(phrase, self.other)
