@@ -2179,10 +2179,10 @@ def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> 
         if filtered:  # the first is always kept
             probs[probs.cumsum(-1) - probs >= column(s.top_p for s in mine)] = 0
         sums = probs.cumsum(-1)
-        picked = (sums <= sums[:, -1:] * column(uniforms[i] for i in rows)).sum(-1, keepdim=True)
-        # rounding may pass the end, or end on an id of no probability
-        last = (probs > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-        picked = torch.minimum(picked, last)
+        total = sums[:, -1:].contiguous()
+        picked = torch.searchsorted(sums, total * column(uniforms[i] for i in rows), right=True)
+        # rounding may pass the end: the first sum that is the whole ends on an id that counts
+        picked = torch.minimum(picked, torch.searchsorted(sums, total))
         chosen[rows] = (ids.gather(1, picked) if filtered else picked)[:, 0]
     return chosen.tolist()
 

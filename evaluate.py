@@ -1103,6 +1103,9 @@ def plan_tasks(settings: Settings, asked: dict[str, Any]) -> tuple[list[str], li
     for task in settings.asked() or default_tasks(settings.stage):
         parts = [f"CORE/{name}" for name in CORE] if task == "CORE" else [task]
         there = [part for part in parts if data_path(part, asked).exists()]
+        of_world = task in (*FACT_SETS, *WORLD_SETS)
+        if of_world and not settings.asked() and not data_path(task, asked).parent.exists():
+            continue  # of other data there are no such sets
         name = task
         if task == "HumanEval" and there and not settings.run_code:
             there, name = [], "HumanEval (it needs --run-code)"

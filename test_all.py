@@ -5163,7 +5163,10 @@ def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "chats": "talks"}))
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
     assert "letters" not in tasks and {"facts_trained", "val_bpb", "GSM8K"} <= set(tasks)
-    assert "letters" in re.search("left out, .*", capsys.readouterr().out)[0]
+    left_out = re.search("left out, .*", capsys.readouterr().out)[0]
+    assert "MMLU" in left_out and "letters" not in left_out  # talks of one's own have no such sets
+    with pytest.raises(common.MissingInput, match="no data for letters"):
+        evaluate.main(tiny_evaluate(stage="sft", task="letters"))
     shutil.copytree(common.data_dir("tiny") / "eval", common.data_dir("talks") / "eval")
     report = evaluate.main(tiny_evaluate(stage="sft"))
     assert "letters" in report["tasks"] and report["chats"] == "talks"
