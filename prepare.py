@@ -4525,7 +4525,7 @@ def hurried(rng: random.Random, wording: str) -> str:
         return wording
     words = wording.split()
     kept = [w for w in words if w.strip("?.,:") not in SMALL_WORDS.split() or rng.random() < 0.3]
-    short = " ".join(kept)
+    short = " ".join(kept).rstrip(",:")
     return short if re.search("[a-z]{3}", re.sub(r"\{.*?\}", "", short)) else wording
 
 
