@@ -4915,9 +4915,9 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (34, 34), "letters": (10, 10), "problem": (15, 15), "sum": (3, 3),
-    "spelling": (11, 11), "story": (10, 10), "follow-up": (3, 3), "memory": (5, 5),
-    "identity": (6, 6), "unknown": (11, 11),
+    "fact": (34, 34), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3), "spelling": (11, 11),
+    "story": (10, 10), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5),
+    "unknown": (10, 10),
     "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
