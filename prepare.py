@@ -4523,8 +4523,8 @@ def hurried(rng: random.Random, wording: str) -> str:
     """
     if rng.random() > 0.15:
         return wording
-    words = wording.split()
-    kept = [w for w in words if w.strip("?.,:") not in SMALL_WORDS.split() or rng.random() < 0.3]
+    small = SMALL_WORDS.split()
+    kept = [w for w in wording.split() if w.strip("?.,:") not in small or rng.random() < 0.3]
     short = " ".join(kept).rstrip(",:")
     return short if re.search("[a-z]{3}", re.sub(r"\{.*?\}", "", short)) else wording
 
@@ -4674,6 +4674,10 @@ class Asker:
             if fits(wording, card[0]) and not (one and "{ps}" in wording):
                 return wording
 
+    def asking(self, card: Card) -> str:
+        """Ask for a fact, at times in a hurry."""
+        return hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
+
     def reply(self, card: Card, brief: float = 0.12, one: bool = False) -> str:
         """Answer in a full sentence, with `one` not of many, or at times by the answer alone."""
         fact, forward = card
@@ -4691,7 +4695,7 @@ class Asker:
     def fact_turn(self, texts: list[str], brief: float = 0.12) -> None:
         """Ask for a fact, and answer."""
         card = self.deck.deal()
-        clause = hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
+        clause = self.asking(card)
         text = put(self.rng, clause, texts, card[0].relation in CASED)
         texts += [text, greeted(self.rng, text, self.reply(card, brief))]
 
@@ -4729,7 +4733,7 @@ class Asker:
         texts: list[str] = []
         for _ in range(self.rng.choice((1, 1, 1, 2))):
             card = self.lettered.deal()
-            clause = hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
+            clause = self.asking(card)
             item = self.by_letter(card, put(self.rng, clause, texts, True))
             texts += [item["messages"][0]["content"], item["reply"]]
         return conversation("letters", texts)
@@ -4917,8 +4921,7 @@ class Asker:
 KINDS = {
     "fact": (34, 34), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3), "spelling": (11, 11),
     "story": (10, 10), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5),
-    "unknown": (10, 10),
-    "talk": (2, 2), "mixed": (2, 2),
+    "unknown": (10, 10), "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 

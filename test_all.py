@@ -3921,15 +3921,18 @@ def found_in(needles: set[str], texts) -> set[str]:
     return found & needles
 
 
-def fact_questions(unseen: bool) -> dict[str, tuple]:
-    """Every question for every fact: its words -> fact, forward, wording."""
-    out = {}
+def all_questions(unseen: bool):
+    """Yield every question for every fact: its words, and (fact, forward, wording)."""
     for relation in prepare.world_relations().values():
         for fact in relation.facts:
             for forward in (True, False) if relation.unique(fact) else (True,):
                 for wording in relation.askings(forward, unseen):
-                    out[normal(wording.format_map(fact.forms()))] = fact, forward, wording
-    return out
+                    yield wording.format_map(fact.forms()), (fact, forward, wording)
+
+
+def fact_questions(unseen: bool) -> dict[str, tuple]:
+    """Every question for every fact: its words -> fact, forward, wording."""
+    return {normal(question): asked for question, asked in all_questions(unseen)}
 
 
 def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
@@ -4008,12 +4011,8 @@ def test_no_held_out_question_occurs_in_any_training_file(chats, world_items, do
 
 def test_a_question_has_one_answer_whatever_relation_it_is_of() -> None:
     answers = collections.defaultdict(set)
-    for relation in prepare.world_relations().values():
-        for fact in relation.facts:
-            for forward in (True, False) if relation.unique(fact) else (True,):
-                for wording in (*relation.askings(forward), *relation.askings(forward, True)):
-                    answer = fact.answer if forward else fact.subject
-                    answers[wording.format_map(fact.forms())].add(answer)
+    for question, (fact, forward, _) in itertools.chain(all_questions(False), all_questions(True)):
+        answers[question].add(fact.answer if forward else fact.subject)
     assert {q: a for q, a in answers.items() if len(a) > 1} == {}
 
 
