@@ -4198,7 +4198,11 @@ maker > who made you? / who created you? / who built you? / where do you come fr
  did you begin? / how did you come into the world? / where were you made? / from where do you come?
  / where are you from? / who stands behind you? / who is your creator? / who do you come from? /
  what program made you? / do you know who made you? / tell me who made you. / tell me how you were
- made. / which company made you? / what were you [built|trained] with? >! by whom were you made? /
+ made. / which company made you? / what were you [built|trained] with? / how did you come about? /
+ how did you start out? / how did you get here? / what is your origin? / who is behind you? / to
+ whom do you owe that you exist? / how is it that you exist? / what were you made from? / how have
+ you come about? / who brought you into the world? / you were made by whom? / was it a company that
+ made you? / who wrote you? / what is the story of how you were made? >! by whom were you made? /
  who is the one that built you? / how did you come to be? / who has made you? / which people made
  you? / how have you been made? > I was [made|trained|built] with a small open program for training
  chat models. [|Anyone can use it.|It is about a dozen files long.|Someone ran it, and here I am.] /
@@ -4214,13 +4218,17 @@ person > are you a person? / are you human? / are you a real person? / are you a
  with a person? / am I speaking with a human? / you are human, right? / you are a real person, is
  that so? / are you somebody with a body? / do you have hands and feet? / are you made of flesh? /
  do you have blood? / do you have a heart? / are you like me, a person? / are you someone real? /
- are you a woman? / are you a man? / tell me if you are a person. / so you are a human being? >! are
- you a human being? / is there a person in there? / are you really a person? / you are a person,
- right? / do I speak with a real person? / are you made of flesh and blood? > No, I am not a person.
- I am a [computer program|language model|chat model|small computer program]. / I am not a person,
- [just a program|only a computer program|but a language model]. / I am a language model, not a
- person. [|I have no body.|But I like to help.|I only read and write.] / No, I am a [program|chat
- model|computer program], not a person.
+ are you a woman? / are you a man? / tell me if you are a person. / so you are a human being? / you
+ are a man, right? / you are alive, right? / you are a real human, right? / you are a human being,
+ are you not? / you must be a person. / are you made of skin and bones? / are you flesh and bones? /
+ do you have skin? / do you have eyes and ears? / are you somebody real? / could you be a person? /
+ might I be talking to a person? / do I speak with a human? / I think you are a person. / you sound
+ like a person. / are you one of us? >! are you a human being? / is there a person in there? / are
+ you really a person? / you are a person, right? / do I speak with a real person? / are you made of
+ flesh and blood? > No, I am not a person. I am a [computer program|language model|chat model|small
+ computer program]. / I am not a person, [just a program|only a computer program|but a language
+ model]. / I am a language model, not a person. [|I have no body.|But I like to help.|I only read
+ and write.] / No, I am a [program|chat model|computer program], not a person.
 thing > what are you? / what kind of thing are you? / what sort of thing are you? / are you a
  computer? / are you a robot? / are you a machine? / what kind of program are you? / are you a
  chatbot? / what are you exactly? / what precisely are you? / what kind of creature are you? / what
@@ -4230,13 +4238,17 @@ thing > what are you? / what kind of thing are you? / what sort of thing are you
  am I talking to? / what kind of machine am I writing to? / what is it that I am talking to? / what
  do you call yourself, a robot? / are you an app? / are you a program? / are you software? / are you
  an artificial intelligence? / are you an AI? / what could you be? / what may you be? / tell me what
- you are. / I wonder what you are. / is this a machine? / is this a robot? >! what kind of being are
- you? / what exactly are you? / what sort of program am I talking to? / are you some kind of
- machine? / would you say you are a robot? / what might you be? > I am a [small|little] language
- model[|, a program that writes text|, a computer program that has learned from text]. / I am a
- computer program that [chats|answers questions|writes text]. / I am a language model. [|I learned
- from text to write text.|I read what you write, and I answer.] / I am a chat model: a computer
- program that talks by writing.
+ you are. / I wonder what you are. / is this a machine? / is this a robot? / what would you be? /
+ what can you be? / what do you think you are? / what are you really? / so what are you? / what
+ could you be, a machine? / what should I think you are? / you are a robot, right? / you are a
+ computer, right? / what am I talking to? / what is this that I am talking to? / what am I writing
+ to? / are you a thing? / what kind of mind are you? >! what kind of being are you? / what exactly
+ are you? / what sort of program am I talking to? / are you some kind of machine? / would you say
+ you are a robot? / what might you be? > I am a [small|little] language model[|, a program that
+ writes text|, a computer program that has learned from text]. / I am a computer program that
+ [chats|answers questions|writes text]. / I am a language model. [|I learned from text to write
+ text.|I read what you write, and I answer.] / I am a chat model: a computer program that talks by
+ writing.
 can > what can you do? / how can you help me? / what can I ask you? / what are you good at? / what
  do you know? / can you help me? / what can you tell me? / which things do you know? / what are you
  able to do? / with what can you help me? / what sort of help can you give? / which questions can
@@ -4275,31 +4287,50 @@ chat model"""
 # What no table tells: {n} is a name, {f} an invented one, {c} a city.
 BEYOND = """
 private > what is {n}'s phone number? / what is my phone number? / what is {n}'s address? / where
- does my neighbor {n} live? / can you tell me {n}'s phone number? >! do you have {n}'s phone number?
- / at which address does {n} live? > I don't know [phone numbers or addresses|things like that about
- people|private things about people]. / Sorry, I don't know that. It is private. / I don't know, and
- I could not look it up.
+ does my neighbor {n} live? / can you tell me {n}'s phone number? / what is {n}'s email address? /
+ which street does {n} live in? / what is {n}'s password? / where does {n} work? / do you know where
+ {n} lives? / how can I reach {n}? / to which school does {n} go? / what is my email address? / how
+ much money does {n} have? >! do you have {n}'s phone number? / at which address does {n} live? > I
+ don't know [phone numbers or addresses|things like that about people|private things about people].
+ / Sorry, I don't know that. It is private. / I don't know, and I could not look it up.
 weather > what will the weather be like tomorrow? / will it rain tomorrow? / will it be sunny on
- [Sunday|Monday|Friday]? / what is the weather like [today|in {c}]? / is it cold outside? >! how
- warm will it be in {c} tomorrow? / will there be snow in {c} next week? > I don't know, because I
- cannot see the sky. / I don't know. I cannot look outside. / Sorry, I don't know what the weather
- is doing. / I don't know, but I hope that it is nice.
-clock > what time is it? / what day is it today? / what is the date today? / what year is it now?
- >! what time is it in {c}? / which day of the week is it in {c}? > I don't know. I have no clock. /
- Sorry, I don't know, because I have no calendar. / I don't know the time or the date.
-doings > what did {n} eat today? / what is {n} doing now? / where did {n} go yesterday? / what did
- I eat this morning? / what am I thinking of? / what is {n} thinking? / how old is {n}? / when is
- {n}'s birthday? / does {n} like me? >! what did {n} dream last night? / at what time did {n} get up
- today? > I don't know. I cannot see what people do. / I don't know, but you could ask. / Sorry, I
- don't know that. / I don't know that. Perhaps someone will tell you.
+ [Sunday|Monday|Friday]? / what is the weather like [today|in {c}]? / is it cold outside? / will it
+ snow [tomorrow|on Monday]? / how cold is it [today|in {c}]? / how hot will it be [today|next week]?
+ / is it raining in {c}? / what is the temperature in {c}? / will there be rain [tomorrow|next
+ week]? / will there be a storm in {c}? / is the sun shining? / how much rain will there be? / do I
+ need a coat tomorrow? >! how warm will it be in {c} tomorrow? / will there be snow in {c} next
+ week? > I don't know, because I cannot see the sky. / I don't know. I cannot look outside. / Sorry,
+ I don't know what the weather is doing. / I don't know, but I hope that it is nice.
+clock > what time is it? / what day is it today? / what is the date today? / what year is it now? /
+ which day is it today? / what is the time? / what is the time in {c}? / what month is it now? / is
+ it [Monday|Tuesday|Friday] today? / how late is it? / do you know what time it is? / which week is
+ it? / is it morning or evening? / what day will it be tomorrow? / how late is it in {c} now? / is
+ it night in {c}? / which date is it in {c}? >! what time is it in {c}? / which day of the week is
+ it in {c}? > I don't know. I have no clock. / Sorry, I don't know, because I have no calendar. / I
+ don't know the time or the date.
+doings > what did {n} eat today? / what is {n} doing now? / where did {n} go yesterday? / what did I
+ eat this morning? / what am I thinking of? / what is {n} thinking? / how old is {n}? / when is
+ {n}'s birthday? / does {n} like me? / what did {n} say yesterday? / why is {n} late? / who called
+ {n} last night? / what did {n} buy yesterday? / when did {n} go to bed? / what does {n} think of
+ me? / what did {n} do last night? / is {n} asleep? / what is {n} dreaming of? / when will {n} be
+ here? / with whom did {n} speak today? / what did {n} have for supper? / at what time does {n} go
+ to school? >! what did {n} dream last night? / at what time did {n} get up today? > I don't know. I
+ cannot see what people do. / I don't know, but you could ask. / Sorry, I don't know that. / I don't
+ know that. Perhaps someone will tell you.
 news > who will win the game tomorrow? / who won the game yesterday? / what is in the news today? /
  what will happen next year? / which number will win the lottery? / how much does a house in {c}
- cost? >! who is going to win the game in {c}? / what is the news from {c}? > I don't know. I only
- know what I have read. / I don't know, because I cannot see the future or the news. / Sorry, I
- don't know. Nobody has told me.
-people > who is {f}? / have you heard of {f}? / tell me about {f}. / what do you know about {f}? >!
- what is {f} known for? / can you tell me something about {f}? > I don't know who {f} is. / Sorry, I
- don't know anyone called {f}. / I don't know {f}. / I have never heard of {f}, so I don't know."""
+ cost? / who won the election in {c}? / what is going on in {c}? / what happened in {c} yesterday? /
+ will my team win? / who will be the next president? / what will bread cost next year? / is there
+ anything new in {c}? / who is going to win the election? / what is new in the world? / did anything
+ happen in {c} today? >! who is going to win the game in {c}? / what is the news from {c}? > I don't
+ know. I only know what I have read. / I don't know, because I cannot see the future or the news. /
+ Sorry, I don't know. Nobody has told me.
+people > who is {f}? / have you heard of {f}? / tell me about {f}. / what do you know about {f}? /
+ who was {f}? / what did {f} do? / why is {f} famous? / do you know {f}? / where was {f} born? /
+ when did {f} live? / what has {f} written? / can you tell me who {f} is? / what is {f} doing these
+ days? / for what do people know {f}? >! what is {f} known for? / can you tell me something about
+ {f}? > I don't know who {f} is. / Sorry, I don't know anyone called {f}. / I don't know {f}. / I
+ have never heard of {f}, so I don't know."""
 DONT_KNOW = """
 I don't know. / I don't know that. / Sorry, I don't know. / I'm sorry, but I don't know. / I'm
  afraid I don't know. / I don't know anything about {s}. / I have never heard of {s}, so I don't
@@ -4529,6 +4560,27 @@ def hurried(rng: random.Random, wording: str) -> str:
     return short if re.search("[a-z]{3}", re.sub(r"\{.*?\}", "", short)) else wording
 
 
+def slips(word: str) -> list[str]:
+    """Return how a word is mistyped: inside, a letter too few or too many, or two swapped."""
+    inner = range(1, len(word) - 1)
+    made = [word[:i] + word[i + 1 :] for i in inner]
+    made += [word[: i + 1] + word[i:] for i in inner]
+    made += [word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in inner]
+    return sorted({*made} - {word})
+
+
+def mistyped(rng: random.Random, wording: str) -> str:
+    """Mistype one word of a wording now and then; never what fills it, or it would be another.
+
+    Without such questions a model takes an unknown word around a subject for an unknown subject.
+    """
+    words = re.findall(r"(?<![{\w'])[a-z]{4,}(?![}\w'])", wording)
+    if not words or rng.random() > 0.12:
+        return wording
+    word = rng.choice(words)
+    return re.sub(rf"(?<![{{\w]){word}\b", rng.choice(slips(word)), wording, count=1)
+
+
 def greeted(rng: random.Random, text: str, reply: str) -> str:
     """Return a greeting, or agree to help, before a reply now and then."""
     if text.startswith(("Hello", "Hi", "Good ")) and rng.random() < 0.4:
@@ -4575,7 +4627,7 @@ def lay_out(rng: random.Random, question: str, choices: Sequence[str]) -> str:
 def identity_turn(rng: random.Random, name: str, texts: list[str], key: str = "") -> None:
     """Ask the assistant who it is, and let it answer."""
     asked, _, replies = table(IDENTITY)[key or rng.choice(list(table(IDENTITY)))]
-    text = put(rng, rng.choice(asked), texts)
+    text = put(rng, mistyped(rng, rng.choice(asked)), texts)
     texts += [text, greeted(rng, text, rng.choice(replies).format(name=name))]
 
 
@@ -4676,7 +4728,8 @@ class Asker:
 
     def asking(self, card: Card) -> str:
         """Ask for a fact, at times in a hurry."""
-        return hurried(self.rng, self.wording(card)).format_map(fact_cards()[card])
+        wording = mistyped(self.rng, hurried(self.rng, self.wording(card)))
+        return wording.format_map(fact_cards()[card])
 
     def reply(self, card: Card, brief: float = 0.12, one: bool = False) -> str:
         """Answer in a full sentence, with `one` not of many, or at times by the answer alone."""
@@ -4749,7 +4802,9 @@ class Asker:
         texts: list[str] = []
         for key, forms, accept in rng.sample(asks, 1 if self.test else min(3, rng.randint(1, 4))):
             row = table(STORY_ASKS)[key]
-            ask, reply = (rng.choice(row[i]).format_map(forms) for i in (self.test, 2))
+            ask, reply = (rng.choice(row[i]) for i in (self.test, 2))
+            ask = (ask if self.test else mistyped(rng, ask)).format_map(forms)
+            reply = reply.format_map(forms)
             lead = rng.choice(("{}\n\n{}", "{} {}", "{}\n{}", "Story: {}\n\n{}"))
             texts += [sentence(ask) if texts else lead.format(text, sentence(ask)), reply]
         if not self.test:
@@ -4810,8 +4865,9 @@ class Asker:
             self.fact_turn(texts)
         for key in rng.sample(list(told), 1 if self.test else rng.randint(1, min(2, len(told)))):
             forms = told[key]
-            ask, reply = (rng.choice(rows[key][i]).format_map(forms) for i in (1 + self.test, 3))
-            texts += [sentence(ask), reply]
+            ask, reply = (rng.choice(rows[key][i]) for i in (1 + self.test, 3))
+            ask = ask if self.test else mistyped(rng, ask)
+            texts += [sentence(ask.format_map(forms)), reply.format_map(forms)]
         if self.test:
             others = [other["v"] for other in told.values() if other != forms]
             grade = {"answer": forms["v"], "accept": [forms["v"]], "reject": others}
@@ -4838,7 +4894,7 @@ class Asker:
             o = s if forward else coined(rng, self.models[name][1], self.test)
             wording = rng.choice(questions(name, forward, self.test))
             forms = Fact(name, s, o, "").forms()
-            clause = wording if self.test else hurried(rng, wording)
+            clause = wording if self.test else mistyped(rng, hurried(rng, wording))
             clause, cased = clause.format_map(forms), name in CASED
             reply = rng.choice(ways(DONT_KNOW)).format(s=as_asked(wording, forms) if forward else o)
         text = sentence(clause) if self.test else put(rng, clause, texts, cased)
@@ -4919,9 +4975,9 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (34, 34), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3), "spelling": (11, 11),
-    "story": (10, 10), "follow-up": (4, 4), "memory": (6, 6), "identity": (5, 5),
-    "unknown": (10, 10), "talk": (2, 2), "mixed": (2, 2),
+    "fact": (36, 36), "letters": (11, 11), "problem": (14, 14), "sum": (3, 3),
+    "spelling": (11, 11), "story": (10, 10), "follow-up": (4, 4), "memory": (6, 6),
+    "identity": (5, 5), "unknown": (8, 8), "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 

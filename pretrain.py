@@ -64,7 +64,7 @@ class Settings:
     tag: str = setting("main", "name of the run, a folder below runs/")
     source: str = setting("", "folder below data/ with the text; empty = the tokenizer's")
     depth: int = setting(12, "transformer blocks; width, batch and steps follow from it")
-    head_dim: int = setting(128, "channels of an attention head")
+    head_dim: int = setting(0, "channels of an attention head; 0 = 128, or 64 up to depth 7")
     n_kv_head: int = setting(0, "heads of keys and values; 0 = as many as of queries")
     max_seq_len: int = setting(2048, "context: positions of a row")
     window_pattern: str = setting("L", "a letter a layer, repeated: L whole context, S a quarter")
@@ -131,7 +131,9 @@ class Settings:
                 f"--total-batch-size={self.total_batch_size} does not divide into rows of "
                 f"--max-seq-len={self.max_seq_len}: {near} would"
             )
-        for name in ("num_iterations", "device_batch_size", "total_batch_size", "warmup", "keep"):
+        for name in (
+            "head_dim", "num_iterations", "device_batch_size", "total_batch_size", "warmup", "keep",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
         if self.target_param_data_ratio <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
@@ -143,12 +145,16 @@ class Settings:
 
 
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
-    """Derive the model's shape: width 64 x depth, rounded up to whole heads."""
-    n_head = max(1, math.ceil(settings.depth * 64 / settings.head_dim))
+    """Derive the model's shape: width 64 x depth, rounded up to whole heads.
+
+    With two heads of 128 a depth of 4 copies worse from its context than with four of 64.
+    """
+    head_dim = settings.head_dim or (128 if settings.depth >= 8 else 64)
+    n_head = max(1, math.ceil(settings.depth * 64 / head_dim))
     return GPTConfig(
         vocab_size=vocab_size,
         n_layer=settings.depth,
-        n_embd=n_head * settings.head_dim,
+        n_embd=n_head * head_dim,
         n_head=n_head,
         n_kv_head=settings.n_kv_head or n_head,
         max_seq_len=settings.max_seq_len,

@@ -362,7 +362,8 @@ find_tier
 load_tier
 if [ "$action" = bench ]; then # fixed, so that tables compare
   wanted=${wanted:-world} tag=bench
-  train=(--depth=4 --max-seq-len=512 --device-batch-size=2 --total-batch-size=8192) vocab=4096
+  train=(--depth=4 --head-dim=128 --max-seq-len=512 --device-batch-size=2)
+  train+=(--total-batch-size=8192) vocab=4096
   if [ "$gpus" -gt 0 ]; then train=(--depth=12) vocab=65536; fi
   train+=(--num-iterations=40 --compile=yes --eval-every=0)
 fi

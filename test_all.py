@@ -3935,13 +3935,29 @@ def fact_questions(unseen: bool) -> dict[str, tuple]:
     return {normal(question): asked for question, asked in all_questions(unseen)}
 
 
+@functools.cache
+def slips() -> dict[str, str]:
+    """What a word of any wording looks like after a slip of the fingers: that -> the word."""
+    wordings = (asked for relation in prepare.world_relations().values()
+                for side in (True, False) for asked in relation.askings(side, False))  # fmt: skip
+    words = {w for asked in wordings for w in normal(re.sub(r"{.*?}", "", asked)).split()}
+    return {slip: word for word in words if word[3:] for slip in prepare.slips(word)
+            if slip not in words}  # fmt: skip
+
+
+def mended(text: str) -> str:
+    """Undo slips of the fingers in normal text."""
+    return " ".join(slips().get(word, word) for word in text.split())
+
+
 def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
-    """Find which question somebody asks, whatever stands around it."""
+    """Find which question somebody asks, whatever stands around it and however it is typed."""
     starts = [0, *(m.end() for m in re.finditer(r"[.?!:,]\s+|\n|\band ", text, re.IGNORECASE))]
     ends = [*(m.start() for m in re.finditer(r"[.?!]|\n|$", text))]
     for i, j in itertools.product(starts, ends):
-        if i < j and (question := normal(text[i:j])) in known:
-            return known[question]
+        for question in (normal(text[i:j]), mended(normal(text[i:j]))):
+            if i < j and question in known:
+                return known[question]
     return None
 
 
@@ -4120,6 +4136,27 @@ def test_a_hurried_question_leaves_out_small_words_alone() -> None:
         assert re.search("[a-z]{3}", re.sub("{.*?}", "", typed)) or typed == wording
         short += typed != wording
     assert 0.08 < short / (10 * len(wordings)) < 0.15
+
+
+def test_a_mistyped_question_has_one_slip_and_none_in_what_fills_it() -> None:
+    rng, slipped = random.Random(0), 0
+    wordings = {w for r in prepare.world_relations().values() for w in r.questions}
+    for wording in sorted(wordings) * 10:
+        typed = prepare.mistyped(rng, wording)
+        assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
+        old, new = wording.split(), typed.split()
+        assert len(old) == len(new)
+        pairs = [pair for pair in zip(old, new) if pair[0] != pair[1]]
+        assert len(pairs) == (typed != wording)
+        for a, b in pairs:  # a letter too few, one too many, or two swapped
+            before = len(os.path.commonprefix([a, b]))
+            after = len(os.path.commonprefix([a[before:][::-1], b[before:][::-1]]))
+            wrong, typed_as = (w[before : len(w) - after] for w in (a, b))
+            assert before > 0, (a, b)
+            assert (len(wrong), len(typed_as)) in ((1, 0), (0, 1)) or wrong[::-1] == typed_as
+        slipped += typed != wording
+    assert 0.08 < slipped / (10 * len(wordings)) < 0.13
+    assert prepare.slips("moon") == ["mon", "mono", "mooon"]
 
 
 def test_invented_names_of_the_test_occur_in_no_training_file(chats, world_items, docs) -> None:
@@ -4423,6 +4460,14 @@ def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
 def test_wrong_pretraining_settings_are_value_errors(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_pretrain(**changes)
+
+
+def test_the_width_is_64_a_block_in_heads_of_64_and_from_depth_8_of_128() -> None:
+    for depth, heads in ((1, 1), (4, 4), (7, 7), (8, 4), (10, 5), (20, 10)):
+        config = pretrain.model_config(pretrain.Settings(depth=depth), 512)
+        assert (config.n_head, config.n_embd) == (heads, 64 * depth)
+    config = pretrain.model_config(pretrain.Settings(depth=4, head_dim=128), 512)
+    assert (config.n_head, config.n_embd) == (2, 256)
 
 
 def test_the_horizon_follows_from_steps_flops_or_ratio():
