@@ -147,7 +147,7 @@ def default_tasks(stage: str) -> list[str]:
     """List the tasks that suit a stage: a base model completes, the others converse."""
     if stage == "base":
         return ["bpb", *FACT_SETS, "CORE", "samples"]
-    return ["bpb", *FACT_SETS, *WORLD_SETS, *PUBLIC_SETS]
+    return ["bpb", *WORLD_SETS, *PUBLIC_SETS]
 
 
 # 2. Scores -----------------------------------------------------------------------------------

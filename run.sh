@@ -27,7 +27,7 @@ set -euo pipefail
 # takes follows from the free memory (pretrain.py), but on the smallest cards.
 # tier  GPUs  data  vocabulary  flags, as on the command line
 d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
-most="$d4 --num-iterations=2400 rl:--num-iterations=60"
+most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-iterations=60"
 TIERS="
 cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
                                                      # 2 cores, 4 GB: 30 minutes, free

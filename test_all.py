@@ -4384,8 +4384,7 @@ def test_the_final_checkpoint_is_saved_before_any_evaluation(tiny_run, monkeypat
 
     monkeypatch.setattr(pretrain, "evaluate_bpb", crash)
     with pytest.raises(RuntimeError, match="evaluation failed"):
-        pretrain.main(tiny_pretrain(eval_every=0, sample_every=0) if False else
-                      tiny_pretrain(num_iterations=2, eval_every=2, save_every=0))  # fmt: skip
+        pretrain.main(tiny_pretrain(num_iterations=2, eval_every=2, save_every=0))
     assert not common.list_checkpoints("t", "base"), "the crash came before the first step"
     calls = []
 
@@ -5199,8 +5198,13 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     capsys.readouterr()
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
     assert set(tasks) == {
-        "val_bpb", "train_bpb", "facts_trained", "letters", "facts", "problems_new", "GSM8K",
-    }  # fmt: skip
+        "val_bpb",
+        "train_bpb",
+        "letters",
+        "facts",
+        "problems_new",
+        "GSM8K",
+    }
     left_out = re.search("left out, .*", capsys.readouterr().out)[0]
     assert "MMLU" in left_out and "HumanEval (it needs --run-code)" in left_out
     for name, record in tasks.items():
@@ -5215,7 +5219,7 @@ def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
     path = common.find_checkpoint("t", "sft") / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chats": "talks"}))
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
-    assert "letters" not in tasks and {"facts_trained", "val_bpb", "GSM8K"} <= set(tasks)
+    assert "letters" not in tasks and {"val_bpb", "GSM8K"} <= set(tasks)
     left_out = re.search("left out, .*", capsys.readouterr().out)[0]
     assert "MMLU" in left_out and "letters" not in left_out  # talks of one's own have no such sets
     with pytest.raises(common.MissingInput, match="no data for letters"):
