@@ -233,9 +233,9 @@ def pick_examples(items: list[dict], outcomes: list[Graded]) -> list[dict[str, s
 
 
 def evaluate_text(model: GPT, tokenizer: Tokenizer, source: str, s: Settings) -> dict[str, Any]:
-    """Measure bits per byte on validation documents and on as many of training."""
+    """Measure bits per byte on validation documents, of a base model on as many of training."""
     texts = {split: itertools.chain.from_iterable(map(read_texts, list_shards(source, split)))
-             for split in ("val", "train")}  # fmt: skip
+             for split in (("val", "train") if s.stage == "base" else ("val",))}  # fmt: skip
     results, documents = {}, s.max_documents
     for split, all_texts in texts.items():
         start = time.perf_counter()
