@@ -31,7 +31,7 @@ most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-i
 TIERS="
 cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
                                                      # 2 cores, 4 GB: 30 minutes, free
-cpu-amx  1  world  4096   $most                      # 2 cores with fast bf16: 30 to 40 minutes
+cpu-amx  1  world  4096   $most                      # 2 cores with fast bf16: 30 minutes
 laptop   1  world  4096   $most --device-batch-size=8 # 6 GB or more: 10 minutes
 mps      1  world  4096   $most                      # Apple silicon: 20 minutes, free
 gpu1     1  hub    65536  --depth=10                 # 24 or 32 GB: 6 to 16 hours, \$4
