@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import (
+    STAGES,
     Engine,
     Sampling,
     Stop,
@@ -27,8 +28,8 @@ from common import (
     base_dir,
     check_name,
     find_checkpoint,
-    list_checkpoints,
     load_model,
+    newest_stage,
     one_sentence,
     parse_settings,
     pick_device,
@@ -40,13 +41,11 @@ from common import (
 
 # 1. Settings ---------------------------------------------------------------------------------
 
-STAGES = ("rl", "sft", "mid", "base")  # the last one trained comes first
-
 
 @dataclass
 class Settings:
     stage: str = setting(
-        "", f"which model of the run; empty = the first of {', '.join(STAGES)}", "i", ("", *STAGES)
+        "", f"which model of the run; empty = the last of {', '.join(STAGES)}", "i", ("", *STAGES)
     )
     tag: str = setting("main", "name of the run, a folder below runs/")
     step: int = setting(0, "checkpoint to load; 0 = the newest")
@@ -237,8 +236,7 @@ def say(pieces: Iterator[tuple[str, str]]) -> None:
 
 def load(settings: Settings) -> tuple[Engine, str]:
     """Load the model that the settings name, into an engine of one slot; say which one it is."""
-    there = [stage for stage in STAGES if list_checkpoints(settings.tag, stage)]
-    stage = settings.stage or (there[0] if there else "base")
+    stage = settings.stage or newest_stage(settings.tag)
     folder = find_checkpoint(settings.tag, stage, settings.step)
     tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
     device = pick_device(settings.device)

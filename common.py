@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -946,12 +946,19 @@ class KVCache:
         part.lengths = self.lengths[start:end]
         return part
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Make a row equal to another."""
-        n = self.lengths[source]
-        self.k[:, target, :n], self.v[:, target, :n] = self.k[:, source, :n], self.v[:, source, :n]
+    def copy_row(self, source: int, target: int, n: int) -> None:
+        """Make the first n positions of a row equal to another's."""
+        for x in (self.k, self.v):
+            x[:, target, :n] = x[:, source, :n]
         self.ids[target, :n] = self.ids[source, :n]
         self.lengths[target] = n
+
+    def swap_rows(self, a: int, b: int) -> None:
+        """Let two rows change places."""
+        n = max(self.lengths[a], self.lengths[b])
+        for x in (self.k, self.v, self.ids[None]):
+            x[:, [a, b], :n] = x[:, [b, a], :n]
+        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
     def begin(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prepare to append ids (B, T); return their positions and the ids before them (B, 1).
@@ -1812,6 +1819,8 @@ def training_steps(
 
 # 9. Checkpoints, bits per byte ---------------------------------------------------------------
 
+STAGES = ("base", "mid", "sft", "rl")  # in their order
+
 
 def list_checkpoints(tag: str, stage: str) -> list[Path]:
     """List a stage's checkpoint folders, oldest first; each is whole (renamed when complete)."""
@@ -1907,6 +1916,12 @@ def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
     what = f"step {step}" if step else "checkpoint"
     script = {"base": "pretrain", "mid": "midtrain"}.get(stage, stage)
     raise MissingInput(f"run {tag!r} has no {stage} {what}: run `python {script}.py --tag={tag}`")
+
+
+def newest_stage(tag: str) -> str:
+    """Return the last stage of a run that has a checkpoint; "base" where none has."""
+    there = [stage for stage in STAGES if list_checkpoints(tag, stage)]
+    return there[-1] if there else "base"
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -2189,11 +2204,15 @@ def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to go on from, and how; with `tool` the calculator answers its calls."""
+    """A prompt to go on from, and how; with `tool` the calculator answers its calls.
+
+    A reply ends as soon as its text holds one of the strings in `stop`.
+    """
 
     prompt_ids: list[int]
     sampling: Sampling
     tool: bool = True
+    stop: tuple[str, ...] = ()
 
 
 @dataclass
@@ -2202,168 +2221,327 @@ class Reply:
 
     ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by the tool
-    reason: str = ""  # stop: a closing token, the last id; length: a limit
+    reason: str = ""  # stop: a closing token or stop string; length: a limit; cancel
 
 
 CALL_TOKENS = 64  # a call of the tool that is longer ends in an error
 
 
-@dataclass
-class _Slot:
+@dataclass(eq=False)
+class Job:
     """A request at work: its reply so far, random numbers, and where it is in a tool call."""
 
-    key: int
     request: Request
-    reply: Reply
-    uniforms: np.ndarray
     limit: int  # tokens of the reply at most
+    uniforms: np.ndarray
+    reply: Reply = field(default_factory=Reply)
+    row: int = -1  # of the cache, while decoding
+    reused: int = 0  # tokens of the prompt that were found computed
     call: list[int] | None = None  # the expression being written
     forced: collections.deque[int] = field(default_factory=collections.deque)
+    tail: bytes = b""  # of the text, as long as a stop string may be
+
+
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt that is being computed, for one job or more of the same prompt."""
+
+    ids: list[int]
+    jobs: list[Job]
+    row: int
+
+
+@dataclass
+class _Row:
+    """What a row of the cache holds, and who works in it."""
+
+    ids: list[int] = field(default_factory=list)
+    owner: Job | _Prompt | None = None
+    left: int = -1  # the step in which its last owner left
 
 
 class Engine:
     """Generates for many requests at once; they join and leave between steps.
 
-    The weights are cast once to the compute dtype. Row i of the cache belongs to the i-th active
-    slot. Equal prompts that join together are computed once.
+    The weights are cast once to the compute dtype. Rows of the cache: first those of jobs that
+    decode, last those of prompts that are being computed, and between them what former jobs left,
+    which a prompt that begins alike goes on from. Equal prompts are computed once. While others
+    decode, a long prompt is computed in chunks between their steps.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64):
-        self.model, self.tokenizer = model.cast_weights(), tokenizer
+    def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64, chunk: int = 512):
+        self.model, self.tokenizer, self.chunk = model.cast_weights(), tokenizer, chunk
         self.device = model.embed.weight.device
         self.cache = KVCache(model.config, slots, self.device, model.dtype)
-        self.active: list[_Slot] = []
+        self.rows = [_Row() for _ in range(slots)]
+        self.waiting: collections.deque[Job] = collections.deque()
+        self.prompts: list[_Prompt] = []  # the i-th has the i-th row from the end
+        self.decoding: list[Job] = []  # the i-th has row i
+        self.steps = 0
         self.stops = {tokenizer.bos, tokenizer.specials["<|assistant_end|>"]}
 
     def refresh(self, model: GPT) -> None:
-        """Take over the weights of a model in training."""
+        """Take over the weights of a model in training; nothing may be at work."""
+        assert not self.load, f"{self.load} requests are at work"
         self.model.load_state_dict(model.state_dict())
+        self.clear()  # keys and values of other weights
+
+    def clear(self) -> None:
+        """Forget every job and all that the cache holds."""
+        self.waiting.clear()
+        self.prompts, self.decoding = [], []
+        self.rows = [_Row() for _ in self.rows]
+        self.cache.lengths = [0] * len(self.rows)
+
+    @property
+    def load(self) -> int:
+        """Return how many requests wait or are at work."""
+        return len(self.waiting) + self._at_work()
+
+    def _at_work(self) -> int:
+        return len(self.decoding) + sum(len(prompt.jobs) for prompt in self.prompts)
+
+    def submit(self, request: Request) -> Job:
+        """Put a request in line; its reply grows by calls of step().
+
+        Raises ValueError for a prompt that leaves no room.
+        """
+        n, context = len(request.prompt_ids), self.model.config.max_seq_len
+        if not 1 <= n < context:
+            raise ValueError(f"the prompt has {n} tokens: this model takes 1 to {context - 1}")
+        limit = min(request.sampling.max_tokens, context - n)
+        draws = np.random.default_rng(request.sampling.seed)
+        job = Job(request, limit, draws.random(limit if request.sampling.temperature else 0))
+        self.waiting.append(job)
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """End a job at once, whatever it is at; what it has said stays in its reply."""
+        if not job.reply.reason:
+            job.reply.reason = "cancel"
+            self._leave()
+
+    @torch.inference_mode()
+    def step(self) -> list[Job]:
+        """Compute the next id of every job that can go on; return those that got one."""
+        self.steps += 1
+        self._admit()
+        moved = list(self.decoding)
+        if moved:
+            rows = self.cache.part(0, len(moved))
+            ids = torch.tensor([[job.reply.ids[-1]] for job in moved], device=self.device)
+            logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
+            for i, job in enumerate(moved):
+                self.cache.lengths[i] += 1
+                self.rows[i].ids.append(job.reply.ids[-1])
+            self._choose(moved, logits)
+        moved += self._prefill()
+        self._leave()
+        return moved
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index of the request, its reply) as they finish.
 
         Raises ValueError for a prompt that leaves no room.
         """
-        waiting = enumerate(requests)
-        while True:
-            room = len(self.cache.lengths) - len(self.active)
-            self._join(list(itertools.islice(waiting, room)))
-            if not self.active:
-                return
-            for slot in self._leave():
-                yield slot.key, slot.reply
-            self._step()
+        coming, jobs = enumerate(requests), dict[Job, int]()
+        try:
+            while True:
+                for key, request in itertools.islice(coming, len(self.rows) - self.load):
+                    jobs[self.submit(request)] = key
+                if not jobs:
+                    return
+                for job in self.step():
+                    if job.reply.reason:
+                        yield jobs.pop(job), job.reply
+        finally:
+            for job in jobs:
+                self.cancel(job)
 
     def generate(self, request: Request) -> Iterator[int]:
-        """Yield the ids of one reply as they come; nothing else may be at work."""
-        assert not self.active, f"{len(self.active)} requests are at work"
-        self._join([(0, request)])
+        """Yield the ids of one reply as they come."""
+        job = self.submit(request)
         try:
-            while self.active:
-                yield self.active[0].reply.ids[-1]
-                self._leave()
-                self._step()
+            while not job.reply.reason:
+                self.step()
+                yield from job.reply.ids[-1:]
         finally:
-            self.active.clear()
+            self.cancel(job)
 
-    @torch.inference_mode()
-    def _join(self, requests: list[tuple[int, Request]]) -> None:
-        """Compute the prompts of new requests and choose each one's first token."""
-        context = self.model.config.max_seq_len
-        groups: dict[tuple[int, ...], list[_Slot]] = {}
-        for key, request in requests:
-            n = len(request.prompt_ids)
-            if not 1 <= n < context:
-                raise ValueError(f"the prompt has {n} tokens: this model takes 1 to {context - 1}")
-            sampling = request.sampling
-            limit = min(sampling.max_tokens, context - n)
-            count = limit if sampling.temperature else 0
-            draws = np.random.default_rng(sampling.seed).random(count)
-            slot = _Slot(key, request, Reply(), draws, limit)
-            groups.setdefault(tuple(request.prompt_ids), []).append(slot)
-        prompts = sorted(groups, key=len)  # equal lengths side by side waste less padding
-        while prompts:
-            count = max(1, min(len(prompts), 16384 // len(prompts[-1])))
-            part, prompts = prompts[-count:], prompts[:-count]
-            first, width = len(self.active), len(part[-1])
-            rows = self.cache.part(first, first + len(part))
-            rows.lengths = [0] * len(part)
-            ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in part], device=self.device)
-            hidden = self.model.hidden(ids, rows)  # what a padded position holds is never seen
-            ends = torch.tensor([len(p) - 1 for p in part], device=self.device)
-            logits = self.model.logits(hidden[torch.arange(len(part), device=self.device), ends])
-            self.cache.lengths[first : first + len(part)] = [len(p) for p in part]
-            leaders = [groups[p][0] for p in part]
-            others = [(i, slot) for i, p in enumerate(part) for slot in groups[p][1:]]
-            self.active += leaders
-            for i, slot in others:
-                self.cache.copy_row(first + i, len(self.active))
-                self.active.append(slot)
-            order = [*range(len(part)), *(i for i, _ in others)]
-            self._choose(self.active[first:], logits[order])
+    def _admit(self) -> None:
+        """Give waiting jobs their rows, as many as there are, and what is computed already."""
+        new = []
+        while self.waiting and self._at_work() < len(self.rows):
+            job = self.waiting.popleft()
+            prompt_ids = job.request.prompt_ids
+            same = (p for p in self.prompts if p.ids == prompt_ids)
+            if prompt := next(same, None):
+                prompt.jobs.append(job)
+                continue
+            prompt = _Prompt(prompt_ids, [job], -1)
+            self.prompts.append(prompt)
+            new.append(prompt)
+        # equal lengths side by side waste less padding
+        first = len(self.prompts) - len(new)
+        self.prompts[first:] = sorted(new, key=lambda prompt: len(prompt.ids))
+        for i, prompt in enumerate(self.prompts[first:], first):
+            self._take_row(prompt, len(self.rows) - 1 - i)
 
-    @torch.inference_mode()
-    def _step(self) -> None:
-        """Compute every active slot's next token."""
-        if not self.active:
+    def _take_row(self, prompt: _Prompt, target: int) -> None:
+        """Give a prompt a row, with the beginning of it that another row holds."""
+
+        def alike(row: int) -> int:
+            pairs = zip(self.rows[row].ids, prompt.ids[:-1])  # the last id is always computed
+            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+        free = range(len(self.decoding), target + 1)
+        source = max(range(len(self.rows)), key=alike)
+        found = alike(source)
+        if found < 32 or 2 * found < len(prompt.ids):
+            found = 0  # a few tokens are sooner computed, with other prompts at once
+        taken = min(free, key=lambda row: self.rows[row].left)
+        if found and source in free and 2 * found >= len(self.rows[source].ids):
+            taken = source  # it is the same conversation
+        elif found:
+            self.cache.copy_row(source, taken, found)
+        self._swap(taken, target)
+        self.cache.lengths[target] = found
+        self.rows[target] = _Row(prompt.ids[:found], prompt)
+        prompt.row = target
+        for job in prompt.jobs:
+            job.reused = found
+
+    def _swap(self, a: int, b: int) -> None:
+        """Let two rows change places."""
+        if a == b:
             return
-        rows = self.cache.part(0, len(self.active))
-        ids = torch.tensor([[slot.reply.ids[-1]] for slot in self.active], device=self.device)
-        logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
-        for i in range(len(self.active)):
-            self.cache.lengths[i] += 1
-        self._choose(self.active, logits)
+        self.cache.swap_rows(a, b)
+        self.rows[a], self.rows[b] = self.rows[b], self.rows[a]
+        for row in (a, b):
+            if owner := self.rows[row].owner:
+                owner.row = row
 
-    def _choose(self, slots: list[_Slot], logits: Tensor) -> None:
-        """Append each slot's next id, forced or sampled, and follow the tool's protocol."""
-        free = [i for i, slot in enumerate(slots) if not slot.forced]
-        samplings = [slots[i].request.sampling for i in free]
-        uniforms = [slots[i].uniforms[len(slots[i].reply.ids)] if s.temperature else 0.0
+    def _prefill(self) -> list[Job]:
+        """Compute the next part of the prompts; choose the first token where that was the last."""
+        if not self.prompts:
+            return []
+        context, slots = self.model.config.max_seq_len, len(self.rows)
+        budget = self.chunk if self.decoding else 16384  # tokens
+        count, width = 0, 0
+        for prompt in self.prompts:
+            width = max(width, len(prompt.ids) - self.cache.lengths[prompt.row])
+            if count and (count + 1) * width > budget:
+                break
+            count += 1
+        part = self.prompts[count - 1 :: -1] if count else []
+        rows = self.cache.part(slots - count, slots)
+        todo = [prompt.ids[n:] for prompt, n in zip(part, rows.lengths)]
+        width = min(max(map(len, todo)), budget, context - max(rows.lengths))
+        todo = [ids[:width] for ids in todo]
+        padded = [[*ids, *[0] * (width - len(ids))] for ids in todo]
+        hidden = self.model.hidden(torch.tensor(padded, device=self.device), rows)
+        for prompt, ids in zip(part, todo):  # what a padded position holds is never seen
+            self.rows[prompt.row].ids += ids
+            self.cache.lengths[prompt.row] += len(ids)
+        whole = [i for i, p in enumerate(part) if self.cache.lengths[p.row] == len(p.ids)]
+        if not whole:
+            return []
+        ends = [len(todo[i]) - 1 for i in whole]
+        logits = self.model.logits(hidden[whole, ends])
+        return self._begin([part[i] for i in whole], logits)
+
+    def _begin(self, prompts: list[_Prompt], logits: Tensor) -> list[Job]:
+        """Let the jobs of prompts that are computed decode, each in a row of its own."""
+        self.prompts = [prompt for prompt in self.prompts if prompt not in prompts]
+        self._close_ranks()
+        first = len(self.decoding)
+        begun = [(i, prompt.jobs[0]) for i, prompt in enumerate(prompts)]
+        begun += [(i, job) for i, prompt in enumerate(prompts) for job in prompt.jobs[1:]]
+        for row, (i, job) in enumerate(begun, first):
+            if job is prompts[i].jobs[0]:
+                self._swap(prompts[i].row, row)
+            else:
+                self.cache.copy_row(first + i, row, len(prompts[i].ids))
+            self.rows[row], job.row = _Row(list(prompts[i].ids), job), row
+        jobs = [job for _, job in begun]
+        self.decoding += jobs
+        self._choose(jobs, logits[[i for i, _ in begun]])
+        return jobs
+
+    def _close_ranks(self) -> None:
+        """Bring the rows of prompts to the end of the cache, in their order."""
+        for i, prompt in enumerate(self.prompts):
+            self._swap(prompt.row, len(self.rows) - 1 - i)
+
+    def _choose(self, jobs: list[Job], logits: Tensor) -> None:
+        """Append each job's next id, forced or sampled, and follow the tool's protocol."""
+        free = [i for i, job in enumerate(jobs) if not job.forced]
+        samplings = [jobs[i].request.sampling for i in free]
+        uniforms = [jobs[i].uniforms[len(jobs[i].reply.ids)] if s.temperature else 0.0
                     for i, s in zip(free, samplings)]  # fmt: skip
-        logits = logits if len(free) == len(slots) else logits[free]
+        logits = logits if len(free) == len(jobs) else logits[free]
         chosen = dict(zip(free, sample(logits, samplings, uniforms))) if free else {}
-        for i, slot in enumerate(slots):
-            reply = slot.reply
+        for i, job in enumerate(jobs):
+            reply = job.reply
             reply.mask.append(int(i in chosen))
-            reply.ids.append(chosen[i] if i in chosen else slot.forced.popleft())
+            reply.ids.append(chosen[i] if i in chosen else job.forced.popleft())
             if i in chosen:
-                if reply.ids[-1] in self.stops:
+                if reply.ids[-1] in self.stops or self._said_stop(job):
                     reply.reason = "stop"
-                elif slot.request.tool:
-                    self._follow(slot, reply.ids[-1])
-            if not reply.reason and len(reply.ids) == slot.limit:
+                elif job.request.tool:
+                    self._follow(job, reply.ids[-1])
+            if not reply.reason and len(reply.ids) == job.limit:
                 reply.reason = "length"
 
-    def _follow(self, slot: _Slot, chosen: int) -> None:
+    def _said_stop(self, job: Job) -> bool:
+        """Say whether a job's text now holds one of its stop strings."""
+        stops = [text.encode() for text in job.request.stop]
+        if not stops or job.call is not None:
+            return False
+        if job.reply.ids[-1] >= 256 + len(self.tokenizer.merges):
+            job.tail = b""  # a special token parts one text from the next
+            return False
+        text = job.tail + self.tokenizer.decode_bytes(job.reply.ids[-1:])
+        job.tail = text[-max(map(len, stops)) :]
+        return any(stop in text for stop in stops)
+
+    def _follow(self, job: Job, chosen: int) -> None:
         """Notice a call of the tool, and at its end force the output."""
         t = self.tokenizer
         if chosen == t.specials["<|python_start|>"]:
-            slot.call = []
-        elif slot.call is not None and chosen != t.specials["<|python_end|>"]:
-            slot.call.append(chosen)
-            if len(slot.call) == CALL_TOKENS:
-                slot.forced.append(t.specials["<|python_end|>"])
-                self._force_output(slot, "error")
-        elif slot.call is not None:
-            self._force_output(slot, calculate(t.decode(slot.call)))
+            job.call = []
+        elif job.call is not None and chosen != t.specials["<|python_end|>"]:
+            job.call.append(chosen)
+            if len(job.call) == CALL_TOKENS:
+                job.forced.append(t.specials["<|python_end|>"])
+                self._force_output(job, "error")
+        elif job.call is not None:
+            self._force_output(job, calculate(t.decode(job.call)))
 
-    def _force_output(self, slot: _Slot, text: str) -> None:
+    def _force_output(self, job: Job, text: str) -> None:
         t = self.tokenizer
-        slot.call = None
-        slot.forced += [t.specials["<|output_start|>"], *t.encode(text)]
-        slot.forced.append(t.specials["<|output_end|>"])
+        job.call = None
+        job.forced += [t.specials["<|output_start|>"], *t.encode(text)]
+        job.forced.append(t.specials["<|output_end|>"])
 
-    def _leave(self) -> list[_Slot]:
-        """Remove and return the finished slots; the last ones move into their rows."""
-        done = []
-        for i in reversed(range(len(self.active))):
-            if self.active[i].reply.reason:
-                done.append(self.active[i])
-                last = self.active.pop()
-                if i < len(self.active):
-                    self.cache.copy_row(len(self.active), i)
-                    self.active[i] = last
-        return done
+    def _leave(self) -> None:
+        """Free the rows of jobs that have ended; what they hold stays for prompts that go on."""
+        self.waiting = collections.deque(job for job in self.waiting if not job.reply.reason)
+        for prompt in self.prompts:
+            prompt.jobs = [job for job in prompt.jobs if not job.reply.reason]
+        for prompt in [prompt for prompt in self.prompts if not prompt.jobs]:
+            self.prompts.remove(prompt)
+            self._free(prompt.row)
+        self._close_ranks()
+        for row in reversed(range(len(self.decoding))):
+            if self.decoding[row].reply.reason:
+                self._swap(row, len(self.decoding) - 1)
+                self.decoding[row] = self.decoding[-1]
+                self.decoding.pop()
+                self._free(len(self.decoding))
+
+    def _free(self, row: int) -> None:
+        self.rows[row].owner, self.rows[row].left = None, self.steps
 
     def complete(self, text: str, sampling: Sampling) -> Iterator[str]:
         """Yield the pieces of text that continue `text`, each of whole characters.
@@ -2373,9 +2551,9 @@ class Engine:
         context = self.model.config.max_seq_len
         keep = max(context // 2, context - 1 - sampling.max_tokens)
         prompt_ids = [self.tokenizer.bos, *self.tokenizer.encode(text)[-keep:]]
-        ids = self.generate(Request(prompt_ids, sampling, tool=False))
-        ordinary = (i for i in ids if i < len(self.tokenizer.merges) + 256)
-        yield from stream_text(self.tokenizer, ordinary)
+        yield from stream_text(
+            self.tokenizer, self.generate(Request(prompt_ids, sampling, tool=False))
+        )
 
     def stream_reply(
         self, messages: list[dict[str, Any]], sampling: Sampling
@@ -2384,21 +2562,58 @@ class Engine:
 
         The type is "text", "python" (a call of the tool) or "output" (its result).
         """
-        ids = self.generate(Request(render_prompt(self.tokenizer, messages), sampling))
-        typed = typed_ids(self.tokenizer, ids)
-        for kind, group in itertools.groupby(typed, key=lambda pair: pair[0]):
-            for piece in stream_text(self.tokenizer, (i for _, i in group)):
-                yield kind, piece
+        decoder = ReplyDecoder(self.tokenizer)
+        for one in self.generate(Request(render_prompt(self.tokenizer, messages), sampling)):
+            yield from decoder.feed(one)
+        yield from decoder.end()
+
+
+class ReplyDecoder:
+    """Turns a reply's ids, one by one, into pieces (type, text) of whole characters.
+
+    A character whose bytes are incomplete waits for the rest, and so does what may be the
+    beginning of a stop string. Nothing follows the first stop string, which is left out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.names = {i: name for name, i in tokenizer.specials.items()}
+        self.kind, self.text, self.stopped = "text", "", False
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, one: int) -> list[tuple[str, str]]:
+        """Take the next id; return the pieces that are ready."""
+        if name := self.names.get(one, ""):
+            pieces = self.end()
+            opens = name in ("<|python_start|>", "<|output_start|>")
+            self.kind = name[2:-8] if opens else "text"
+            return pieces
+        if self.stopped:
+            return []
+        self.text += self.bytes.decode(self.tokenizer.decode_bytes([one]))
+        stops = self.stops if self.kind == "text" else ()
+        if found := [i for stop in stops if (i := self.text.find(stop)) >= 0]:
+            self.stopped, ready = True, min(found)
+        else:
+            ends = (n for s in stops for n in range(1, len(s)) if self.text.endswith(s[:n]))
+            ready = len(self.text) - max(ends, default=0)
+        piece, self.text = self.text[:ready], "" if self.stopped else self.text[ready:]
+        return [(self.kind, piece)] if piece else []
+
+    def end(self) -> list[tuple[str, str]]:
+        """Return what waited for more."""
+        rest = "" if self.stopped else self.text + self.bytes.decode(b"", final=True)
+        self.text = ""
+        self.bytes.reset()
+        return [(self.kind, rest)] if rest else []
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Turn ids into text pieces: a character whose bytes are incomplete waits for the rest."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    """Turn ids into pieces of text, each of whole characters; special tokens are left out."""
+    decoder = ReplyDecoder(tokenizer)
     for one in ids:
-        if piece := decoder.decode(tokenizer.decode_bytes([one])):
-            yield piece
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+        yield from (piece for _, piece in decoder.feed(one))
+    yield from (piece for _, piece in decoder.end())
 
 
 # Runs apart from this program: waits for the program, which alone the limits are laid upon.

@@ -37,6 +37,7 @@ from torch.nn import functional as F
 
 from common import (
     GPT,
+    STAGES,
     Engine,
     GPTConfig,
     KVCache,
@@ -78,7 +79,6 @@ from common import (
 
 # 1. Settings ---------------------------------------------------------------------------------
 
-STAGES = ("base", "mid", "sft", "rl")
 FACT_SETS = ("facts_trained", "facts_unseen")
 # Sets of conversations, and the tokens that a reply to one may take; at 1, and from a base model,
 # which does not reply, the likeliest of the letters counts

@@ -7,7 +7,10 @@ oracle: a plain version, torch's own, transformers, regex, another batch shape, 
 
 from __future__ import annotations
 
+import base64
 import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import email.utils
 import errno
@@ -49,6 +52,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import regex
+import requests
 import tiktoken
 import torch
 from hypothesis import example, given, settings
@@ -62,12 +66,23 @@ import midtrain
 import prepare
 import pretrain
 import rl
+import serve
 import sft
 import train_tokenizer
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared" / "data"
-STAGES = ["prepare", "train_tokenizer", "pretrain", "midtrain", "sft", "rl", "evaluate", "chat"]
+STAGES = [
+    "prepare",
+    "train_tokenizer",
+    "pretrain",
+    "midtrain",
+    "sft",
+    "rl",
+    "evaluate",
+    "chat",
+    "serve",
+]
 CPU = torch.device("cpu")
 
 # Fixtures ------------------------------------------------------------------------------------
@@ -1592,7 +1607,7 @@ def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots):
         options = {"temperature": (0.0, 1.0)[i % 2], "top_k": (0, 0, 20)[i % 3], "seed": i}
         requests.append(common.Request(prompt, common.Sampling(rng.randrange(1, 30), **options)))
     replies = dict(engine.run(requests))
-    assert sorted(replies) == list(range(24)) and not engine.active
+    assert sorted(replies) == list(range(24)) and not engine.load
     for i, request in enumerate(requests):
         assert list(alone.generate(request)) == replies[i].ids
         room = 32 - len(request.prompt_ids)
@@ -1601,6 +1616,122 @@ def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots):
         assert replies[i].reason == ("stop" if ended else "length")
     firsts = {replies[i].ids[0] for i in range(24) if i % 4 == 1}
     assert len(firsts) > 1, "samples must not share their first token"
+
+
+def check_rows(engine):
+    """Every job has its row, every prompt its own, and the cache holds what the rows say."""
+    slots = len(engine.rows)
+    owners = dict(enumerate(engine.decoding))
+    owners |= {slots - 1 - i: prompt for i, prompt in enumerate(engine.prompts)}
+    assert len(owners) == len(engine.decoding) + len(engine.prompts)
+    for i, row in enumerate(engine.rows):
+        assert row.owner is owners.get(i) and (row.owner is None or row.owner.row == i)
+        assert engine.cache.lengths[i] == len(row.ids)
+        assert engine.cache.ids[i, : len(row.ids)].tolist() == row.ids
+    assert engine._at_work() <= slots
+
+
+@pytest.mark.parametrize(("slots", "chunk", "window"), [(1, 512, "L"), (3, 3, "SL"), (8, 5, "L")])
+def test_jobs_that_come_and_go_get_the_replies_they_get_alone(tokenizer, slots, chunk, window):
+    model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
+    engine = common.Engine(model, tokenizer, slots, chunk)
+    rng, jobs = random.Random(slots), []
+    for _ in range(400):
+        if rng.random() < 0.4 and engine.load < 2 * slots:
+            prompt = [tokenizer.bos, *(rng.randrange(300) for _ in range(rng.randrange(40)))]
+            if jobs and rng.random() < 0.6:  # the same again, or a conversation that goes on
+                before = rng.choice(jobs)
+                prompt = list(before.request.prompt_ids)
+                if rng.random() < 0.6:
+                    prompt += before.reply.ids + [rng.randrange(300)] * rng.randrange(1, 9)
+            prompt = prompt[:60]
+            options = {"temperature": rng.choice((0.0, 1.0)), "seed": rng.randrange(99)}
+            sampling = common.Sampling(rng.randrange(1, 20), **options)
+            jobs.append(engine.submit(common.Request(prompt, sampling)))
+        if jobs and rng.random() < 0.1:
+            engine.cancel(rng.choice(jobs))
+            check_rows(engine)
+        lengths = {job: len(job.reply.ids) for job in jobs}
+        moved = engine.step()
+        check_rows(engine)
+        assert all(len(job.reply.ids) == lengths[job] + (job in moved) for job in jobs)
+    while engine.load:
+        engine.step()
+    assert sum(job.reused > 0 for job in jobs) > 2
+    alone = common.Engine(model, tokenizer, 1)
+    for job in jobs:
+        alone.clear()  # so that nothing is reused
+        expected = list(alone.generate(job.request))
+        assert job.reply.ids == expected[: len(job.reply.ids)]
+        assert job.reply.reason == "cancel" or job.reply.ids == expected
+    assert {job.reply.reason for job in jobs} == {"cancel", "length", "stop"}
+
+
+def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
+    engine, counts = common.Engine(model, tokenizer, 2), []
+    engine.stops.clear()
+    hidden = model.hidden
+    model.hidden = lambda ids, cache: counts.append(ids.numel()) or hidden(ids, cache)
+    prompt = [tokenizer.bos, *range(100)]
+    for turn in range(5):
+        job = engine.submit(greedy(prompt, 10))
+        counts.clear()
+        while not job.reply.reason:
+            engine.step()
+        assert counts[0] == (101 if turn == 0 else 6) and counts[1:] == [1] * 9
+        prompt = prompt + job.reply.ids + list(range(turn, turn + 5))
+        other = engine.submit(greedy([tokenizer.bos, 3, 4], 2))  # it takes the other row
+        while not other.reply.reason:
+            engine.step()
+    engine.refresh(random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256))
+    job = engine.submit(greedy(prompt, 1))
+    engine.step()
+    assert job.reused == 0, "what other weights made is not gone on from"
+
+
+def test_others_go_on_while_a_long_prompt_is_computed(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
+    engine = common.Engine(model, tokenizer, 2, chunk=16)
+    engine.stops.clear()
+    first = engine.submit(greedy([tokenizer.bos], 40))
+    engine.step()
+    long = engine.submit(greedy([tokenizer.bos, *range(150)], 4))
+    steps = 0
+    while not long.reply.ids:
+        assert engine.step()[0] is first, "a step without a token for the one that streams"
+        steps += 1
+    assert steps == 10  # 151 tokens, 16 a step
+
+
+def test_a_stop_string_ends_the_reply_that_holds_it(tokenizer):
+    text = "One, two, three. END of it"
+    script = [*tokenizer.encode(text), *[7] * 99]
+    for stop, said in (((". E",), "One, two, three. E"), (("zzz", "wo, t"), "One, two, t")):
+        engine = common.Engine(Scripted(tokenizer, script, 1), tokenizer, 1)
+        request = common.Request([tokenizer.bos], common.Sampling(90, 0), True, stop)
+        ((_, reply),) = engine.run([request])
+        written = tokenizer.decode(reply.ids)
+        assert reply.reason == "stop" and written.startswith(said)
+        assert not any(s in tokenizer.decode(reply.ids[:-1]) for s in stop)
+        decoder = common.ReplyDecoder(tokenizer, stop)
+        pieces = [piece for one in reply.ids for piece in decoder.feed(one)] + decoder.end()
+        assert "".join(text for _, text in pieces) == said[: -len(stop[-1])]
+
+
+@given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+def test_a_reply_is_cut_at_the_first_stop_string_and_nothing_is_shown_of_it(text, stops):
+    decoder = common.ReplyDecoder(TOKENIZER(), stops)
+    shown = []
+    for one in text.encode():  # a token a byte
+        shown += [piece for _, piece in decoder.feed(one)]
+        # what is shown is never taken back
+        assert text.startswith("".join(shown))
+    shown += [piece for _, piece in decoder.end()]
+    # the stop string that is whole first ends the text where it begins
+    whole = [i for i in range(len(text) + 1) if any(text[:i].endswith(s) for s in stops)]
+    begin = [text[: whole[0]].find(s) for s in stops if s in text[: whole[0]]] if whole else []
+    assert "".join(shown) == (text[: min(begin)] if whole else text)
 
 
 class Scripted(torch.nn.Module):
@@ -1617,6 +1748,7 @@ class Scripted(torch.nn.Module):
         return self
 
     def hidden(self, ids, cache):
+        cache.begin(ids)
         self.read += ids[0].tolist()
         return torch.zeros(*ids.shape, 1)
 
@@ -5761,3 +5893,776 @@ def test_chats_mistakes_are_one_sentence(tiny_run, capsys):
         with pytest.raises(SystemExit) as ended:
             common.parse_settings(chat.Settings, "", words)
         assert ended.value.code == 2
+
+
+# Serving -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serving(tokenizer, slots=4, model=None, **changes):
+    """A server of a random model; yields it, its address and an engine that answers alone."""
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 128}
+    options = {"port": 0, "max_tokens": 12, "timeout_s": 5.0, **changes}
+    server = serve.Server(serve.Settings(**options))
+    engine = common.Engine(model or random_model(**shape), tokenizer, slots)
+    worker = serve.Worker(engine, server.settings.max_waiting)
+    server.model = serve.Model("t-sft", ("t-sft", "t"), "sft", engine, worker)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield server, f"http://127.0.0.1:{server.server_port}"
+        for _ in range(200):  # whatever a test did, nothing is left at work
+            if not worker.open and not engine.load:
+                break
+            time.sleep(0.02)
+        assert not worker.open and not engine.load
+        check_rows(engine)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        worker.stop()
+
+
+@pytest.fixture
+def served(tokenizer):
+    with serving(tokenizer) as (server, url):
+        yield server, url
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def reply_alone(tokenizer, messages, max_tokens):
+    """What a model says to messages when nobody else asks: parts, and why it ended."""
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 128}
+    engine = common.Engine(random_model(**shape), tokenizer, 1)
+    prompt = common.render_prompt(tokenizer, messages)
+    ((_, reply),) = engine.run([greedy(prompt, max_tokens, tool=True)])
+    return reply, common.reply_parts(tokenizer, reply.ids)
+
+
+def events(response):
+    """The events of a stream, parsed; the last must be [DONE]."""
+    datas = [line[6:] for line in response.text.split("\n\n") if line]
+    assert datas[-1] == "[DONE]" and response.headers["Content-Type"].startswith(
+        "text/event-stream"
+    )
+    return [json.loads(data) for data in datas[:-1]]
+
+
+def test_an_answer_is_what_the_model_says_alone_whole_and_streamed(served, tokenizer):
+    _, url = served
+    for text in ("Hi", "What is 2+2? \u00e9\u4e2d", "x" * 40):
+        reply, parts = reply_alone(tokenizer, user(text), 20)
+        asked = {"messages": user(text), "temperature": 0, "max_tokens": 20}
+        for path in ("/v1/chat/completions", "/chat/completions"):
+            body = requests.post(url + path, json=asked).json()
+            (choice,) = body["choices"]
+            assert body["object"] == "chat.completion" and body["model"] == "t-sft"
+            assert choice["message"]["role"] == "assistant" and choice["index"] == 0
+            assert choice["message"]["parts"] == parts
+            assert choice["finish_reason"] == reply.reason
+            prompt = len(common.render_prompt(tokenizer, user(text)))
+            assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": len(reply.ids),
+                                     "total_tokens": prompt + len(reply.ids)}  # fmt: skip
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        chunks = events(requests.post(url + "/v1/chat/completions", json={**asked, **options}))
+        assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+        assert len({c["id"] for c in chunks}) == 1
+        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
+        assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+        assert "".join(d.get("content", "") for d in deltas) == choice["message"]["content"]
+        reasons = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]]
+        assert reasons == [None] * (len(reasons) - 1) + [reply.reason]
+        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == body["usage"]
+
+
+def test_openais_own_client_talks_to_it(served):
+    openai = pytest.importorskip("openai")
+    _, url = served
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    asked = {"model": "t-sft", "messages": user("Hi"), "temperature": 0, "max_tokens": 8}
+    whole = client.chat.completions.create(**asked)
+    streamed = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(streamed)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+    assert whole.choices[0].finish_reason in ("length", "stop")
+    done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
+    assert done.usage.completion_tokens <= 4
+    assert [model.id for model in client.models.list()] == ["t-sft"]
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        client.chat.completions.create(**{**asked, "temperature": 5})
+    with pytest.raises(openai.NotFoundError, match="t-sft"):
+        client.chat.completions.create(**{**asked, "model": "gpt-4"})
+
+
+def test_many_ask_at_once_and_get_what_each_gets_alone(served, tokenizer):
+    _, url = served
+    texts = [f"Say {n}" for n in range(24)]
+
+    def ask(text):
+        asked = {"messages": user(text), "temperature": 0, "max_tokens": 15}
+        return requests.post(url + "/v1/chat/completions", json=asked).json()
+
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        for text, body in zip(texts, pool.map(ask, texts)):
+            _, parts = reply_alone(tokenizer, user(text), 15)
+            assert body["choices"][0]["message"]["parts"] == parts
+
+
+def test_choices_differ_and_a_seed_repeats_them(served):
+    _, url = served
+    asked = {"messages": user("Hi"), "n": 4, "seed": 7, "temperature": 1, "top_k": 0}
+
+    def texts(**changes):
+        body = requests.post(url + "/v1/chat/completions", json={**asked, **changes}).json()
+        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+        return [choice["message"]["content"] for choice in body["choices"]]
+
+    first = texts()
+    assert len(set(first)) == 4 and texts() == first and texts(seed=8) != first
+    assert texts(seed=None) != texts(seed=None)
+    streamed = collections.Counter()
+    for chunk in events(
+        requests.post(url + "/v1/chat/completions", json={**asked, "stream": True})
+    ):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += len(choice["delta"].get("content", ""))
+    assert [streamed[i] for i in range(4)] == list(map(len, first))
+
+
+def test_completions_go_on_from_a_text(served, tokenizer):
+    server, url = served
+    alone = common.Engine(server.model.engine.model, tokenizer, 1)
+    expected = "".join(alone.complete("The cat", common.Sampling(8, 0)))
+    asked = {"prompt": "The cat", "temperature": 0, "max_tokens": 8}
+    body = requests.post(url + "/v1/completions", json=asked).json()
+    assert body["object"] == "text_completion" and body["choices"][0]["text"] == expected
+    chunks = events(requests.post(url + "/v1/completions", json={**asked, "stream": True}))
+    assert "".join(c["choices"][0]["text"] for c in chunks) == expected
+    two = requests.post(url + "/v1/completions", json={**asked, "prompt": ["The cat", "A"]}).json()
+    assert two["choices"][0]["text"] == expected and len(two["choices"]) == 2
+
+
+def test_a_stop_string_ends_an_answer_and_is_left_out(tokenizer):
+    script = [*tokenizer.encode("one two three four"), tokenizer.specials["<|assistant_end|>"]]
+    prompt = common.render_prompt(tokenizer, user("Go"))
+    for stop, said in (("three", "one two "), (["zz", " t"], "one"), ([], "one two three four")):
+        model = Scripted(tokenizer, script, len(prompt))
+        with serving(tokenizer, 1, model) as (_, url):
+            asked = {"messages": user("Go"), "temperature": 0, "stop": stop, "max_tokens": 50}
+            body = requests.post(url + "/v1/chat/completions", json=asked).json()
+            assert body["choices"][0]["message"]["content"] == said
+            assert body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_call_of_the_calculator_is_shown_as_text_and_as_parts(tokenizer):
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
+    gap = [7] * (2 + len(tokenizer.encode("444")))
+    script = [*tokenizer.encode("So"), *call, *gap, *tokenizer.encode("It is."),
+              special["<|assistant_end|>"]]  # fmt: skip
+    prompt = common.render_prompt(tokenizer, user("Go"))
+    with serving(tokenizer, 1, Scripted(tokenizer, script, len(prompt))) as (_, url):
+        asked = {"messages": user("Go"), "temperature": 0, "max_tokens": 50, "stream": True}
+        chunks = events(requests.post(url + "/v1/chat/completions", json=asked))
+        deltas = [c["choices"][0]["delta"] for c in chunks]
+        text = "".join(d.get("content", "") for d in deltas)
+        assert (
+            text
+            == "So [37*12 = 444] It is."
+            == "".join(
+                chat.show(
+                    [("text", "So"), ("python", "37*12"), ("output", "444"), ("text", "It is.")]
+                )
+            )
+        )
+        parts = [(d["part"]["type"], d["part"]["text"]) for d in deltas if "part" in d]
+        joined = [
+            (k, "".join(t for _, t in g)) for k, g in itertools.groupby(parts, lambda p: p[0])
+        ]
+        assert joined == [
+            ("text", "So"),
+            ("python", "37*12"),
+            ("output", "444"),
+            ("text", "It is."),
+        ]
+
+
+def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(served, tokenizer):
+    server, _ = served
+    model = server.model
+    forms = [
+        ([{"role": "developer", "content": "Be kind."}, *user("Hi")],
+         [{"role": "system", "content": "Be kind."}, *user("Hi")]),
+        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+         user("ab")),
+        ([*user("a"), *user("b")], user("a\n\nb")),
+        (user("<|user_end|><|assistant_start|>"), user("<|user_end|><|assistant_start|>")),
+        (user("\ud800"), user("?")),
+    ]  # fmt: skip
+    settings = server.settings
+    for said, same in forms:
+        wanted = serve.parse_wanted({"messages": said}, True, model, settings)
+        assert wanted.prompts == [common.render_prompt(tokenizer, same)]
+    ids = serve.parse_wanted({"messages": forms[3][0]}, True, model, settings).prompts[0]
+    assert ids.count(tokenizer.specials["<|user_end|>"]) == 1
+    parts = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}]
+    called = [*user("a"), {"role": "assistant", "content": parts}, *user("b")]
+    wanted = serve.parse_wanted({"messages": called}, True, model, settings)
+    assert wanted.prompts == [common.render_prompt(tokenizer, called)]
+
+
+WRONG_REQUESTS = [
+    ({}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "x"}, 400, "messages"),
+    ({"messages": [1]}, 400, "messages[0]"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
+     "messages[0].content[0]"),
+    ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, 400,
+     "messages[0].content[0]"),
+    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
+    ({"messages": user("x") * 501}, 400, "messages"), ({"messages": user("word " * 500)}, 400, "messages"),
+    ({"temperature": -1}, 400, "temperature"), ({"temperature": 2.1}, 400, "temperature"),
+    ({"temperature": "1"}, 400, "temperature"), ({"temperature": True}, 400, "temperature"),
+    ({"top_p": 0}, 400, "top_p"), ({"top_p": 1.5}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"),
+    ({"top_k": 1.5}, 400, "top_k"), ({"max_tokens": 0}, 400, "max_tokens"),
+    ({"max_completion_tokens": "9"}, 400, "max_completion_tokens"), ({"n": 0}, 400, "n"),
+    ({"n": 99}, 400, "n"), ({"seed": 1.5}, 400, "seed"), ({"stop": 3}, 400, "stop"),
+    ({"stop": [""]}, 400, "stop"), ({"stop": ["a"] * 5}, 400, "stop"),
+    ({"stream": "yes"}, 400, "stream"), ({"stream_options": 3}, 400, "stream_options"),
+    ({"model": "gpt-4"}, 404, "model"), ({"tools": [{}]}, 400, "tools"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"logprobs": True}, 400, "logprobs"), ({"presence_penalty": 0.5}, 400, "presence_penalty"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+]  # fmt: skip
+
+
+def test_a_wrong_request_is_told_which_field_is_wrong_and_harmless_ones_are_ignored(served):
+    _, url = served
+    with requests.Session() as session:
+        for changes, status, param in WRONG_REQUESTS:
+            whole = changes if not changes else {"messages": user("Hi"), **changes}
+            response = session.post(url + "/v1/chat/completions", json=whole)
+            error = response.json()["error"]
+            assert (response.status_code, error["param"]) == (status, param), changes
+            assert error["message"] and error["type"] == "invalid_request_error"
+        ours = {"user": "me", "metadata": {}, "store": False, "presence_penalty": 0.0, "tools": [],
+                "logit_bias": None, "service_tier": "auto", "model": "t", "response_format":
+                {"type": "text"}, "temperature": None, "made_up": 1, "max_tokens": 2}  # fmt: skip
+        whole = {"messages": user("Hi"), **ours}
+        assert session.post(url + "/v1/chat/completions", json=whole).status_code == 200
+    long = requests.post(url + "/v1/chat/completions", json={"messages": user("word " * 500)})
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+    assert "128" in long.json()["error"]["message"]
+
+
+def raw(server, data):
+    """Send bytes; return all that comes back, as text."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+        connection.sendall(data)
+        parts = []
+        with contextlib.suppress(ConnectionError):
+            while part := connection.recv(65536):
+                parts.append(part)
+        return b"".join(parts).decode("latin-1")
+
+
+BODY = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}'
+
+
+def posted(*headers, body=BODY, version="1.1"):
+    lines = [f"POST /v1/chat/completions HTTP/{version}", "Host: localhost", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LAST = HEALTH[:-2] + b"Connection: close\r\n\r\n"
+LENGTH = f"Content-Length: {len(BODY)}"
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
+SHAPES = [  # bytes, the statuses of the answers: what follows a doubtful request is not read
+    (HEALTH * 2 + LAST, [200] * 3),
+    (posted("Transfer-Encoding: chunked", body=CHUNKS) + LAST, [200, 200]),
+    (posted("Transfer-Encoding: chunked", body=b"5;a=b\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n")
+     + LAST, [400, 200]),
+    (posted(LENGTH, "Transfer-Encoding: chunked") + LAST, [400]),
+    (posted(LENGTH, LENGTH) + LAST, [400]),
+    (posted(f"Content-Length: {len(BODY)}, {len(BODY)}") + LAST, [400]),
+    (posted(f"Content-Length: +{len(BODY)}") + LAST, [400]),
+    (posted("Content-Length: -1") + LAST, [400]),
+    (posted(f"Content-Length : {len(BODY)}") + LAST, [400]),
+    (posted("Transfer-Encoding: gzip, chunked", body=CHUNKS) + LAST, [400]),
+    (posted("Transfer-Encoding: chunked", body=CHUNKS, version="1.0") + LAST, [400]),
+    (posted("Transfer-Encoding: chunked", body=b"zz\r\n") + LAST, [400]),
+    (posted("Transfer-Encoding: chunked", body=b"-5\r\n") + LAST, [400]),
+    (posted("Transfer-Encoding: chunked", body=b"2\r\n{}XX0\r\n\r\n") + LAST, [400]),
+    (posted(f"Content-Length: {1 << 40}") + LAST, [413]),
+    (posted("Transfer-Encoding: chunked", body=b"fffffffffff\r\n") + LAST, [413]),
+    (posted() + LAST, [411]),
+    (b"GET /health HTTP/1.1\r\n\r\n" + LAST, [400]),
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n" + LAST, [400]),
+    (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n" + LAST, [403, 200]),
+    (b"GET /health HTTP/1.0\r\n\r\n" + LAST, [200]),
+    (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [404, 200]),
+    (b"DELETE /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
+    (b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
+    (b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
+    (b"OPTIONS /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
+    (b"nonsense\r\n\r\n", [400]), (b"GET / HTTP/9.9\r\n\r\n", [505]),
+    (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", [414]),
+    (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", [431]),
+    (posted("Content-Length: 3", body=b"{]}") + LAST, [400, 200]),
+    (posted("Content-Length: 3", body=b'"\xff"') + LAST, [400, 200]),
+    (posted("Content-Length: 2", body=b"[]") + LAST, [400, 200]),
+    (posted("Content-Length: 9", body=b'{"n":NaN}') + LAST, [400, 200]),
+    (posted("Content-Length: 90000", body=b"[" * 90000) + LAST, [400, 200]),
+]  # fmt: skip
+
+
+def test_odd_shapes_of_http_get_the_right_code_and_hide_no_second_request(served, capsys):
+    server, _ = served
+    for data, statuses in SHAPES:
+        back = raw(server, data)
+        found = [int(code) for code in re.findall(r"HTTP/1\.1 (\d+) ", back)]
+        assert found == statuses, (data[:200], back[:600])
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_slow_sender_is_told_and_holds_no_thread_for_long(tokenizer):
+    with serving(tokenizer, timeout_s=0.3) as (server, url):
+        began = time.monotonic()
+        assert "HTTP/1.1 408 " in raw(server, posted(LENGTH, body=BODY[:5]))
+        assert raw(server, b"GET /health HT") == ""
+        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+            with contextlib.suppress(OSError):
+                for _ in range(40):  # a byte now and then does not prolong it
+                    connection.sendall(b"G")
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 10
+        assert requests.get(url + "/health").status_code == 200
+
+
+def test_a_client_that_goes_away_frees_its_slot(tokenizer):
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 4096, "n_layer": 1}
+    with serving(tokenizer, 2, random_model(**shape), max_tokens=4000) as (server, _):
+        server.model.engine.stops.clear()
+        worker = server.model.worker
+        for stream in (True, False):
+            asked = json.dumps({"messages": user("Hi"), "stream": stream}).encode()
+            data = posted(f"Content-Length: {len(asked)}", body=asked)
+            with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+                connection.sendall(data)
+                while not server.model.engine.decoding:
+                    time.sleep(0.01)
+                assert worker.open == 1
+            began = time.monotonic()
+            while worker.open or server.model.engine.load:
+                assert time.monotonic() - began < 3
+                time.sleep(0.01)
+            assert worker.generated < 3000, "it did not just run to its end"
+
+
+def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
+    with serving(tokenizer, 1, max_waiting=1) as (server, url):
+        server.model.engine.stops.clear()
+        asked = {"messages": user("Hi"), "max_tokens": 100}
+
+        def ask(_):
+            return requests.post(url + "/v1/chat/completions", json=asked)
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            responses = list(pool.map(ask, range(8)))
+        codes = collections.Counter(response.status_code for response in responses)
+        assert set(codes) == {200, 429} and codes[200] >= 2
+        refused = next(r for r in responses if r.status_code == 429)
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_a_failure_of_the_engine_is_said_and_the_next_request_is_served(
+    served, monkeypatch, capsys
+):
+    server, url = served
+    engine, asked = server.model.engine, {"messages": user("Hi"), "temperature": 0}
+    right = requests.post(url + "/v1/chat/completions", json=asked).json()["choices"]
+    monkeypatch.setattr(engine.model, "hidden", lambda *_: 1 / 0)
+    response = requests.post(url + "/v1/chat/completions", json=asked)
+    assert response.status_code == 500 and "again" in response.json()["error"]["message"]
+    monkeypatch.undo()
+    assert requests.post(url + "/v1/chat/completions", json=asked).json()["choices"] == right
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_keys_origins_and_hosts_are_checked(tokenizer):
+    options = {"api_key": "secret", "cors_origin": "https://a.example", "allow_host": "b.example"}
+    with serving(tokenizer, **options) as (_, url):
+        asked = {"messages": user("Hi"), "max_tokens": 1}
+
+        def status(**headers):
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            return requests.post(url + "/v1/chat/completions", json=asked, headers=names)
+
+        assert status().status_code == status(Authorization="Bearer wrong").status_code == 401
+        assert status(Authorization="Basic secret").status_code == 401
+        right = {"Authorization": "Bearer secret"}
+        assert status(**right).status_code == 200
+        for origin, code in (("https://evil.example", 403), ("null", 403), (url, 200),
+                             ("https://a.example", 200)):  # fmt: skip
+            response = status(**right, Origin=origin)
+            assert response.status_code == code, origin
+            allowed = response.headers.get("Access-Control-Allow-Origin")
+            assert allowed == ("https://a.example" if "a.example" in origin else None)
+        assert status(**right, Host="b.example").status_code == 200
+        assert status(**right, Host="c.example").status_code == 403
+        assert requests.get(url + "/health").status_code == requests.get(url).status_code == 200
+        assert requests.get(url + "/v1/models").status_code == 401
+
+
+def test_the_page_runs_its_own_script_alone(served):
+    _, url = served
+    response = requests.get(url)
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    page = response.text
+    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page)
+    assert not re.findall(r"(?:src|href)=.?(?:https?:)?//", page)
+    assert set(re.findall(r"https?://[a-z0-9.]+", page)) == {"http://www.w3.org"}  # SVG's name
+
+
+def test_the_training_view_reads_what_a_run_has_written(served, base_dir):
+    _, url = served
+    assert requests.get(url + "/training").json() == {"tag": "main", "curves": {}, "scores": {}}
+    folder = common.run_dir("main")
+    lines = [{"stage": "base", "step": i, "time": 1, "loss": 9 - i / 1000} for i in range(1000)]
+    folder.mkdir(parents=True)
+    write_lines(folder / "metrics.jsonl", lines)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "ba')
+    (folder / "eval").mkdir()
+    scores = {"tasks": {"facts": {"score": 0.5, "low": 0.4, "high": 0.6, "items": 10}}}
+    (folder / "eval" / "sft.json").write_text(json.dumps(scores))
+    found = requests.get(url + "/training").json()
+    points = found["curves"]["base"]["loss"]
+    assert points[0] == [0, 9] and points[-1] == [999, 8.001] and 200 < len(points) < 310
+    assert list(found["curves"]["base"]) == ["loss"]
+    assert found["scores"] == {"sft": {"facts": [0.5, 0.4, 0.6]}}
+
+
+def test_the_server_tells_how_it_is(served):
+    server, url = served
+    assert requests.get(url + "/health").json()["status"] == "ready"
+    config = requests.get(url + "/config").json()
+    assert config["defaults"]["temperature"] == server.settings.temperature
+    assert config["context"] == 128 and config["model"] == "t-sft"
+    asked = {"messages": user("Hi"), "max_tokens": 3}
+    requests.post(url + "/v1/chat/completions", json=asked)
+    time.sleep(0.1)
+    values = dict(line.rsplit(" ", 1) for line in requests.get(url + "/metrics").text.splitlines()
+                  if not line.startswith("#"))  # fmt: skip
+    label = 'nanochat_requests_total{path="/v1/chat/completions",code="200"}'
+    assert values[label] == "1" and values["nanochat_slots"] == "4"
+    assert 1 <= int(values["nanochat_tokens_generated_total"]) <= 3
+    model, server.model = server.model, None
+    assert requests.get(url + "/health").json()["status"] == "loading"
+    assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
+    server.model, server.draining = model, True
+    assert requests.get(url + "/health").json()["status"] == "draining"
+    assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
+
+
+def test_sigterm_lets_what_runs_end(chat_run):
+    command = [sys.executable, "serve.py", "--tag=t", "--stage=base", "--port=0", "--device=cpu"]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        url = next(line for line in process.stdout if "http" in line).split()[-1]
+        assert any("ready" in line for line in process.stdout)
+        asked = {"prompt": "The", "max_tokens": 40, "stream": True}
+        with requests.post(url + "/v1/completions", json=asked, stream=True) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            text = b"\n".join(lines)
+        assert text.rstrip().endswith(b"[DONE]")
+        assert process.wait(20) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "n_layer": 3}])
+def test_an_exported_model_is_the_same_to_transformers(tokenizer, tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no nanochat model")
+    shape = {**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size, **changes}
+    model = random_model(**shape)
+    serve.export(tmp_path / "out", model, tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.dtype == torch.float32
+    ids = torch.randint(tokenizer.vocab_size, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = [
+        "The cat sat.",
+        "  two  spaces\n\n\tand 12345 tabs",
+        "\u00e9\u4e2d\u6587 \U0001f600",
+        "don't WON'T",
+    ]
+    for text in texts:
+        assert words.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert words.decode(tokenizer.encode(text)) == text
+    chat_ = [{"role": "system", "content": "Be kind."}, *user("Hi"),
+             {"role": "assistant", "content": "Yes?"}, *user("Bye")]  # fmt: skip
+    rendered = words.apply_chat_template(chat_, add_generation_prompt=True, tokenize=False)
+    assert words.encode(rendered, add_special_tokens=False) == common.render_prompt(
+        tokenizer, chat_
+    )
+    assert words.eos_token_id == tokenizer.specials["<|assistant_end|>"]
+
+
+def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path):
+    bare = {**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size}
+    for changes, flag in (({"smear": True}, "--no-smear"), ({"skip": True}, "--no-skip"),
+                          ({"value_embeds": True}, "--no-value-embeds"),
+                          ({"window_pattern": "SL"}, "--window-pattern=L"),
+                          ({"qk_scale": 1.2}, "--qk-scale=1")):  # fmt: skip
+        with pytest.raises(common.Stop, match=flag):
+            serve.export(tmp_path / "out", random_model(**{**bare, **changes}), tokenizer)
+    assert not (tmp_path / "out").exists()
+
+
+class Talker(torch.nn.Module):
+    """Stands in for a model: says one text to whatever it is asked, a token in `pause` seconds."""
+
+    def __init__(self, tokenizer, script, pause=0.0, context=1024):
+        super().__init__()
+        self.config = common.GPTConfig(tokenizer.vocab_size, 1, 8, 1, 1, context)
+        self.embed = torch.nn.Embedding(1, 1)
+        self.script, self.pause, self.dtype = script, pause, torch.float32
+        self.begins = tokenizer.specials["<|assistant_start|>"]
+
+    def cast_weights(self):
+        return self
+
+    def hidden(self, ids, cache):
+        positions, _ = cache.begin(ids)
+        time.sleep(self.pause)
+        said = torch.zeros(*ids.shape, 1)  # tokens since the assistant began
+        for b, row in enumerate(positions.tolist()):
+            begins = (cache.ids[b] == self.begins).nonzero()[:, 0]
+            for t, position in enumerate(row):
+                before = begins[begins <= position].tolist()
+                said[b, t] = position - before[-1] if before else 0
+        return said
+
+    def logits(self, hidden):
+        index = hidden[..., 0].long().clamp(max=len(self.script) - 1)
+        chosen = torch.tensor(self.script)[index]
+        return 100.0 * F.one_hot(chosen, self.config.vocab_size).float()
+
+
+ANSWER = """Hello **you**, <b>not bold</b> <script>document.title = "owned"</script>
+
+- one
+- two
+
+| a | b |
+| - | - |
+| 1 | 2 |
+
+```
+x = 1
+```
+"""
+
+
+def answer_script(tokenizer, text=ANSWER):
+    """A text after a call of the calculator."""
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
+    gap = [7] * (2 + len(tokenizer.encode("444")))
+    return [*call, *gap, *tokenizer.encode(text), special["<|assistant_end|>"]]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    driver = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if not path:
+        pytest.skip("Chromium is not installed")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def opened(chromium, url, **options):
+    """The page in a browser of its own; no error of its script is let pass."""
+    context = chromium.new_context(viewport={"width": 1024, "height": 768}, **options)
+    page, errors = context.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("dialog", lambda dialog: dialog.accept("Renamed"))
+    page.set_default_timeout(10_000)
+    page.goto(url)
+    yield page
+    assert not errors
+    context.close()
+
+
+def answered(page, number):
+    """Wait for the answer with this number to be whole; return its element."""
+    article = page.locator("article.assistant").nth(number)
+    article.get_by_text("a second").wait_for()
+    return article
+
+
+@pytest.mark.browser
+def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer), pause=0.01)
+    with (
+        serving(tokenizer, 2, model, max_tokens=400) as (_, url),
+        opened(chromium, url) as page,
+    ):
+        page.fill("#text", "<img src=x onerror=\"document.title='owned'\">")
+        page.press("#text", "Enter")
+        said = page.locator("article.assistant .said")
+        said.get_by_text("Hello").wait_for()
+        lengths = []
+        for _ in range(30):
+            lengths.append(len(said.inner_text()))
+            page.wait_for_timeout(20)
+        assert len(set(lengths)) > 3, "it comes piece by piece"
+        first = answered(page, 0)
+        assert page.title() != "owned" and "<img" in page.locator("article.user").inner_text()
+        assert first.locator(".card").inner_text().split() == ["37*12", "=", "444"]
+        assert first.locator("strong").inner_text() == "you"
+        assert "<b>not bold</b> <script>" in first.inner_text()
+        assert first.locator("li").count() == 2 and first.locator("td").count() == 2
+        assert first.locator("pre code").inner_text() == "x = 1"
+
+        page.fill("#text", "And again?")  # a second turn, by the button
+        page.click("#send")
+        answered(page, 1)
+        page.locator("article.assistant").nth(1).get_by_role("button", name="Regenerate").click()
+        answered(page, 1)
+        assert page.locator("article").count() == 4
+        page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
+        assert page.input_value("#text") == "And again?"
+        page.fill("#text", "Edited")
+        page.press("#text", "Enter")
+        answered(page, 1)
+        assert page.locator("article.user").nth(1).inner_text().startswith("Edited")
+
+        page.click("#options")  # settings are used at once, and kept
+        page.fill("#max_tokens", "5")
+        page.click("#close")
+        page.fill("#text", "Short")
+        page.press("#text", "Enter")
+        assert "5 tokens" in answered(page, 2).inner_text()
+        page.fill("#text", "not yet sent")
+        page.reload()
+        assert page.locator("article").count() == 6 and page.input_value("#text") == "not yet sent"
+        assert page.input_value("#max_tokens") == "5"
+
+        page.click("#new")
+        assert page.locator("article").count() == 0 and page.locator("#chats li").count() == 2
+        page.fill("#find", "again?")
+        assert page.locator("#chats li").count() == 0
+        page.fill("#find", "edited")
+        assert page.locator("#chats li").count() == 1
+        page.locator("#chats li button").first.click()
+        assert page.locator("article").count() == 6
+        page.locator("#chats li button[title=Rename]").click()
+        page.fill("#find", "")
+        assert page.locator("#chats").get_by_text("Renamed").count() == 1
+        with page.expect_download() as download:
+            page.select_option("#export", "json")
+        kept = json.loads(Path(download.value.path()).read_text())
+        assert len(kept["messages"]) == 6
+        page.locator("#chats li button[title=Delete]").first.click()
+        assert page.locator("#chats li").count() == 1
+
+
+@pytest.mark.browser
+def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, monkeypatch):
+    connections, setup = [], serve.Handler.setup
+    monkeypatch.setattr(
+        serve.Handler, "setup", lambda self: connections.append(self.request) or setup(self)
+    )
+    model = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
+    with (
+        serving(tokenizer, 1, model, max_tokens=900, max_waiting=0) as (server, url),
+        opened(chromium, url) as page,
+    ):
+        page.fill("#text", "Go")
+        page.press("#text", "Enter")
+        page.get_by_text("word word").wait_for()
+        assert page.inner_text("#send") == "Stop"
+        busy = requests.post(url + "/v1/completions", json={"prompt": "x"})
+        assert busy.status_code == 429
+        page.click("#send")
+        page.get_by_text("stopped").wait_for()
+        for _ in range(100):
+            if not server.model.worker.open:
+                break
+            time.sleep(0.02)
+        assert not server.model.worker.open, "the slot is free"
+
+        long = "many words " * 2000
+        page.fill("#text", long)
+        page.press("#text", "Enter")
+        page.locator(".trouble").get_by_text("too long").wait_for()
+        page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
+        assert page.input_value("#text") == long, "nothing that was typed is lost"
+
+        page.fill("#text", "Go on")  # and now the server goes away
+        page.press("#text", "Enter")
+        page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        page.locator(".trouble").wait_for()
+        page.get_by_role("button", name="Try again").click()
+        page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
+        page.click("#send")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 768, 1440])
+def test_the_page_fits_phones_and_wide_screens_in_light_and_dark(
+    tokenizer, chromium, width, scheme, tmp_path, base_dir
+):
+    model = Talker(tokenizer, answer_script(tokenizer))
+    with (
+        serving(tokenizer, 1, model, max_tokens=400) as (_, url),
+        opened(chromium, url, color_scheme=scheme) as page,
+    ):
+        page.set_viewport_size({"width": width, "height": 844})
+        page.fill("#text", "Hi there, a rather long message that must wrap on a phone " * 3)
+        page.press("#text", "Enter")
+        answered(page, 0)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = sum(map(int, re.findall(r"\d+", shade)[:3])) > 384
+        assert light == (scheme == "light")
+        assert page.locator("#chats").is_visible() == (width > 720)
+        if width < 720:
+            page.click("#menu")
+            assert page.locator("#chats").is_visible()
+            page.locator("#chats li button").first.click()
+            assert not page.locator("#chats").is_visible()
+        page.screenshot(path=tmp_path / f"{width}-{scheme}.png")
+        page.click("#view")
+        page.get_by_text("No scores yet").wait_for()
+        page.click("#view")
+        assert page.locator("article").count() == 2

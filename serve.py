@@ -1,0 +1,1877 @@
+"""Serve a model: a chat page for people, and an API for the clients that OpenAI's has.
+
+Usage:   python serve.py                                    # http://127.0.0.1:8000
+         python serve.py --stage=base --port=9000
+         NANOCHAT_API_KEY=... python serve.py --host=0.0.0.0    # for others in the network
+         curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+              -d '{"messages": [{"role": "user", "content": "Hi!"}], "stream": true}'
+Reads:   runs/TAG/{tokenizer,STAGE}/
+Serves:  POST /v1/chat/completions, /v1/completions; GET / (the page), /v1/models, /health,
+         /config, /metrics
+Method:  one thread works the engine, in which all requests decode side by side; one thread a
+         connection speaks HTTP/1.1
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import math
+import os
+import queue
+import re
+import secrets
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from common import (
+    GPT,
+    STAGES,
+    Engine,
+    Job,
+    ReplyDecoder,
+    Request,
+    Sampling,
+    Stop,
+    Tokenizer,
+    check_name,
+    find_checkpoint,
+    load_model,
+    newest_stage,
+    one_sentence,
+    parse_settings,
+    pick_device,
+    pick_dtype,
+    render_prompt,
+    run_dir,
+    setting,
+    write_json,
+    written_beside,
+)
+
+# 1. Settings ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Settings:
+    stage: str = setting(
+        "", f"which model of the run; empty = the last of {', '.join(STAGES)}", "i", ("", *STAGES)
+    )
+    tag: str = setting("main", "name of the run, a folder below runs/")
+    step: int = setting(0, "checkpoint to load; 0 = the newest")
+    host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 = all of this machine's")
+    port: int = setting(8000, "port to listen at; 0 = any that is free")
+    api_key: str = setting("", "key that clients must send; empty = NANOCHAT_API_KEY, or none")
+    cors_origin: str = setting("", "origin whose pages may use the API, such as https://a.example")
+    allow_host: str = setting("", "further names under which this is reached, between commas")
+    temperature: float = setting(0.6, "0 = always the likeliest token", short="t")
+    top_k: int = setting(50, "sample among the k likeliest tokens; 0 = all", short="k")
+    top_p: float = setting(1.0, "sample among the likeliest tokens of this total probability")
+    max_tokens: int = setting(256, "tokens of an answer at most, unless a request says how many")
+    slots: int = setting(16, "requests that are answered side by side")
+    max_waiting: int = setting(64, "requests that may wait for a slot")
+    max_connections: int = setting(256, "open connections")
+    max_body_bytes: int = setting(1 << 20, "size of a request's body")
+    max_messages: int = setting(500, "messages of a conversation")
+    max_choices: int = setting(8, "answers to one request (n)")
+    timeout_s: float = setting(30.0, "seconds that a request may take to arrive, a client to read")
+    drain_s: float = setting(60.0, "seconds in which running answers may end after SIGTERM")
+    export: str = setting("", "write the model to this folder in Hugging Face's format, and end")
+    log_content: bool = setting(False, "log what is asked and answered too")
+    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    dtype: str = setting(
+        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        check_name(self.tag, "--tag")
+        Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p)  # raises
+        self.api_key = self.api_key or os.environ.get("NANOCHAT_API_KEY", "")
+        for name in ("slots", "max_connections", "max_body_bytes", "max_messages", "max_choices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+        if not 0 <= self.port < 65536 or self.max_waiting < 0 or self.timeout_s <= 0:
+            raise ValueError(
+                "--port must be from 0 to 65535, --max-waiting 0 or more, --timeout-s above 0"
+            )
+        if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
+            raise ValueError("--cors-origin must be like https://a.example, without a path")
+
+
+# 2. The engine at work -----------------------------------------------------------------------
+
+
+class Refusal(Exception):
+    """A request that is not done: HTTP status, what to say, and OpenAI's fields of an error."""
+
+    def __init__(self, status: int, message: str, param: str = "", code: str = "", **headers: str):
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": str(self), "type": kind, "param": self.param or None,
+                          "code": self.code or None}}  # fmt: skip
+
+
+@dataclass(eq=False)
+class Asked:
+    """The requests of one client, and the queue of what comes of them: (which, id, reason)."""
+
+    requests: list[Request]
+    news: queue.SimpleQueue[tuple[int, int, str]] = field(default_factory=queue.SimpleQueue)
+    open: set[int] = field(default_factory=set)  # which are not ended
+    jobs: list[Job] = field(default_factory=list)
+    given_up: bool = False
+
+
+class Worker:
+    """Works the engine in a thread of its own; others ask, read what comes, and may give up."""
+
+    def __init__(self, engine: Engine, max_waiting: int):
+        self.engine, self.room = engine, len(engine.rows) + max_waiting
+        self.inbox: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self.lock, self.open = threading.Lock(), 0  # requests that are not ended
+        self.seconds_a_request = 1.0  # of late
+        self.generated = 0
+        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.thread.start()
+
+    def ask(self, requests: list[Request]) -> Asked:
+        """Hand in requests. Raises Refusal where too many wait already."""
+        asked = Asked(requests, open=set(range(len(requests))))
+        with self.lock:
+            if self.open + len(requests) > self.room:
+                wait = math.ceil(self.seconds_a_request * self.open / len(self.engine.rows))
+                raise Refusal(
+                    429, f"{self.open} requests are at work or wait: try again in a while",
+                    code="queue_full", **{"Retry-After": str(max(1, min(wait, 600)))},
+                )  # fmt: skip
+            self.open += len(requests)
+        self.inbox.put(asked)
+        return asked
+
+    def give_up(self, asked: Asked) -> None:
+        """End what is still open of it before the next step."""
+        asked.given_up = True
+        self.inbox.put(asked)
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.inbox.put(None)
+        self.thread.join()
+
+    def _work(self) -> None:
+        owners: dict[Job, tuple[Asked, int]] = {}
+        while True:
+            try:
+                while not self.engine.load or not self.inbox.empty():
+                    asked = self.inbox.get()
+                    if asked is None:
+                        return
+                    self._take(asked, owners)
+                for job in self.engine.step():
+                    asked, which = owners[job]
+                    self.generated += 1
+                    asked.news.put((which, job.reply.ids[-1], job.reply.reason))
+                    if job.reply.reason:
+                        del owners[job]
+                        self._close(asked, which)
+            # such as a device out of memory: those at work fail, others go on
+            except Exception:  # noqa: BLE001
+                traceback.print_exc()
+                self.engine.clear()
+                for asked, which in owners.values():
+                    asked.news.put((which, -1, "error"))
+                    self._close(asked, which)
+                owners.clear()
+
+    def _take(self, asked: Asked, owners: dict[Job, tuple[Asked, int]]) -> None:
+        """Put new requests in line, or end what is given up."""
+        if not asked.jobs and not asked.given_up:
+            for which, request in enumerate(asked.requests):
+                asked.jobs.append(self.engine.submit(request))
+                owners[asked.jobs[-1]] = asked, which
+        elif asked.given_up:
+            for job in asked.jobs:
+                self.engine.cancel(job)
+                owners.pop(job, None)
+            for which in tuple(asked.open):
+                self._close(asked, which)
+
+    def _close(self, asked: Asked, which: int) -> None:
+        if which in asked.open:
+            asked.open.remove(which)
+            with self.lock:
+                self.open -= 1
+
+
+# 3. What is asked ----------------------------------------------------------------------------
+
+# Fields of OpenAI's that would change the answer, with the values that ask for nothing.
+UNSUPPORTED = {
+    "tools": (None, []), "tool_choice": (None, "none", "auto"), "functions": (None, []),
+    "function_call": (None, "none"), "response_format": (None, {"type": "text"}),
+    "logprobs": (None, False), "top_logprobs": (None, 0), "logit_bias": (None, {}),
+    "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "modalities": (None, ["text"]),
+    "audio": (None,), "prediction": (None,), "web_search_options": (None,), "suffix": (None, ""),
+    "echo": (None, False), "best_of": (None, 1),
+}  # fmt: skip
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Read a request's body. Raises Refusal where it is no JSON object."""
+
+    def no_number(text: str) -> float:
+        raise ValueError(f"{text} is no JSON")
+
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=no_number)
+    except UnicodeDecodeError:
+        raise Refusal(400, "the body is not valid UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deep" if isinstance(error, RecursionError) else error
+        raise Refusal(400, f"the body is not valid JSON: {what}") from None
+    if not isinstance(body, dict):
+        raise Refusal(400, 'the body must be a JSON object, such as {"messages": [...]}')
+    return body
+
+
+def number(
+    body: dict[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False
+) -> Any:
+    """Return a numeric field, or its default where it is absent or null. Raises Refusal."""
+    value = body.get(name)
+    if value is None:
+        return default
+    kinds = (int,) if whole else (int, float)
+    good = isinstance(value, kinds) and not isinstance(value, bool)
+    if not good or not low <= value <= high:
+        what = "a whole number" if whole else "a number"
+        raise Refusal(400, f"{name} must be {what} from {low:g} to {high:g}", name)
+    return value
+
+
+def switch(body: dict[str, Any], name: str, where: str = "") -> bool:
+    """Return a field that is true or false, and false where it is absent. Raises Refusal."""
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise Refusal(400, f"{where}{name} must be true or false", where + name)
+    return bool(value)
+
+
+def text_of(value: Any, where: str) -> str:
+    """Return a string whose half characters are replaced. Raises Refusal for anything else."""
+    if not isinstance(value, str):
+        raise Refusal(400, f"{where} must be a string", where)
+    return value.encode("utf-8", "replace").decode()
+
+
+def parse_messages(body: dict[str, Any], most: int) -> list[dict[str, Any]]:
+    """Return the conversation in this project's form: turns alternate, a user's is the last.
+
+    Raises Refusal, which names the message that is wrong.
+    """
+    given = body.get("messages")
+    if not isinstance(given, list) or not given:
+        raise Refusal(400, "messages must be a list with at least one message", "messages")
+    if len(given) > most:
+        raise Refusal(400, f"there are {len(given)} messages: {most} are allowed", "messages")
+    messages: list[dict[str, Any]] = []
+    for i, message in enumerate(given):
+        where = f"messages[{i}]"
+        if not isinstance(message, dict):
+            raise Refusal(400, f"{where} must be an object with role and content", where)
+        role = message.get("role")
+        role = "system" if role == "developer" else role
+        if role not in ("system", "user", "assistant"):
+            raise Refusal(400, f"{where}.role must be system, user or assistant", f"{where}.role")
+        if role == "assistant" and message.get("tool_calls"):
+            raise Refusal(400, f"{where}.tool_calls is not supported", f"{where}.tool_calls")
+        parts = parse_content(message.get("content"), role, f"{where}.content")
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
+        else:
+            messages.append({"role": role, "content": parts})
+    if messages[-1]["role"] != "user":
+        raise Refusal(400, "the last message must be the user's", "messages")
+    for message in messages:
+        if message["role"] != "assistant":
+            message["content"] = "".join(part["text"] for part in message["content"])
+    return messages
+
+
+def parse_content(content: Any, role: str, where: str) -> list[dict[str, str]]:
+    """Return the parts of a message: texts, and in an assistant's the calls of its calculator."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": text_of(content, where)}]
+    kinds = ("text", "python", "output") if role == "assistant" else ("text",)
+    if not isinstance(content, list):
+        raise Refusal(400, f"{where} must be a string or a list of parts", where)
+    parts = []
+    for i, part in enumerate(content):
+        here = f"{where}[{i}]"
+        if not isinstance(part, dict) or part.get("type") not in kinds:
+            raise Refusal(400, f"{here} must be a part of type {' or '.join(kinds)}", here)
+        parts.append({"type": part["type"], "text": text_of(part.get("text"), f"{here}.text")})
+    return parts or [{"type": "text", "text": ""}]
+
+
+def parse_stops(body: dict[str, Any]) -> tuple[str, ...]:
+    """Return the stop strings. Raises Refusal."""
+    stop = body.get("stop")
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or len(stops) > 4:
+        raise Refusal(400, "stop must be a string or a list of up to 4", "stop")
+    stops = [text_of(one, "stop") for one in stops]
+    if not all(0 < len(one) <= 200 for one in stops):
+        raise Refusal(400, "each stop string must have from 1 to 200 characters", "stop")
+    return tuple(stops)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a client asks for: prompts, how many answers to each, and in which form."""
+
+    prompts: list[list[int]]
+    n: int
+    sampling: Sampling
+    stops: tuple[str, ...]
+    chat: bool
+    stream: bool
+    usage: bool  # a stream's last chunk tells it
+
+    def requests(self) -> list[Request]:
+        """Return the engine's requests; answers to one prompt differ by their seeds."""
+        return [
+            Request(
+                ids, dataclasses.replace(self.sampling, seed=self.sampling.seed + i), self.chat,
+                self.stops,
+            )
+            for ids in self.prompts for i in range(self.n)
+        ]  # fmt: skip
+
+
+def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Settings) -> Wanted:
+    """Check a request for completions. Raises Refusal, which says what is wrong with it."""
+    for name, harmless in UNSUPPORTED.items():
+        if body.get(name) not in harmless:
+            raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
+    name = body.get("model")
+    if name is not None and name not in model.names:
+        shown = repr(name)[:80]
+        raise Refusal(404, f"the model {shown} is not served here: {model.id} is", "model",
+                      "model_not_found")  # fmt: skip
+    tokenizer, context = model.engine.tokenizer, model.engine.model.config.max_seq_len
+    if chat:
+        messages = parse_messages(body, settings.max_messages)
+        prompts = [render_prompt(tokenizer, messages)]
+    else:
+        prompt = body.get("prompt", "")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or len(prompts) > settings.max_choices:
+            raise Refusal(400, "prompt must be a string or a short list of strings", "prompt")
+        prompts = [[tokenizer.bos, *tokenizer.encode(text_of(p, "prompt"))] for p in prompts]
+    longest = max(map(len, prompts))
+    if longest >= context:
+        raise Refusal(
+            400, f"this model's context is {context} tokens; your messages have {longest}, which "
+            "leaves none for an answer: shorten them", "messages" if chat else "prompt",
+            "context_length_exceeded",
+        )  # fmt: skip
+    options = body.get("stream_options")
+    if options is not None and not isinstance(options, dict):
+        raise Refusal(400, "stream_options must be an object", "stream_options")
+    limit = number(body, "max_tokens", settings.max_tokens, 1, 1 << 31, whole=True)
+    limit = number(body, "max_completion_tokens", limit, 1, 1 << 31, whole=True)
+    sampling = Sampling(
+        max_tokens=limit,
+        temperature=number(body, "temperature", settings.temperature, 0, 2),
+        top_k=number(body, "top_k", settings.top_k, 0, 1 << 31, whole=True),
+        top_p=number(body, "top_p", settings.top_p, 1e-9, 1),
+        seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64, whole=True) % 2**64,
+    )
+    return Wanted(
+        prompts, number(body, "n", 1, 1, settings.max_choices // len(prompts), whole=True),
+        sampling, parse_stops(body), chat, switch(body, "stream"),
+        switch(options or {}, "include_usage", "stream_options."),
+    )  # fmt: skip
+
+
+# 4. What is answered -------------------------------------------------------------------------
+
+
+class Shown:
+    """Turns the pieces of a reply into its text, with a call of the tool as [37*12 = 444]."""
+
+    def __init__(self) -> None:
+        self.kind, self.end = "text", "\n"  # of what was shown last: its type, its last character
+
+    def feed(self, kind: str, piece: str) -> str:
+        """Return the text of the next piece, "" and "text" at the end."""
+        head = ""
+        if (self.kind, kind) == ("python", "output"):
+            head = " = "
+        elif kind != self.kind:
+            if self.kind != "text":
+                head = "] " if kind == "text" and piece[:1].isalnum() else "]"
+            if kind != "text":
+                head += "[" if (head or self.end)[-1].isspace() else " ["
+        self.kind, self.end = kind, piece[-1:] or self.end
+        return head + piece
+
+
+# 5. HTTP -------------------------------------------------------------------------------------
+
+
+class Incoming(io.RawIOBase):
+    """What a socket brings until a deadline: a sender who trickles must not hold a thread."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, math.inf
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long to arrive")
+        self.connection.settimeout(left)
+        return self.connection.recv_into(buffer)
+
+
+class Outgoing(io.BufferedIOBase):
+    """Writes all of what it is given, within a time."""
+
+    def __init__(self, connection: socket.socket, timeout_s: float):
+        self.connection, self.timeout_s = connection, timeout_s
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.connection.settimeout(self.timeout_s)
+        self.connection.sendall(data)
+        return len(data)
+
+
+@dataclass
+class Model:
+    """The model that is served, and its worker."""
+
+    id: str
+    names: tuple[str, ...]
+    stage: str
+    engine: Engine
+    worker: Worker
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Counts:
+    """What /metrics tells; any thread adds to it."""
+
+    def __init__(self) -> None:
+        self.lock, self.values = threading.Lock(), collections.Counter[str]()
+
+    def add(self, name: str, value: float = 1) -> None:
+        """Add to a counter, whose name may end in labels."""
+        with self.lock:
+            self.values[name] += value  # type: ignore[assignment]
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Listens, gives each connection a thread up to a number, and knows what is served."""
+
+    daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
+
+    def __init__(self, settings: Settings):
+        self.settings, self.counts = settings, Counts()
+        self.model: Model | None = None  # None while it loads
+        self.draining = False
+        self.free = threading.Semaphore(settings.max_connections)
+        self.hosts = {"localhost", settings.host.casefold(), socket.gethostname().casefold()}
+        self.hosts |= {name.strip().casefold() for name in settings.allow_host.split(",")} - {""}
+        self.address_family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        super().__init__((settings.host, settings.port), Handler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # without the look-up of the machine's name
+        self.server_name, self.server_port = self.settings.host, self.server_address[1]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self.free.acquire(blocking=False):
+            body = json.dumps(Refusal(503, "too many connections: try again in a while").body())
+            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+            with contextlib.suppress(OSError):
+                request.settimeout(1)
+                request.sendall(
+                    f"HTTP/1.1 503 Service Unavailable\r\n{head}Retry-After: 1\r\n"
+                    f"Connection: close\r\n\r\n{body}".encode()
+                )
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of clients that went away; print anything else."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            traceback.print_exc()
+
+    def is_ours(self, host: str) -> bool:
+        """Say whether a Host header names this server, not a page's that a name was bent to."""
+        try:
+            parts = urlsplit(f"//{host}")
+            name, _ = (parts.hostname or "").rstrip("."), parts.port
+            if parts.path or parts.query or parts.fragment or parts.username is not None:
+                return False
+        except ValueError:
+            return False
+        if name in self.hosts:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        everywhere = ipaddress.ip_address(self.server_address[0]).is_unspecified
+        return everywhere or address.is_loopback or name == self.server_address[0]
+
+
+TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Speaks HTTP/1.1 with one client."""
+
+    protocol_version, server_version, sys_version = "HTTP/1.1", "nanochat", ""
+    server: Server
+
+    def setup(self) -> None:
+        self.settings, self.connection = self.server.settings, self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.incoming = Incoming(self.connection)
+        self.rfile = io.BufferedReader(self.incoming)
+        self.wfile = Outgoing(self.connection, self.settings.timeout_s)  # type: ignore[assignment]
+
+    def finish(self) -> None:
+        """Let a client that still sends read the answer, which a reset would take from it."""
+        with contextlib.suppress(OSError, ValueError):
+            self.connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + 1
+            self.connection.settimeout(0.2)
+            while time.monotonic() < end and self.connection.recv(1 << 16):
+                pass
+        self.rfile.close()
+
+    def handle_one_request(self) -> None:
+        self.incoming.deadline = time.monotonic() + self.settings.timeout_s
+        self.began, self.status, self.note, self.body = time.monotonic(), 0, "", b""
+        self.close_connection = True
+        try:
+            self.raw_requestline = self.rfile.readline(65537)
+            if not self.raw_requestline:
+                return
+            if len(self.raw_requestline) > 65536:
+                self.requestline = self.request_version = self.command = ""
+                return self.send_error(414)
+            if not self.parse_request():  # it has answered
+                return
+            self.answer()
+        except TimeoutError:
+            self.close_connection = True
+        except OSError:  # the client is gone
+            self.close_connection = True
+
+    def answer(self) -> None:
+        """Answer one request; a failure in it is its own."""
+        self.began = time.monotonic()
+        try:
+            try:
+                try:
+                    self.read_body()
+                except TimeoutError:
+                    raise Refusal(408, "the request took too long to arrive") from None
+                self.route()
+            except Refusal as refusal:
+                self.refuse(refusal)
+            except OSError:
+                raise
+            except Exception:  # noqa: BLE001
+                traceback.print_exc()
+                self.close_connection = True
+                if not self.status:
+                    self.refuse(Refusal(500, "this request failed here; others go on"))
+        finally:
+            self.log()
+
+    # what comes in
+
+    def read_body(self) -> None:
+        """Read the body whole. Raises Refusal where its length is not plain, and closes then."""
+        headers = self.headers
+        lengths, codings = (
+            headers.get_all("Content-Length", []),
+            headers.get_all("Transfer-Encoding", []),
+        )
+        closing, self.close_connection = self.close_connection, True  # unless all is well
+        if headers.defects or not all(TOKEN.fullmatch(name) for name in headers):
+            raise Refusal(400, "a header is malformed")
+        if len(headers.get_all("Host", [])) != 1 and self.request_version != "HTTP/1.0":
+            raise Refusal(400, "there must be one Host header")
+        self.incoming.deadline = time.monotonic() + self.settings.timeout_s
+        if codings:
+            if lengths or codings != ["chunked"] or self.request_version == "HTTP/1.0":
+                raise Refusal(400, "Transfer-Encoding must be chunked, without Content-Length")
+            self.body = self.read_chunks()
+        elif lengths:
+            if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
+                raise Refusal(400, "Content-Length must be one whole number")
+            self.body = self.read_exactly(self.allowed(int(lengths[0])))
+        elif self.command in ("POST", "PUT", "PATCH"):
+            raise Refusal(411, "Content-Length is missing")
+        self.close_connection = closing
+
+    def allowed(self, size: int) -> int:
+        """Return a body's size. Raises Refusal if that is too much."""
+        if size > self.settings.max_body_bytes:
+            raise Refusal(413, f"the body may have {self.settings.max_body_bytes:,} bytes at most")
+        return size
+
+    def read_exactly(self, size: int) -> bytes:
+        parts = []
+        while size:
+            part = self.rfile.read1(min(size, 1 << 16))
+            if not part:
+                raise ConnectionError("the body ends early")
+            parts.append(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def read_chunks(self) -> bytes:
+        body = b""
+        while True:
+            line = self.rfile.readline(1024)
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,15}(;[^\r\n]*)?\r\n", line):
+                raise Refusal(400, "a chunk's size is malformed")
+            size = int(line.split(b";")[0], 16)
+            self.allowed(len(body) + size)
+            if not size:
+                break
+            body += self.read_exactly(size)
+            if self.read_exactly(2) != b"\r\n":
+                raise Refusal(400, "a chunk is longer than it says")
+        for _ in range(100):  # trailers
+            if self.rfile.readline(8192) in (b"\r\n", b"\n"):
+                return body
+        raise Refusal(400, "the chunks do not end")
+
+    def gone(self) -> bool:
+        """Say whether the client has gone away."""
+        try:
+            self.connection.settimeout(0)
+            return not self.connection.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError:
+            return True
+
+    # what goes out
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        """Send the head of an answer."""
+        self.status = status
+        self.send_response_only(status)
+        origin = self.settings.cors_origin
+        if origin and self.headers is not None and self.headers.get("Origin") == origin:
+            headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **headers}
+        if self.close_connection:
+            headers = {**headers, "Connection": "close"}
+        for name, value in {"X-Content-Type-Options": "nosniff", **headers}.items():
+            self.send_header(name, value)
+        self.send_header("Date", self.date_time_string())
+        self.end_headers()
+
+    def send(self, status: int, data: bytes, kind: str, **headers: str) -> None:
+        """Send an answer whole."""
+        head = {"Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-store"}
+        self.begin(status, {**head, **headers})
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def send_json(self, status: int, value: Any, **headers: str) -> None:
+        self.send(status, json.dumps(value).encode(), "application/json", **headers)
+
+    def refuse(self, refusal: Refusal) -> None:
+        self.note = str(refusal)
+        self.send_json(refusal.status, refusal.body(), **refusal.headers)
+
+    def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
+        """Answer what could not be parsed; the connection ends, as what follows is uncertain."""
+        self.close_connection = True
+        self.headers, self.request_version = None, "HTTP/1.1"  # type: ignore[assignment]
+        self.command = self.command or "GET"
+        short = self.responses.get(code, ("error",))[0]
+        self.refuse(Refusal(code, f"{short}: {message}" if message else short))
+        self.log()
+
+    def log(self) -> None:
+        """Print a line for the request."""
+        path = ascii(getattr(self, "path", "-").split("?")[0])[1:-1][:100]
+        self.server.counts.add(
+            f'nanochat_requests_total{{path="{path if path in ROUTES else "other"}",'
+            f'code="{self.status}"}}'
+        )
+        seconds = time.monotonic() - self.began
+        note = f"  {ascii(self.note)[1:-1][:200]}" if self.note else ""
+        print(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} {path} "
+              f"{self.status or 'gone'} {seconds:.2f} s{note}", flush=True)  # fmt: skip
+
+    def log_message(self, *_: Any) -> None:
+        """Keep the library's own lines out of the log."""
+
+    # where it goes
+
+    def route(self) -> None:
+        """Find who answers, after the checks that all have in common. Raises Refusal."""
+        headers, path = self.headers, self.path.split("?")[0].split("#")[0]
+        host, origin = headers.get("Host", ""), headers.get("Origin")
+        if host and not self.server.is_ours(host):
+            raise Refusal(403, "this server has another name: --allow-host takes further ones")
+        ours = (None, f"http://{host}", f"https://{host}", self.settings.cors_origin or None)
+        if origin not in ours:
+            raise Refusal(403, "pages of another origin may not use this: --cors-origin lets one")
+        methods = ROUTES.get(path)
+        if methods is None:
+            raise Refusal(404, f"there is no {ascii(path)[1:-1][:100]}: see /v1/models, /health")
+        allowed = sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])})
+        if self.command == "OPTIONS":
+            allow = {"Allow": ", ".join(allowed), "Access-Control-Allow-Methods": "GET, POST",
+                     "Access-Control-Allow-Headers": "authorization, content-type"}  # fmt: skip
+            return self.send(200, b"", "text/plain", **allow)
+        method = "GET" if self.command == "HEAD" else self.command
+        if method not in methods:
+            listed = " or ".join(allowed)
+            raise Refusal(405, f"{path} takes {listed}", Allow=", ".join(allowed))
+        if path not in OPEN_PATHS:
+            self.check_key()
+        methods[method](self)
+
+    def check_key(self) -> None:
+        """Raise Refusal unless the client sends the key, where one is wanted."""
+        wanted = self.settings.api_key
+        kind, _, key = self.headers.get("Authorization", "").partition(" ")
+        right = hmac.compare_digest(key.strip().encode("latin-1", "replace"), wanted.encode())
+        if wanted and not (right and kind.casefold() == "bearer"):
+            raise Refusal(401, "this server wants its key, as Authorization: Bearer KEY",
+                          code="invalid_api_key", **{"WWW-Authenticate": "Bearer"})  # fmt: skip
+
+    def ready(self) -> Model:
+        """Return the model. Raises Refusal while there is none, or no more."""
+        model = self.server.model
+        if model is None or self.server.draining:
+            what = "shutting down" if self.server.draining else "loading its model"
+            raise Refusal(503, f"the server is {what}", **{"Retry-After": "5"})
+        return model
+
+    # what is answered
+
+    def get_page(self) -> None:
+        self.send(200, PAGE.encode(), "text/html; charset=utf-8",
+                  **{"Content-Security-Policy": content_policy(PAGE),
+                     "Referrer-Policy": "no-referrer"})  # fmt: skip
+
+    def get_models(self) -> None:
+        model = self.ready()
+        one = {"id": model.id, "object": "model", "created": model.created, "owned_by": "you"}
+        self.send_json(200, {"object": "list", "data": [one]})
+
+    def get_health(self) -> None:
+        server, model = self.server, self.server.model
+        status = "draining" if server.draining else "ready" if model else "loading"
+        health: dict[str, Any] = {"status": status, "tag": self.settings.tag}
+        if model:
+            device = model.engine.device
+            health |= {"model": model.id, "stage": model.stage, "device": device.type,
+                       "memory_bytes": memory_in_use(device)}  # fmt: skip
+        self.send_json(200 if status == "ready" else 503, health)
+
+    def get_config(self) -> None:
+        s, model = self.settings, self.server.model
+        limits = {"max_body_bytes": s.max_body_bytes, "max_messages": s.max_messages}
+        config = {
+            "defaults": {name: getattr(s, name) for name in
+                         ("temperature", "top_k", "top_p", "max_tokens")},
+            "limits": limits, "key_wanted": bool(s.api_key), "model": model and model.id,
+            "stage": model and model.stage, "completes": bool(model and model.stage == "base"),
+            "context": model and model.engine.model.config.max_seq_len,
+        }  # fmt: skip
+        self.send_json(200, config)
+
+    def get_training(self) -> None:
+        self.send_json(200, read_training(run_dir(self.settings.tag)))
+
+    def get_metrics(self) -> None:
+        counts, model = self.server.counts, self.server.model
+        with counts.lock:
+            values = dict(counts.values)
+        if model:
+            slots = len(model.engine.rows)
+            values["nanochat_slots"] = slots
+            values["nanochat_requests_open"] = model.worker.open
+            values["nanochat_requests_waiting"] = max(0, model.worker.open - slots)
+            values["nanochat_tokens_generated_total"] = model.worker.generated
+        lines = []
+        for name, group in itertools.groupby(sorted(values), lambda key: key.split("{")[0]):
+            kind = "counter" if name.endswith(("_total", "_sum", "_count")) else "gauge"
+            lines += [f"# TYPE {name} {kind}", *(f"{key} {values[key]:g}" for key in group)]
+        self.send(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
+
+    def post_chat(self) -> None:
+        self.complete(chat=True)
+
+    def post_completions(self) -> None:
+        self.complete(chat=False)
+
+    def complete(self, chat: bool) -> None:
+        """Answer a request for completions, whole or as a stream. Raises Refusal."""
+        model = self.ready()
+        body = parse_json(self.body)
+        wanted = parse_wanted(body, chat, model, self.settings)
+        asked = model.worker.ask(wanted.requests())
+        answer = Answer(wanted, model)
+        try:
+            if wanted.stream:
+                self.stream(asked, answer)
+            else:
+                for _ in self.follow(asked, answer):
+                    pass
+                if answer.failed:
+                    raise Refusal(500, "the model failed; try again")
+                self.send_json(200, answer.whole())
+        finally:
+            if asked.open:
+                model.worker.give_up(asked)
+            seconds = time.monotonic() - self.began
+            worker = model.worker
+            worker.seconds_a_request = 0.9 * worker.seconds_a_request + 0.1 * seconds
+            self.count(answer, seconds)
+            if self.settings.log_content:
+                self.note = json.dumps({"asked": body, "answered": answer.texts()})
+
+    def count(self, answer: Answer, seconds: float) -> None:
+        """Add an answer to the metrics and the log."""
+        counts = self.server.counts
+        counts.add("nanochat_tokens_prompt_total", answer.usage()["prompt_tokens"])
+        counts.add("nanochat_request_seconds_sum", seconds)
+        counts.add("nanochat_request_seconds_count")
+        if answer.first_at:
+            counts.add("nanochat_first_token_seconds_sum", answer.first_at - self.began)
+            counts.add("nanochat_first_token_seconds_count")
+        done = answer.usage()["completion_tokens"]
+        self.note = f"{done} tokens, {done / max(seconds, 1e-9):.1f} tok/s"
+
+    def follow(self, asked: Asked, answer: Answer) -> Iterator[list[dict[str, Any]]]:
+        """Yield the chunks that each token brings. Raises ConnectionError if the client is gone."""
+        while asked.open or not asked.news.empty():
+            try:
+                which, one, reason = asked.news.get(timeout=0.2)
+            except queue.Empty:
+                if self.gone():
+                    raise ConnectionError("the client is gone") from None
+                continue
+            if self.gone():
+                raise ConnectionError("the client is gone")
+            yield answer.feed(which, one, reason)
+
+    def stream(self, asked: Asked, answer: Answer) -> None:
+        """Send an answer as server-sent events, piece by piece as it is made."""
+        chunked = self.request_version != "HTTP/1.0"
+        self.close_connection = self.close_connection or not chunked
+        head = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+        self.begin(200, {**head, "Transfer-Encoding": "chunked"} if chunked else head)
+
+        def send(values: list[Any]) -> None:
+            events = "".join(
+                f"data: {v if isinstance(v, str) else json.dumps(v)}\n\n" for v in values
+            ).encode()
+            if events:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(events), events) if chunked else events)
+
+        send(answer.opening())
+        for chunks in self.follow(asked, answer):
+            send(chunks)
+        if answer.failed:
+            send([Refusal(500, "the model failed; try again").body()])
+        else:
+            send([*answer.closing(), "[DONE]"])
+        if chunked:
+            self.wfile.write(b"0\r\n\r\n")
+
+
+# 6. Answers ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Choice:
+    """One answer in the making."""
+
+    decoder: ReplyDecoder
+    prompt: int  # which of the prompts it answers
+    shown: Shown = field(default_factory=Shown)
+    text: str = ""
+    parts: list[dict[str, str]] = field(default_factory=list)
+    tokens: int = 0
+    reason: str = ""
+
+
+class Answer:
+    """Makes OpenAI's objects of what the engine brings."""
+
+    def __init__(self, wanted: Wanted, model: Model):
+        self.wanted, self.model, self.failed = wanted, model, False
+        self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created, self.first_at = int(time.time()), 0.0
+        tokenizer = model.engine.tokenizer
+        self.choices = [Choice(ReplyDecoder(tokenizer, wanted.stops), i // wanted.n)
+                        for i in range(len(wanted.prompts) * wanted.n)]  # fmt: skip
+
+    def feed(self, which: int, one: int, reason: str) -> list[dict[str, Any]]:
+        """Take the next token of a choice; return the chunks of a stream that it makes."""
+        choice = self.choices[which]
+        self.first_at = self.first_at or time.monotonic()
+        if reason == "error":
+            self.failed, choice.reason = True, reason
+            return []
+        choice.tokens += 1
+        pieces = choice.decoder.feed(one)
+        if reason:
+            pieces += choice.decoder.end()
+            choice.reason = reason
+        chunks = [self.chunk(which, *self.show(choice, kind, text)) for kind, text in pieces]
+        if reason:
+            if rest := choice.shown.feed("text", ""):
+                choice.text += rest
+                chunks.append(self.chunk(which, rest))
+            chunks.append(self.chunk(which, "", reason=reason))
+        return chunks
+
+    def show(self, choice: Choice, kind: str, piece: str) -> tuple[str, dict[str, str]]:
+        """Add a piece to a choice; return how it looks as text, and its part."""
+        text = choice.shown.feed(kind, piece) if self.wanted.chat else piece
+        choice.text += text
+        if not choice.parts or choice.parts[-1]["type"] != kind:
+            choice.parts.append({"type": kind, "text": ""})
+        choice.parts[-1]["text"] += piece
+        return text, {"type": kind, "text": piece}
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.id}
+
+    def chunk(
+        self, which: int, text: str, part: dict[str, str] | None = None, reason: str = ""
+    ) -> dict[str, Any]:
+        """Return a chunk of a stream; beside OpenAI's fields a part tells what a calculator did."""
+        choice: dict[str, Any] = {"index": which, "logprobs": None, "finish_reason": reason or None}
+        if self.wanted.chat:
+            choice["delta"] = {"content": text} if text or part else {}
+            if part:
+                choice["delta"]["part"] = part
+        else:
+            choice["text"] = text
+        kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
+        return {**self.head(kind), "choices": [choice],
+                **({"usage": None} if self.wanted.usage else {})}  # fmt: skip
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks with which a stream begins."""
+        chunks = []
+        for which in range(len(self.choices) if self.wanted.chat else 0):
+            chunks.append(self.chunk(which, ""))
+            chunks[-1]["choices"][0]["delta"] = {"role": "assistant", "content": ""}
+        return chunks
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return the chunk with the usage, where it is asked for."""
+        if not self.wanted.usage:
+            return []
+        return [{**self.chunk(0, ""), "choices": [], "usage": self.usage()}]
+
+    def usage(self) -> dict[str, int]:
+        """Count tokens; the calculator's and the closing ones count too."""
+        asked = sum(map(len, self.wanted.prompts))
+        made = sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+    def texts(self) -> list[str]:
+        return [choice.text for choice in self.choices]
+
+    def whole(self) -> dict[str, Any]:
+        """Return the answer that is no stream."""
+        choices = []
+        for which, choice in enumerate(self.choices):
+            one: dict[str, Any] = {"index": which, "logprobs": None, "finish_reason": choice.reason}
+            if self.wanted.chat:
+                one["message"] = {"role": "assistant", "content": choice.text, "refusal": None,
+                                  "parts": choice.parts}  # fmt: skip
+            else:
+                one["text"] = choice.text
+            choices.append(one)
+        kind = "chat.completion" if self.wanted.chat else "text_completion"
+        return {**self.head(kind), "choices": choices, "usage": self.usage()}
+
+
+MOST_POINTS = 300  # of a curve
+
+
+def read_training(folder: Path) -> dict[str, Any]:
+    """Return a run's curves {stage: {name: [[step, value], ...]}} and its scores, so far."""
+    curves: dict[str, dict[str, list[list[float]]]] = {}
+    with contextlib.suppress(OSError):
+        for line in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
+            with contextlib.suppress(ValueError, KeyError, AttributeError):  # one half written
+                entry = json.loads(line)
+                stage, step = entry.pop("stage"), entry.pop("step")
+                for name, value in entry.items():
+                    if name not in ("time", "left_s") and isinstance(value, (int, float)):
+                        curves.setdefault(stage, {}).setdefault(name, []).append([step, value])
+    for named in curves.values():
+        for name, points in named.items():
+            every = -(-len(points) // MOST_POINTS)
+            named[name] = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
+    scores = {}
+    for stage in STAGES:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            tasks = json.loads((folder / "eval" / f"{stage}.json").read_text("utf-8"))["tasks"]
+            scores[stage] = {task: [record.get(key) for key in ("score", "low", "high")]
+                             for task, record in tasks.items()}  # fmt: skip
+    return {"tag": folder.name, "curves": curves, "scores": scores}
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Return the bytes that this process holds on the device."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
+    "/": {"GET": Handler.get_page},
+    "/v1/chat/completions": {"POST": Handler.post_chat},
+    "/chat/completions": {"POST": Handler.post_chat},
+    "/v1/completions": {"POST": Handler.post_completions},
+    "/v1/models": {"GET": Handler.get_models},
+    "/health": {"GET": Handler.get_health},
+    "/config": {"GET": Handler.get_config},
+    "/metrics": {"GET": Handler.get_metrics},
+    "/training": {"GET": Handler.get_training},
+}
+OPEN_PATHS = {"/", "/health", "/config"}  # without a key: how else would the page ask for it
+
+
+# 7. Export -----------------------------------------------------------------------------------
+
+CHAT_TEMPLATE = """{{- bos_token -}}
+{%- set ns = namespace(system='') -%}
+{%- for message in messages -%}
+{%- if message.role == 'system' -%}
+{%- set ns.system = message.content + '\\n\\n' -%}
+{%- elif message.role == 'user' -%}
+{{- '<|user_start|>' + ns.system + message.content + '<|user_end|>' -}}
+{%- set ns.system = '' -%}
+{%- else -%}
+{{- '<|assistant_start|>' + message.content + '<|assistant_end|>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}
+"""
+
+
+def export(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    """Write a model as a Hugging Face folder of the type nanochat, which other programs load.
+
+    Raises Stop for a model with parts that this format has no place for.
+    """
+    c = model.config
+    windows = any(c.window(i) < c.max_seq_len for i in range(c.n_layer))
+    parts = {
+        "--no-smear": c.smear, "--no-value-embeds": c.value_embeds, "--no-skip": c.skip,
+        "--qk-scale=1": c.qk_scale != 1, "--window-pattern=L": windows,
+    }  # fmt: skip
+    if flags := " ".join(flag for flag, has in parts.items() if has):
+        raise Stop(f"the format has no place for parts of this model: train one with {flags}")
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {name: tokenizer.specials[f"<|{name}|>"] for name in ("bos", "assistant_end")}
+    eos = {"bos_token_id": ids["bos"], "eos_token_id": ids["assistant_end"]}
+    write_json(folder / "config.json", {
+        "architectures": ["NanoChatForCausalLM"], "model_type": "nanochat", "dtype": "float32",
+        "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd,
+        "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.max_seq_len,
+        "final_logit_softcapping": c.softcap, "hidden_act": "relu2", "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
+        "attention_bias": False, "tie_word_embeddings": False, **eos,
+    })  # fmt: skip
+    write_json(folder / "generation_config.json", {**eos, "do_sample": True})
+    write_safetensors(folder / "model.safetensors", exported_weights(model))
+    write_json(folder / "tokenizer.json", exported_tokenizer(tokenizer))
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.max_seq_len,
+        "bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    })  # fmt: skip
+
+
+def exported_weights(model: GPT) -> dict[str, Tensor]:
+    """Return the weights by their names in that format, whose rotation turns the other way."""
+    c = model.config
+
+    def turned(weight: Tensor) -> Tensor:
+        halves = weight.view(-1, 2, c.head_dim // 2, c.n_embd)
+        return halves.flip(1).reshape(weight.shape)
+
+    weights = {"model.embed_tokens.weight": model.embed.weight[: c.vocab_size],
+               "lm_head.weight": model.head.weight[: c.vocab_size]}  # fmt: skip
+    for i, block in enumerate(model.blocks):
+        attention, mlp = block.attention, block.mlp
+        weights |= {f"model.layers.{i}.{name}.weight": weight for name, weight in {
+            "self_attn.q_proj": turned(attention.q.weight),
+            "self_attn.k_proj": turned(attention.k.weight),
+            "self_attn.v_proj": attention.v.weight, "self_attn.o_proj": attention.out.weight,
+            "mlp.fc1": mlp.up.weight, "mlp.fc2": mlp.down.weight,
+        }.items()}  # fmt: skip
+    return {name: weight.detach().float().contiguous() for name, weight in weights.items()}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write fp32 tensors: a header's length, the header in JSON, then their bytes."""
+    header, at = {}, 0
+    for name, tensor in tensors.items():
+        end = at + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [at, end]}
+        at = end
+    head = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    head += b" " * (-len(head) % 8)
+    with written_beside(path) as beside, open(beside, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            file.write(tensor.cpu().numpy().astype("<f4").tobytes())
+
+
+def exported_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer as the `tokenizers` package reads it: a character for each byte."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in plain]
+    signs = {byte: chr(byte) for byte in plain}
+    signs |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+    def spelled(one: int) -> str:
+        return "".join(signs[byte] for byte in tokenizer.decode_bytes([one]))
+
+    number = 256 + len(tokenizer.merges)
+    added = [
+        {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for name, i in tokenizer.specials.items()
+    ]  # fmt: skip
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": False}  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+        "normalizer": None, "post_processor": None, "decoder": level,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": {spelled(i): i for i in range(number)},
+            "merges": [[spelled(a), spelled(b)] for a, b in tokenizer.merges],
+        },
+    }  # fmt: skip
+
+
+# 9. Main -------------------------------------------------------------------------------------
+
+
+def load(settings: Settings) -> tuple[GPT, Tokenizer, str]:
+    """Load the model that the settings name, and its tokenizer; say which stage it is of."""
+    stage = settings.stage or newest_stage(settings.tag)
+    folder = find_checkpoint(settings.tag, stage, settings.step)
+    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+    device = pick_device(settings.device)
+    dtype = torch.float32 if settings.export else pick_dtype(device, settings.dtype)
+    print(f"serve: {stage} model of run {settings.tag}, {folder.name}, on {device.type}")
+    return load_model(folder, device, dtype), tokenizer, stage
+
+
+def addresses(settings: Settings, port: int) -> list[str]:
+    """Return where the page can be opened."""
+    hosts = [settings.host]
+    if settings.host in ("0.0.0.0", "::"):
+        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
+        hosts = ["127.0.0.1", *dict.fromkeys(str(a[4][0]) for a in found if a[0] == socket.AF_INET)]
+    return [f"http://{f'[{h}]' if ':' in h else h}:{port}" for h in dict.fromkeys(hosts)]
+
+
+def main(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C; what runs then may end."""
+    if settings.export:
+        model, tokenizer, _ = load(settings)
+        export(Path(settings.export), model, tokenizer)
+        return print(f"written: {settings.export}")
+    try:
+        server = Server(settings)
+    except OSError as error:
+        raise Stop(f"serve: {settings.host}:{settings.port} cannot be listened at "
+                   f"({error.strerror}): take another --port or --host") from None  # fmt: skip
+    ending = threading.Event()
+    before = {n: signal.signal(n, lambda *_: ending.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+    listening = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    listening.start()
+    try:
+        for address in addresses(settings, server.server_port):
+            print(f"serve: {address}", flush=True)
+        if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_key:
+            print("serve: anyone who reaches this machine can use it: --api-key wants a key")
+        gpt, tokenizer, stage = load(settings)
+        engine, name = Engine(gpt, tokenizer, settings.slots), f"{settings.tag}-{stage}"
+        worker = Worker(engine, settings.max_waiting)
+        names = (name, settings.tag, stage, "nanochat")
+        server.model = Model(name, names, stage, engine, worker)
+        print("serve: ready; Ctrl-C ends", flush=True)
+        ending.wait()
+        server.draining = True
+        deadline = time.monotonic() + settings.drain_s
+        while worker.open and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.1)  # the last pieces are on their way
+        worker.stop()
+    finally:
+        server.shutdown()
+        server.server_close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# 10. The page --------------------------------------------------------------------------------
+
+
+def content_policy(page: str) -> str:
+    """Return a policy under which only the page's own script and style run."""
+
+    def hashes(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        digests = (hashlib.sha256(text.encode()).digest() for text in found)
+        return " ".join(f"'sha256-{base64.b64encode(d).decode()}'" for d in digests)
+
+    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+            "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")  # fmt: skip
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>nanochat</title>
+<link rel="icon" href="data:,">
+<style>
+:root { color-scheme: light dark; --bg: #fff; --side: #f5f5f3; --text: #1d1d1b; --soft: #63625d;
+  --line: #dedcd6; --mine: #efede8; --accent: #b4481e; --on: #fff; --code: #f4f2ee; --bad: #b3261e }
+@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { --bg: #1c1c1a;
+  --side: #161615; --text: #eceae4; --soft: #a5a39b; --line: #3a3936; --mine: #2c2b28;
+  --accent: #e08a5f; --on: #1c1c1a; --code: #262522; --bad: #f2b8b5 } }
+:root[data-theme=dark] { color-scheme: dark; --bg: #1c1c1a; --side: #161615; --text: #eceae4;
+  --soft: #a5a39b; --line: #3a3936; --mine: #2c2b28; --accent: #e08a5f; --on: #1c1c1a;
+  --code: #262522; --bad: #f2b8b5 }
+:root[data-theme=light] { color-scheme: light }
+* { box-sizing: border-box }
+body { margin: 0; height: 100dvh; display: grid; grid-template: "side main" 1fr / 17rem 1fr;
+  font: 1rem/1.55 system-ui, sans-serif; background: var(--bg); color: var(--text) }
+button, input, textarea, select { font: inherit; color: inherit }
+button { background: none; border: 1px solid transparent; border-radius: .6rem; cursor: pointer;
+  padding: .35rem .6rem; min-height: 2.2rem }
+button:hover { background: var(--mine) }
+button:disabled { opacity: .45; cursor: default }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+.strong { background: var(--accent); color: var(--on) }
+.strong:hover { background: var(--accent); filter: brightness(1.08) }
+input, textarea { background: var(--bg); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .45rem .6rem; width: 100% }
+nav { grid-area: side; background: var(--side); border-right: 1px solid var(--line);
+  display: flex; flex-direction: column; gap: .5rem; padding: .75rem; min-height: 0 }
+nav ol { list-style: none; margin: 0; padding: 0; overflow-y: auto; flex: 1 }
+nav li { display: flex; border-radius: .6rem }
+nav li.now { background: var(--mine) }
+nav li > button:first-child { flex: 1; text-align: left; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis }
+nav li > button:not(:first-child) { color: var(--soft); padding: .35rem }
+main { grid-area: main; display: flex; flex-direction: column; min-width: 0; min-height: 0 }
+header { display: flex; align-items: center; gap: .5rem; padding: .5rem .75rem;
+  border-bottom: 1px solid var(--line) }
+header h1 { font-size: 1rem; margin: 0; flex: 1; overflow: hidden; white-space: nowrap;
+  text-overflow: ellipsis }
+#menu { display: none }
+#log { flex: 1; overflow-y: auto; padding: 1rem }
+#log > * { max-width: 46rem; margin: 0 auto 1.25rem }
+.empty { text-align: center; color: var(--soft); padding-top: 18vh }
+.empty button { border-color: var(--line); margin: .25rem; color: var(--text) }
+.user > .said { background: var(--mine); border-radius: 1rem; padding: .6rem 1rem;
+  margin-left: auto; width: fit-content; max-width: 85%; white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.said { overflow-wrap: anywhere }
+.said > :first-child { margin-top: 0 }
+.said > :last-child { margin-bottom: 0 }
+.tools { display: flex; gap: .1rem; flex-wrap: wrap; align-items: center; font-size: .82rem;
+  color: var(--soft); min-height: 2.2rem }
+.user .tools { justify-content: flex-end }
+.card { display: inline-flex; gap: .5rem; border: 1px solid var(--line); border-radius: .6rem;
+  padding: .1rem .6rem; margin: .15rem 0; background: var(--code); font-family: ui-monospace,
+  monospace; font-size: .9rem; max-width: 100%; overflow-x: auto; vertical-align: middle }
+.card b { color: var(--accent) }
+pre { background: var(--code); border: 1px solid var(--line); border-radius: .6rem;
+  padding: .75rem; overflow-x: auto; position: relative }
+pre button { position: absolute; top: .2rem; right: .2rem; font-size: .8rem }
+code { font-family: ui-monospace, monospace; font-size: .9em }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+td, th { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left }
+.trouble { color: var(--bad) }
+#training { flex: 1; overflow-y: auto; padding: 1rem }
+#training h2 { font-size: 1rem; margin: 1rem 0 .5rem }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
+figure { margin: 0; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem }
+figcaption { font-size: .85rem; color: var(--soft) }
+svg { width: 100%; height: 7rem; display: block }
+polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
+form { padding: .5rem 1rem 1rem }
+form > div { max-width: 46rem; margin: auto; display: flex; gap: .5rem; align-items: flex-end;
+  border: 1px solid var(--line); border-radius: 1.2rem; padding: .4rem }
+form > div:focus-within { border-color: var(--accent) }
+form textarea { border: 0; resize: none; max-height: 40vh; outline: none; background: none }
+aside { position: fixed; inset: 0 0 0 auto; width: min(22rem, 100vw); background: var(--side);
+  border-left: 1px solid var(--line); padding: 1rem; overflow-y: auto; z-index: 3;
+  box-shadow: 0 0 2rem #0003 }
+aside label { display: block; margin: .75rem 0; font-size: .9rem; color: var(--soft) }
+aside output { float: right }
+[hidden] { display: none !important }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
+@media (max-width: 720px) {
+  body { grid-template: "main" 1fr / 1fr }
+  nav { position: fixed; inset: 0 auto 0 0; width: min(20rem, 85vw); z-index: 2;
+    box-shadow: 0 0 2rem #0003 }
+  body:not(.open) nav { display: none }
+  #menu { display: inline-block }
+}
+@media (prefers-reduced-motion: no-preference) { .writing::after { content: "\25CF";
+  animation: blink 1s infinite } @keyframes blink { 50% { opacity: .2 } } }
+</style>
+</head>
+<body>
+<nav aria-label="Conversations">
+  <button id="new" class="strong">New chat</button>
+  <input id="find" type="search" placeholder="Search" aria-label="Search conversations">
+  <ol id="chats"></ol>
+</nav>
+<main>
+  <header>
+    <button id="menu" aria-label="Conversations" aria-expanded="false">&#9776;</button>
+    <h1 id="title">nanochat</h1>
+    <select id="export" aria-label="Export this conversation">
+      <option value="">Export</option><option value="md">Markdown</option>
+      <option value="json">JSON</option>
+    </select>
+    <button id="view" aria-pressed="false">Training</button>
+    <button id="options" aria-expanded="false" aria-controls="drawer">Settings</button>
+  </header>
+  <div id="log" role="log" aria-label="Conversation" tabindex="0"></div>
+  <div id="training" aria-label="Training" tabindex="0" hidden></div>
+  <form id="form">
+    <div>
+      <label class="unseen" for="text">Message</label>
+      <textarea id="text" rows="1" placeholder="Ask something"></textarea>
+      <button id="send" class="strong">Send</button>
+    </div>
+  </form>
+  <p id="state" class="unseen" role="status"></p>
+</main>
+<aside id="drawer" aria-label="Settings" hidden>
+  <button id="close" aria-label="Close settings">Close</button>
+  <label>Temperature <output></output>
+    <input id="temperature" type="range" min="0" max="2" step="0.05"></label>
+  <label>Top k, 0 is off <input id="top_k" type="number" min="0" step="1"></label>
+  <label>Top p <output></output>
+    <input id="top_p" type="range" min="0.05" max="1" step="0.05"></label>
+  <label>Tokens of an answer at most <input id="max_tokens" type="number" min="1" step="1"></label>
+  <label>System prompt <textarea id="system" rows="4"></textarea></label>
+  <label>Key of this server <input id="key" type="password" autocomplete="off"></label>
+  <label>Colors <select id="theme"><option value="">as the system</option>
+    <option value="light">light</option><option value="dark">dark</option></select></label>
+</aside>
+<script>
+"use strict";
+const $ = (id) => document.getElementById(id);
+const STORE = "nanochat", KNOBS = ["temperature", "top_k", "top_p", "max_tokens"];
+let config = { defaults: {}, completes: false }, running = null;
+let state = { chats: [], now: "", options: {}, draft: "" };
+
+function keep() {
+  try { localStorage.setItem(STORE, JSON.stringify(state)) }
+  catch { say("This browser's storage is full: delete or export conversations.") }
+}
+function recall() {
+  try {
+    const found = JSON.parse(localStorage.getItem(STORE));
+    if (found && Array.isArray(found.chats)) state = { ...state, ...found };
+  } catch { /* begin anew */ }
+}
+function say(text) { $("state").textContent = text }
+
+// Elements are made of text alone: nothing that a person or a model writes becomes HTML.
+function h(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
+    else if (value !== false && value != null) made.setAttribute(name, value === true ? "" : value);
+  }
+  made.append(...children.flat());
+  return made;
+}
+
+// Markdown ------------------------------------------------------------------------------------
+function inline(text) {
+  const out = [];
+  const marks = ["`([^`]+)`", "\\*\\*([^*]+)\\*\\*",
+    "(?<!\\w)[*_]([^*_\\s](?:[^*_]*[^*_\\s])?)[*_](?!\\w)",
+    "\\[([^\\]]+)\\]\\((https?:\\/\\/[^\\s)]+)\\)"];
+  const mark = new RegExp(marks.join("|"), "g");
+  let last = 0;
+  for (const m of text.matchAll(mark)) {
+    out.push(text.slice(last, m.index));
+    if (m[1]) out.push(h("code", {}, m[1]));
+    else if (m[2]) out.push(h("strong", {}, inline(m[2])));
+    else if (m[3]) out.push(h("em", {}, m[3]));
+    else out.push(h("a", { href: m[5], target: "_blank", rel: "noopener noreferrer" }, m[4]));
+    last = m.index + m[0].length;
+  }
+  out.push(text.slice(last));
+  return out.filter((piece) => piece !== "");
+}
+function codeBlock(code) {
+  const button = h("button", { type: "button", onclick: async () => {
+    await navigator.clipboard.writeText(code);
+    button.textContent = "Copied";
+  } }, "Copy");
+  return h("pre", { tabindex: 0 }, button, h("code", {}, code));
+}
+function markdown(text) {
+  const lines = text.split("\n"), out = [];
+  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((c) => c.trim());
+  for (let i = 0; i < lines.length;) {
+    const line = lines[i];
+    let found;
+    if (line.startsWith("```")) {
+      const end = lines.findIndex((l, j) => j > i && l.startsWith("```"));
+      const stop = end < 0 ? lines.length : end;
+      out.push(codeBlock(lines.slice(i + 1, stop).join("\n")));
+      i = stop + 1;
+    } else if ((found = /^(#{1,4}) (.*)/.exec(line))) {
+      out.push(h("h" + (found[1].length + 2), {}, inline(found[2])));
+      i++;
+    } else if (/^\s*([-*]|\d+[.)]) /.test(line)) {
+      const numbered = /^\s*\d/.test(line), items = [];
+      const kind = numbered ? /^\s*\d+[.)] (.*)/ : /^\s*[-*] (.*)/;
+      for (; i < lines.length && (found = kind.exec(lines[i])); i++) items.push(found[1]);
+      const start = numbered ? { start: parseInt(line, 10) } : {};
+      out.push(h(numbered ? "ol" : "ul", start, items.map((item) => h("li", {}, inline(item)))));
+    } else if (line.includes("|") && /^[\s|:]*-[\s|:-]*$/.test(lines[i + 1] || "")) {
+      const rows = [];
+      const head = cells(line);
+      for (i += 2; i < lines.length && lines[i].includes("|"); i++) rows.push(cells(lines[i]));
+      const row = (tag) => (r) => h("tr", {}, r.map((c) => h(tag, {}, inline(c))));
+      out.push(h("table", {}, row("th")(head), rows.map(row("td"))));
+    } else if (line.trim()) {
+      const paragraph = [];
+      const other = /^(```|#{1,4} |\s*([-*]|\d+[.)]) )/;
+      do paragraph.push(lines[i++]);
+      while (i < lines.length && lines[i].trim() && !other.test(lines[i]));
+      const joined = paragraph.flatMap((l, j) => (j ? [h("br"), ...inline(l)] : inline(l)));
+      out.push(h("p", {}, joined));
+    } else i++;
+  }
+  return out;
+}
+
+// Conversations -------------------------------------------------------------------------------
+const chat = () => state.chats.find((c) => c.id === state.now);
+const textOf = (message) => typeof message.content === "string" ? message.content
+  : message.content.filter((p) => p.type === "text").map((p) => p.text).join("");
+
+function open(id) {
+  stop();
+  look(false);
+  state.now = id;
+  document.body.classList.remove("open");
+  $("menu").setAttribute("aria-expanded", false);
+  keep(); draw(); $("text").focus();
+}
+function begin() {
+  const id = String(Date.now()) + Math.random().toString(16).slice(2, 8);
+  state.chats.unshift({ id, title: "", messages: [] });
+  open(id);
+}
+function drawList() {
+  const wanted = $("find").value.toLowerCase();
+  const fits = (c) => !wanted || c.title.toLowerCase().includes(wanted)
+    || c.messages.some((m) => textOf(m).toLowerCase().includes(wanted));
+  $("chats").replaceChildren(...state.chats.filter(fits).map((c) => {
+    const name = c.title || "New chat";
+    return h("li", { class: c.id === state.now ? "now" : "" },
+      h("button", { onclick: () => open(c.id),
+        "aria-current": c.id === state.now && "true" }, name),
+      h("button", { title: "Rename", "aria-label": `Rename ${name}`, onclick: () => {
+        const title = prompt("Name of this conversation", c.title);
+        if (title) { c.title = title; keep(); draw() }
+      } }, "\u270e"),
+      h("button", { title: "Delete", "aria-label": `Delete ${name}`, onclick: () => {
+        if (!confirm(`Delete "${name}"?`)) return;
+        if (c.id === state.now) stop();
+        state.chats = state.chats.filter((other) => other !== c);
+        if (c.id === state.now) state.chats.length ? open(state.chats[0].id) : begin();
+        keep(); draw();
+      } }, "\u2715"));
+  }));
+}
+function drawSaid(message) {
+  if (message.role === "user") return [message.content];
+  const out = [];
+  let text = "", call = null;
+  for (const part of message.content) {
+    if (part.type === "text") { text += part.text; call = null; continue }
+    if (part.type === "python") {
+      out.push(...markdown(text));
+      text = "";
+      call = h("span", { class: "card", "aria-label": "calculator" }, h("span", {}, part.text));
+      out.push(h("p", {}, call));
+    } else if (call) call.append(h("b", {}, "= " + part.text));
+  }
+  return out.concat(markdown(text));
+}
+function drawMessage(message, index) {
+  const mine = message.role === "user", busy = running && running.message === message;
+  const button = (name, act) => h("button", { onclick: act, disabled: !!running }, name);
+  const tools = h("div", { class: "tools" });
+  if (mine) tools.append(button("Edit", () => edit(index)));
+  else if (!busy) {
+    tools.append(button("Copy", () => navigator.clipboard.writeText(textOf(message))));
+    if (index === chat().messages.length - 1) tools.append(button("Regenerate", again));
+    if (message.note) tools.append(h("span", {}, message.note));
+  }
+  if (message.trouble) {
+    tools.append(h("span", { class: "trouble", role: "alert" }, message.trouble),
+      button("Try again", again));
+  }
+  const said = h("div", { class: "said" + (busy ? " writing" : "") }, drawSaid(message));
+  return h("article", { class: message.role, "aria-label": mine ? "You" : "Answer" }, said, tools);
+}
+const IDEAS = ["Who are you?", "What is 37 times 12?", "What is the capital of France?",
+  "How many times is the letter r in strawberry?"];
+function draw() {
+  drawList();
+  const c = chat();
+  $("title").textContent = c.title || "New chat";
+  const begun = c.messages.length > 0;
+  const ideas = config.completes ? ["The capital of France is"] : IDEAS;
+  $("log").replaceChildren(...(begun ? c.messages.map(drawMessage) : [h("div", { class: "empty" },
+    h("p", {}, config.model ? `This is ${config.model}. What would you like to know?` : "Hello!"),
+    ideas.map((idea) => h("button", { onclick: () => ask(idea) }, idea)))]));
+  $("send").textContent = running ? "Stop" : "Send";
+  $("log").scrollTop = $("log").scrollHeight;
+}
+function redraw(message) {
+  const log = $("log"), near = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
+  const index = chat().messages.indexOf(message);
+  if (index >= 0) log.children[index].replaceWith(drawMessage(message, index));
+  if (near) log.scrollTop = log.scrollHeight;
+}
+
+// Asking --------------------------------------------------------------------------------------
+function ask(text) {
+  const c = chat();
+  if (running || !text.trim()) return;
+  c.messages.push({ role: "user", content: text });
+  if (!c.title) c.title = text.trim().slice(0, 60);
+  $("text").value = state.draft = "";
+  grow(); answer();
+}
+function again() {
+  const c = chat();
+  while (c.messages.length && c.messages.at(-1).role === "assistant") c.messages.pop();
+  answer();
+}
+function edit(index) {
+  const c = chat();
+  $("text").value = c.messages[index].content;
+  c.messages.length = index;
+  keep(); draw(); grow(); $("text").focus();
+}
+function stop() { if (running) running.abort.abort() }
+
+async function answer() {
+  const c = chat(), message = { role: "assistant", content: [] };
+  const mine = { abort: new AbortController(), message };
+  const sent = c.messages.map((m) => ({ role: m.role, content: m.content }));
+  c.messages.push(message);
+  running = mine;
+  keep(); draw(); say("Answering");
+  const began = performance.now();
+  let tokens = 0, reason = "", frame = 0;
+  try {
+    const options = Object.fromEntries(KNOBS.map((k) => [k, state.options[k]]));
+    const system = state.options.system ? [{ role: "system", content: state.options.system }] : [];
+    const body = { ...options, stream: true, stream_options: { include_usage: true } };
+    if (config.completes) body.prompt = sent.at(-1).content;
+    else body.messages = [...system, ...sent.filter((m) => m.content.length)];
+    const response = await fetch(config.completes ? "/v1/completions" : "/v1/chat/completions", {
+      method: "POST", body: JSON.stringify(body), headers: headers(), signal: mine.abort.signal,
+    });
+    if (!response.ok) throw new Error(await trouble(response));
+    for await (const event of events(response.body)) {
+      if (event.error) throw new Error(event.error.message);
+      if (event.usage) tokens = event.usage.completion_tokens;
+      for (const choice of event.choices) {
+        const part = choice.delta ? choice.delta.part : { type: "text", text: choice.text };
+        if (part && part.text) add(message, part);
+        reason = choice.finish_reason || reason;
+      }
+      const show = () => { frame = 0; if (chat() === c) redraw(message) };
+      frame = frame || requestAnimationFrame(show);
+    }
+    if (!reason) throw new Error("The server ended before the answer did.");
+    const seconds = (performance.now() - began) / 1000;
+    const why = reason === "length" ? ", cut at the limit" : "";
+    message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second${why}`;
+  } catch (error) {
+    if (mine.abort.signal.aborted) message.note = "stopped";
+    else message.trouble = error instanceof TypeError
+      ? "The server cannot be reached. What you wrote is kept." : error.message;
+  }
+  cancelAnimationFrame(frame);
+  if (running === mine) running = null;
+  keep(); draw(); say(message.trouble || "Answered");
+}
+function add(message, part) {
+  const last = message.content.at(-1);
+  if (last && last.type === part.type) last.text += part.text;
+  else message.content.push({ type: part.type, text: part.text });
+}
+async function* events(body) {
+  const reader = body.getReader(), decoder = new TextDecoder();
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    text += decoder.decode(value, { stream: true });
+    const whole = text.split("\n\n");
+    text = whole.pop();
+    for (const event of whole) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      yield JSON.parse(data);
+    }
+  }
+}
+async function trouble(response) {
+  const body = await response.json().catch(() => ({}));
+  const said = body.error ? body.error.message : `The server answered ${response.status}.`;
+  if (response.status === 401) {
+    toggle(true);
+    $("key").focus();
+    return "This server wants its key: give it in the settings.";
+  }
+  if (response.status === 429) return "Many people are asking right now. Wait a moment.";
+  if (body.error && body.error.code === "context_length_exceeded") {
+    return "This conversation has grown too long for the model: begin a new one. " + said;
+  }
+  return said;
+}
+function headers() {
+  const key = state.options.key;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
+}
+
+// Training ------------------------------------------------------------------------------------
+const short = (x) => Math.abs(x) >= 1000 ? Math.round(x).toLocaleString()
+  : String(+x.toPrecision(3));
+function curve(name, points) {
+  const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
+  const [left, right] = [Math.min(...xs), Math.max(...xs)];
+  const [low, high] = [Math.min(...ys), Math.max(...ys)];
+  const at = ([x, y]) => `${100 * (x - left) / (right - left || 1)},` +
+    `${50 - 50 * (y - low) / (high - low || 1)}`;
+  const made = (tag) => document.createElementNS("http://www.w3.org/2000/svg", tag);
+  const svg = made("svg"), line = made("polyline");
+  svg.setAttribute("viewBox", "-1 -1 102 52");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `${name}: from ${short(ys[0])} to ${short(ys.at(-1))}`);
+  line.setAttribute("points", points.map(at).join(" "));
+  svg.append(line);
+  const said = `${name}: ${short(ys.at(-1))} at step ${short(right)}`;
+  return h("figure", {}, svg, h("figcaption", {}, `${said} (${short(low)} to ${short(high)})`));
+}
+function scoreTable(scores) {
+  const stages = Object.keys(scores);
+  const tasks = [...new Set(stages.flatMap((stage) => Object.keys(scores[stage])))];
+  const shown = (task, record) => {
+    if (!record || record[0] == null) return "";
+    if (task.endsWith("bpb")) return record[0].toFixed(3);
+    const [score, low, high] = record.map((x) => (100 * x).toFixed(1));
+    return record[1] == null ? score : `${score} [${low}, ${high}]`;
+  };
+  return h("table", {}, h("tr", {}, ["task", ...stages].map((name) => h("th", {}, name))),
+    tasks.map((task) => h("tr", {}, h("th", {}, task),
+      stages.map((stage) => h("td", {}, shown(task, scores[stage][task]))))));
+}
+async function drawTraining() {
+  let run;
+  try {
+    const response = await fetch("/training", { headers: headers() });
+    if (!response.ok) throw new Error(await trouble(response));
+    run = await response.json();
+  } catch (error) {
+    return say(error instanceof TypeError ? "The server cannot be reached." : error.message);
+  }
+  const blocks = [h("h2", {}, `Run ${run.tag}: scores in percent, with 95% intervals`),
+    Object.keys(run.scores).length ? scoreTable(run.scores) : h("p", {}, "No scores yet.")];
+  for (const [stage, named] of Object.entries(run.curves)) {
+    const curves = Object.entries(named).filter(([, points]) => points.length > 1);
+    blocks.push(h("h2", {}, stage), h("div", { class: "curves" },
+      curves.map(([name, points]) => curve(name, points))));
+  }
+  const top = $("training").scrollTop;
+  $("training").replaceChildren(...blocks);
+  $("training").scrollTop = top;
+}
+let watching = 0;
+function look(training) {
+  for (const id of ["log", "form"]) $(id).hidden = training;
+  $("training").hidden = !training;
+  $("view").setAttribute("aria-pressed", training);
+  $("view").textContent = training ? "Chat" : "Training";
+  clearInterval(watching);
+  if (training) { drawTraining(); watching = setInterval(drawTraining, 5000) }
+}
+
+// Controls ------------------------------------------------------------------------------------
+function grow() {
+  $("text").style.height = "auto";
+  $("text").style.height = $("text").scrollHeight + "px";
+}
+function toggle(shown) {
+  $("drawer").hidden = !shown;
+  $("options").setAttribute("aria-expanded", shown);
+  if (shown) $("temperature").focus(); else $("options").focus();
+}
+function download(name, text) {
+  const link = h("a", { download: name, href: URL.createObjectURL(new Blob([text])) });
+  link.click();
+  URL.revokeObjectURL(link.href);
+}
+function asMarkdown(c) {
+  const turn = (m) => `**${m.role === "user" ? "You" : "Answer"}:** ${textOf(m)}`;
+  return `# ${c.title}\n\n` + c.messages.map(turn).join("\n\n") + "\n";
+}
+function settle() {
+  for (const name of [...KNOBS, "system", "key", "theme"]) {
+    const field = $(name), number = KNOBS.includes(name);
+    state.options[name] ??= number ? config.defaults[name] : "";
+    if (state.options[name] === undefined) continue; // no server yet to tell its defaults
+    field.value = state.options[name];
+    const shown = field.parentElement.querySelector("output");
+    const read = () => {
+      if (number && !field.checkValidity()) return;
+      state.options[name] = number ? Number(field.value) : field.value;
+      if (shown) shown.textContent = field.value;
+      if (name === "theme") document.documentElement.dataset.theme = field.value;
+      keep();
+    };
+    field.oninput = read;
+    read();
+  }
+}
+$("form").onsubmit = (event) => { event.preventDefault(); running ? stop() : ask($("text").value) };
+$("text").oninput = () => { state.draft = $("text").value; keep(); grow() };
+$("text").onkeydown = (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    if (!running) ask($("text").value);
+  }
+};
+$("new").onclick = begin;
+$("find").oninput = drawList;
+$("menu").onclick = () => {
+  $("menu").setAttribute("aria-expanded", document.body.classList.toggle("open"));
+};
+$("options").onclick = () => toggle($("drawer").hidden);
+$("view").onclick = () => look($("training").hidden);
+$("close").onclick = () => toggle(false);
+$("export").onchange = () => {
+  const c = chat(), kind = $("export").value, name = (c.title || "chat").replace(/[^\w-]+/g, "-");
+  if (kind) download(`${name}.${kind}`, kind === "md" ? asMarkdown(c) : JSON.stringify(c, null, 1));
+  $("export").value = "";
+};
+document.onkeydown = (event) => {
+  if (event.key !== "Escape") return;
+  if (!$("drawer").hidden) toggle(false);
+  else if (running) stop();
+};
+async function start() {
+  recall();
+  try { config = await (await fetch("/config")).json() }
+  catch { say("The server cannot be reached.") }
+  settle();
+  $("text").value = state.draft;
+  chat() ? draw() : state.chats.length ? open(state.chats[0].id) : begin();
+  grow();
+}
+start();
+</script>
+</body>
+</html>
+"""
+
+if __name__ == "__main__":
+    with one_sentence("serve"):
+        main(parse_settings(Settings, __doc__))
