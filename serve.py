@@ -1379,7 +1379,10 @@ form { padding: .5rem 1rem 1rem }
 form > div { max-width: 46rem; margin: auto; display: flex; gap: .5rem; align-items: flex-end;
   border: 1px solid var(--line); border-radius: 1.2rem; padding: .4rem }
 form > div:focus-within { border-color: var(--accent) }
-form textarea { border: 0; resize: none; max-height: 40vh; outline: none; background: none }
+form textarea { border: 0; resize: none; max-height: 40vh; background: none }
+form textarea:focus-visible { outline: none }
+header select { background: none; border: 1px solid var(--line); border-radius: .6rem;
+  min-height: 2.2rem; width: 6rem }
 aside { position: fixed; inset: 0 0 0 auto; width: min(22rem, 100vw); background: var(--side);
   border-left: 1px solid var(--line); padding: 1rem; overflow-y: auto; z-index: 3;
   box-shadow: 0 0 2rem #0003 }
@@ -1393,6 +1396,8 @@ aside output { float: right }
     box-shadow: 0 0 2rem #0003 }
   body:not(.open) nav { display: none }
   #menu { display: inline-block }
+  header { gap: .2rem; padding: .5rem }
+  header select { width: 3.2rem }
 }
 @media (prefers-reduced-motion: no-preference) { .writing::after { content: "\25CF";
   animation: blink 1s infinite } @keyframes blink { 50% { opacity: .2 } } }
