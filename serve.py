@@ -89,7 +89,7 @@ class Settings:
     temperature: float = setting(0.6, "0 = always the likeliest token", short="t")
     top_k: int = setting(50, "sample among the k likeliest tokens; 0 = all", short="k")
     top_p: float = setting(1.0, "sample among the likeliest tokens of this total probability")
-    max_tokens: int = setting(256, "tokens of an answer at most, unless a request says how many")
+    max_tokens: int = setting(256, "tokens of an answer at most")
     slots: int = setting(16, "requests that are answered side by side")
     max_waiting: int = setting(64, "requests that may wait for a slot")
     max_connections: int = setting(256, "open connections")
