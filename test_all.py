@@ -39,6 +39,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
@@ -4077,9 +4078,13 @@ def slips() -> dict[str, str]:
             if slip not in words}  # fmt: skip
 
 
-def mended(text: str) -> str:
-    """Undo slips of the fingers in normal text."""
-    return " ".join(slips().get(word, word) for word in text.split())
+def mended(text: str) -> Iterator[str]:
+    """Yield normal text as it is, then with each slip of the fingers in it undone alone."""
+    yield text
+    words = text.split()
+    for i, word in enumerate(words):
+        if word in slips():
+            yield " ".join([*words[:i], slips()[word], *words[i + 1 :]])
 
 
 def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
@@ -4087,8 +4092,8 @@ def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
     starts = [0, *(m.end() for m in re.finditer(r"[.?!:,]\s+|\n|\band ", text, re.IGNORECASE))]
     ends = [*(m.start() for m in re.finditer(r"[.?!]|\n|$", text))]
     for i, j in itertools.product(starts, ends):
-        for question in (normal(text[i:j]), mended(normal(text[i:j]))):
-            if i < j and question in known:
+        for question in mended(normal(text[i:j])) if i < j else ():
+            if question in known:
                 return known[question]
     return None
 
