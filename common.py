@@ -319,6 +319,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
 
 
+@functools.cache  # a second timing could choose otherwise on a busy machine
 def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
     """Choose the compute dtype: the named one, else bf16 where it is fast, else fp32.
 

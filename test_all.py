@@ -731,7 +731,11 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
     for ratio, dtype in ((0.002, torch.float32), (1.5, torch.float32), (4, torch.bfloat16)):
         rates = {torch.float32: 1e11, torch.bfloat16: ratio * 1e11}
         monkeypatch.setattr(common, "measure_matmul", lambda dev, dt, n, r=rates: r[dt])
+        common.pick_dtype.cache_clear()
         assert common.pick_dtype(CPU) == dtype
+    monkeypatch.setattr(common, "measure_matmul", lambda *_: 1 / 0)
+    assert common.pick_dtype(CPU) == torch.bfloat16, "asked once, so that two runs are equal"
+    common.pick_dtype.cache_clear()
     assert common.pick_dtype(CPU, "float32") == torch.float32
 
 
