@@ -880,9 +880,46 @@ class Linear(nn.Module):
     def __init__(self, n_in: int, n_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
+        self.scale: Tensor | None = None  # of the rows of a weight rounded to int8
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return product(x, self.weight, self.scale)
+
+    @torch.no_grad()
+    def quantize(self) -> None:
+        """Round each row of the weight to 8 bits; there is no way back."""
+        self.scale = row_sizes(self.weight)[:, 0]
+        rounded = (self.weight / self.scale[:, None]).round().to(torch.int8)
+        self.weight = nn.Parameter(rounded, requires_grad=False)
+
+
+def row_sizes(x: Tensor) -> Tensor:
+    """Return what one step of 8 bits is worth for each row of x (..., n): fp32 (..., 1)."""
+    return x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+
+
+FEW_ROWS = 64  # as many as the engine's slots
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
+
+    With the scales (n_out,) of an int8 weight each row of x is rounded to 8 bits too, as in
+    arXiv:2208.07339; their sums are exact, and a row's result depends on no other row.
+    """
+    rows = x.flatten(0, -2)
+    n = rows.size(0)
+    if scale is not None:
+        size = row_sizes(rows)
+        small = (rows / size).round().to(torch.int8)
+        if x.device.type == "cuda":
+            small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
+        y = (torch._int_mm(weight, small.t())[:, :n].t() * size * scale).to(x.dtype)
+    elif 1 < n <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
+        y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
+    else:
+        y = F.linear(rows, weight.to(x.dtype))
+    return y.view(*x.shape[:-1], -1)
 
 
 class Embedding(Linear):
@@ -913,6 +950,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = N
     A mask (B, T, S) says instead which keys each query sees.
     """
     T, S = q.size(1), k.size(1)
+    if T == 1 and torch.compiler.is_compiling():
+        return attend_once(q, k, v, mask)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
     grouped = q.size(1) != k.size(1)
     if mask is not None:
@@ -928,6 +967,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = N
     return y.transpose(1, 2)
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as attend() does, T = 1, in sums that a compiler makes one loop each of."""
+    B, _, H, D = q.shape
+    q = q.view(B, 1, k.size(2), -1, D).float()  # (B, 1, K, H/K, D)
+    scores = (q * k[:, :, :, None]).sum(-1) / math.sqrt(D)  # (B, S, K, H/K)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0, :, None, None], -math.inf)
+    y = (scores.softmax(1)[..., None] * v[:, :, :, None]).sum(1)  # (B, K, H/K, D)
+    return y.view(B, 1, H, D).to(v.dtype)
+
+
 class KVCache:
     """The ids, keys and values of positions that were computed, for rows of unequal length."""
 
@@ -937,8 +987,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.ids = torch.zeros(rows, config.max_seq_len, device=device, dtype=torch.long)
         self.lengths = [0] * rows  # positions filled
-        self.masks: dict[int, Tensor] = {}  # of the tokens being appended, by window
-        self.positions: Tensor
+        self.windows = [config.window(layer) for layer in range(config.n_layer)]
 
     def part(self, start: int, end: int) -> KVCache:
         """Return rows start to end; the storage is shared, the lengths are a copy."""
@@ -961,38 +1010,50 @@ class KVCache:
             x[:, [a, b], :n] = x[:, [b, a], :n]
         self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
-    def begin(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Prepare to append ids (B, T); return their positions and the ids before them (B, 1).
-
-        A row's first id counts as the one before itself.
-        """
+    def begin(self, ids: Tensor) -> Past:
+        """Prepare to append ids (B, T) to the rows."""
         T, device = ids.size(1), self.k.device
-        longest, room = max(self.lengths) + T, self.k.size(2)
-        assert longest <= room, f"cache of {room} positions cannot hold {longest}"
+        low, end, room = min(self.lengths), max(self.lengths) + T, self.k.size(2)
+        assert end <= room, f"cache of {room} positions cannot hold {end}"
         starts = torch.tensor(self.lengths, device=device)[:, None]
-        self.masks = {}
-        self.positions = starts + torch.arange(T, device=device)  # (B, T)
-        self.ids.scatter_(1, self.positions, ids)
-        return self.positions, self.ids.gather(1, (starts - 1).clamp_min(0))
+        positions = starts + torch.arange(T, device=device)  # (B, T)
+        self.ids.scatter_(1, positions, ids)
+        before = self.ids.gather(1, (starts - 1).clamp_min(0))
+        firsts = {window: max(0, low - window + 1) for window in self.windows}
+        at = {window: positions - first for window, first in firsts.items()}
+        masks: dict[int, Tensor | None] = dict.fromkeys(firsts)
+        if low + T < end or (T == 1 and len(self.lengths) > 1):  # one form for a compiled step
+            for window, first in firsts.items():
+                back = positions[:, :, None] - torch.arange(first, end, device=device)
+                masks[window] = (back >= 0) & (back < window)  # (B, T, keys)
+        seen = [(i, slice(None), slice(firsts[w], end)) for i, w in enumerate(self.windows)]
+        return Past(
+            positions,
+            before,
+            [self.k[part] for part in seen],
+            [self.v[part] for part in seen],
+            [at[window] for window in self.windows],
+            [masks[window] for window in self.windows],
+        )
 
-    def append(
-        self, layer: int, k: Tensor, v: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k and v (B, T, K, D) of a layer; return what the T queries may see, and a mask.
 
-        The mask (B, T, keys) is None where all rows are equally long.
-        """
-        T, low, end = k.size(1), min(self.lengths), max(self.lengths) + k.size(1)
-        if low + T == end:
-            self.k[layer, :, low:end], self.v[layer, :, low:end] = k, v
-            first = max(0, low - window + 1)
-            return self.k[layer, :, first:end], self.v[layer, :, first:end], None
+@dataclass
+class Past:
+    """What T new tokens of B rows need of a cache; the lists have an entry a layer."""
+
+    positions: Tensor  # (B, T)
+    before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
+    k: list[Tensor]  # (B, keys, K, D) each, a part of the cache: what any of them may see
+    v: list[Tensor]
+    at: list[Tensor]  # (B, T): where among these keys the new ones belong
+    masks: list[Tensor | None]  # (B, T, keys): what each may see; None where attend() knows
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k and v (B, T, K, D) of a layer; return what may be seen, and the mask."""
         rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[layer, rows, self.positions], self.v[layer, rows, self.positions] = k, v
-        if window not in self.masks:
-            back = self.positions[:, :, None] - torch.arange(end, device=k.device)  # (B, T, end)
-            self.masks[window] = (back >= 0) & (back < window)
-        return self.k[layer, :, :end], self.v[layer, :, :end], self.masks[window]
+        self.k[layer][rows, self.at[layer]] = k.detach()
+        self.v[layer][rows, self.at[layer]] = v.detach()
+        return self.k[layer], self.v[layer], self.masks[layer]
 
 
 class Attention(nn.Module):
@@ -1012,19 +1073,35 @@ class Attention(nn.Module):
         self.qk_scale, self.gate_channels = config.qk_scale, config.gate_channels
         has_values = layer in config.value_layers
         self.gate = Linear(config.gate_channels, config.n_kv_head) if has_values else None
+        self.joined: tuple[Tensor, Tensor | None] | None = None
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Lay the weights of q, k and v side by side, for one product instead of three."""
+        parts = self.q, self.k, self.v
+        weight = torch.cat([part.weight for part in parts])
+        scales = [part.scale for part in parts if part.scale is not None]
+        sizes = [part.weight.size(0) for part in parts]
+        for part, rows in zip(parts, weight.split(sizes)):
+            part.weight = nn.Parameter(rows, requires_grad=False)
+        self.joined = weight, torch.cat(scales) if scales else None
 
     def forward(
-        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, past: Past | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        if self.joined is None:
+            q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
+        else:
+            sizes = [part.weight.size(0) // self.head_dim for part in (self.q, self.k, self.v)]
+            q, k, v = product(x, *self.joined).view(B, T, -1, self.head_dim).split(sizes, dim=2)
         if self.gate is not None and values is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # (B, T, K)
             v = v + gate[..., None] * values.view(B, T, -1, self.head_dim)
         q, k = (rms_norm(rotate(x, cos, sin)) * self.qk_scale for x in (q, k))
         mask = None
-        if cache is not None:
-            k, v, mask = cache.append(self.layer, k, v, self.window)
+        if past is not None:
+            k, v, mask = past.append(self.layer, k, v)
         return self.out(attend(q, k, v, self.window, mask).reshape(B, T, -1))
 
 
@@ -1044,9 +1121,9 @@ class Block(nn.Module):
         self.attention, self.mlp = Attention(config, layer), MLP(config)
 
     def forward(
-        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, cache: KVCache | None
+        self, x: Tensor, values: Tensor | None, cos: Tensor, sin: Tensor, past: Past | None
     ) -> Tensor:
-        x = x + self.attention(rms_norm(x), values, cos, sin, cache)
+        x = x + self.attention(rms_norm(x), values, cos, sin, past)
         return x + self.mlp(rms_norm(x))
 
 
@@ -1122,6 +1199,16 @@ class GPT(nn.Module):
         """Cast the weights to the activations' dtype, once, for use without training."""
         self.to(self.dtype)
         self.init_rope()  # the rotation tables stay fp32
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.join()
+        return self
+
+    def quantize(self) -> GPT:
+        """Round the weights of all products but the gates' to 8 bits, for use without training."""
+        for name, module in self.named_modules():
+            if type(module) is Linear and not name.endswith("gate"):
+                module.quantize()
         return self
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -1129,14 +1216,22 @@ class GPT(nn.Module):
 
         The caller, who knows what is padding, sets the cache's lengths afterwards.
         """
-        if cache is None:
+        return self.continued(ids, cache.begin(ids) if cache else None)
+
+    def next_logits(self, ids: Tensor, past: Past) -> Tensor:
+        """Return the logits (B, vocab_size) after ids (B, 1): one step of decoding."""
+        return self.logits(self.continued(ids, past)[:, -1])
+
+    def continued(self, ids: Tensor, past: Past | None) -> Tensor:
+        """Compute what hidden() does, given what the ids need of a cache."""
+        if past is None:
             T = ids.size(1)
             assert T <= self.config.max_seq_len, f"position {T} is past the context"
             before = ids[:, :1]
             cos, sin = (x[:, :T].to(self.dtype) for x in (self.cos, self.sin))
         else:
-            positions, before = cache.begin(ids)
-            cos, sin = (x[0, positions].to(self.dtype) for x in (self.cos, self.sin))
+            before = past.before
+            cos, sin = (x[0, past.positions].to(self.dtype) for x in (self.cos, self.sin))
         if self.smear is None:
             x = self.embed(ids).to(self.dtype)  # (B, T, C)
         else:  # copying from the context needs to know what came before a token, at once
@@ -1148,7 +1243,7 @@ class GPT(nn.Module):
                 x = self.mix[i, 0].to(x.dtype) * x + self.mix[i, 1].to(x.dtype) * first
             has_values = i in self.config.value_layers
             values = self.value_embeds[str(i)](ids).to(x.dtype) if has_values else None
-            x = block(x, values, cos, sin, cache)
+            x = block(x, values, cos, sin, past)
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -2280,6 +2375,41 @@ class Engine:
         self.decoding: list[Job] = []  # the i-th has row i
         self.steps = 0
         self.stops = {tokenizer.bos, tokenizer.specials["<|assistant_end|>"]}
+        self.next_logits: Callable[[Tensor, Past], Tensor] | None = None
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Compile the step, for one row and for many of any length: it takes a minute, once.
+
+        What a compiler, or the lack of one, raises is passed on; the engine works without.
+        """
+
+        def checked(guards: Sequence[Any]) -> list[bool]:
+            return [not isinstance(guard.value, nn.Parameter) for guard in guards]
+
+        # what the parameters are follows from the rest: to check each would take its time
+        step = torch.compile(
+            self.model.next_logits, fullgraph=True, options={"guard_filter_fn": checked}
+        )
+        mark = torch._dynamo.maybe_mark_dynamic
+        context = self.model.config.max_seq_len
+        short = max((w for w in self.cache.windows if w < context), default=0)
+        for n in (1, 2, FEW_ROWS + 1):
+            if n > len(self.rows):
+                break
+            rows = self.cache.part(0, n)  # past a window, where layers see unlike numbers of keys
+            rows.lengths = [short + 8 + i % 8 for i in range(n)]
+            ids = torch.zeros(n, 1, dtype=torch.long, device=self.device)
+            past = rows.begin(ids)
+            for one in (ids, past.positions, past.before, *past.at):
+                mark(one, 0)
+            for keys in (*past.k, *past.v):
+                mark(keys, (0, 1))
+            for mask in past.masks:
+                if mask is not None:
+                    mark(mask, (0, 2))
+            step(ids, past)
+        self.next_logits = step
 
     def refresh(self, model: GPT) -> None:
         """Take over the weights of a model in training; nothing may be at work."""
@@ -2331,7 +2461,10 @@ class Engine:
         if moved:
             rows = self.cache.part(0, len(moved))
             ids = torch.tensor([[job.reply.ids[-1]] for job in moved], device=self.device)
-            logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
+            if self.next_logits:
+                logits = self.next_logits(ids, rows.begin(ids))
+            else:
+                logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
             for i, job in enumerate(moved):
                 self.cache.lengths[i] += 1
                 self.rows[i].ids.append(job.reply.ids[-1])

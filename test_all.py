@@ -1037,6 +1037,51 @@ def test_rows_of_unequal_length_decode_as_each_alone(changes):
         part.lengths = [n + 1 for n in part.lengths]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, common.FEW_ROWS + 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_few_rows_and_of_int8_equal_the_plain_ones(rows, dtype):
+    linear = common.Linear(96, 80)
+    with torch.no_grad():
+        linear.weight.normal_()
+    x = torch.randn(rows, 1, 96).to(dtype)
+    exact = x.double() @ linear.weight.to(dtype).double().t()
+    with torch.no_grad():
+        close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {}
+        torch.testing.assert_close(linear(x), exact.to(dtype), **close)
+        weight = linear.weight.clone()
+        linear.quantize()
+        y = linear(x)
+        assert linear.weight.dtype == torch.int8 and y.shape == (rows, 1, 80) and y.dtype == dtype
+        for i in range(rows):
+            assert torch.equal(linear(x[i : i + 1]), y[i : i + 1]), "a row depends on no other"
+    stepped = linear.weight * linear.scale[:, None]
+    assert ((stepped - weight).abs() <= linear.scale[:, None] * 0.5001).all()
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (x.float() / step).round() * step
+    expected = rounded.double() @ stepped.double().t()
+    torch.testing.assert_close(y, expected.to(dtype), rtol=1e-2 if close == {} else 1e-5, atol=1e-3)
+    assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+def test_weights_laid_side_by_side_and_in_8_bits_give_the_same_model():
+    for changes in CONFIGS.values():
+        model, cast = random_model(**changes), random_model(**changes).cast_weights()
+        ids = torch.randint(100, (2, 32))
+        with torch.no_grad():
+            torch.testing.assert_close(cast(ids), model(ids), rtol=1e-4, atol=1e-4)
+            assert model.state_dict().keys() == cast.state_dict().keys()
+            cast.load_state_dict(random_model(seed=1, **changes).state_dict())  # as RL does
+            other = random_model(seed=1, **changes)(ids)
+            torch.testing.assert_close(cast(ids), other, rtol=1e-4, atol=1e-4)
+            small = random_model(**changes).quantize().cast_weights()
+            error = (small(ids) - model(ids)).square().mean().sqrt()
+            assert 0 < error < 0.1 * model(ids).std()
+            kinds = {name: weight.dtype for name, weight in small.state_dict().items()}
+            assert {name for name, kind in kinds.items() if kind != torch.int8} == {
+                name for name in kinds if "embed" in name or "gate" in name or name == "mix"
+            }
+
+
 def test_the_cache_is_never_overwritten_at_the_contexts_end():
     model = random_model()
     cache = common.KVCache(model.config, 1, CPU, torch.float32)
@@ -1670,6 +1715,26 @@ def test_jobs_that_come_and_go_get_the_replies_they_get_alone(tokenizer, slots, 
         assert job.reply.ids == expected[: len(job.reply.ids)]
         assert job.reply.reason == "cancel" or job.reply.ids == expected
     assert {job.reply.reason for job in jobs} == {"cancel", "length", "stop"}
+
+
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
+    shape = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "window_pattern": "SL"}
+    shape |= {"max_seq_len": 64}
+    fast, plain = (common.Engine(m.quantize() if int8 else m, tokenizer, 3)
+                   for m in (random_model(**shape), random_model(**shape)))  # fmt: skip
+    fast.compile()
+    compiled, rows = fast.next_logits, []
+    fast.next_logits = lambda ids, past: rows.append(len(ids)) or compiled(ids, past)
+    rng = random.Random(0)
+    requests = [greedy([tokenizer.bos, *rng.choices(range(256), k=rng.randint(1, 40))], n)
+                for n in (20, 60, 3, 45, 9, 31)]  # fmt: skip
+    assert dict(fast.run(requests)) == dict(plain.run(requests))
+    assert set(rows) == {1, 2, 3}, "it was asked"
+    frames = torch._dynamo.utils.counters["frames"]["total"]
+    dict(fast.run(requests[:2]))
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames, "no length compiles anew"
 
 
 def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
@@ -6461,7 +6526,7 @@ class Talker(torch.nn.Module):
         return self
 
     def hidden(self, ids, cache):
-        positions, _ = cache.begin(ids)
+        positions = cache.begin(ids).positions
         time.sleep(self.pause)
         said = torch.zeros(*ids.shape, 1)  # tokens since the assistant began
         for b, row in enumerate(positions.tolist()):
