@@ -543,9 +543,14 @@ class Server(http.server.ThreadingHTTPServer):
             self.free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing of clients that went away; print anything else."""
+        """Say nothing of clients that went away; log anything else."""
         if not isinstance(sys.exc_info()[1], OSError):
-            traceback.print_exc()
+            self.say(traceback.format_exc())
+
+    def say(self, line: str) -> None:
+        """Print to the log; one that cannot be written any more stops no request."""
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed file
+            print(line, flush=True)
 
     def is_ours(self, host: str) -> bool:
         """Say whether a Host header names this server, not a page's that a name was bent to."""
@@ -595,6 +600,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.incoming.deadline = time.monotonic() + self.settings.timeout_s
         self.began, self.status, self.note, self.body = time.monotonic(), 0, "", b""
+        self.path = "-"  # until it is known: a connection has many requests
         self.close_connection = True
         try:
             self.raw_requestline = self.rfile.readline(65537)
@@ -626,7 +632,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             except OSError:
                 raise
             except Exception:  # noqa: BLE001
-                traceback.print_exc()
+                self.server.say(traceback.format_exc())
                 self.close_connection = True
                 if not self.status:
                     self.refuse(Refusal(500, "this request failed here; others go on"))
@@ -745,15 +751,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log(self) -> None:
         """Print a line for the request."""
-        path = ascii(getattr(self, "path", "-").split("?")[0])[1:-1][:100]
+        path = ascii(self.path.split("?")[0])[1:-1][:100]
         self.server.counts.add(
             f'nanochat_requests_total{{path="{path if path in ROUTES else "other"}",'
             f'code="{self.status}"}}'
         )
         seconds = time.monotonic() - self.began
         note = f"  {ascii(self.note)[1:-1][:200]}" if self.note else ""
-        print(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} {path} "
-              f"{self.status or 'gone'} {seconds:.2f} s{note}", flush=True)  # fmt: skip
+        self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} "
+                        f"{path} {self.status or 'gone'} {seconds:.2f} s{note}")  # fmt: skip
 
     def log_message(self, *_: Any) -> None:
         """Keep the library's own lines out of the log."""
