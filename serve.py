@@ -41,7 +41,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -138,15 +137,7 @@ class Refusal(Exception):
                           "code": self.code or None}}  # fmt: skip
 
 
-@dataclass(eq=False)
-class Asked:
-    """The requests of one client, and the queue of what comes of them: (which, id, reason)."""
-
-    requests: list[Request]
-    news: queue.SimpleQueue[tuple[int, int, str]] = field(default_factory=queue.SimpleQueue)
-    open: set[int] = field(default_factory=set)  # which are not ended
-    jobs: list[Job] = field(default_factory=list)
-    given_up: bool = False
+News = queue.SimpleQueue[tuple[int, int, str]]  # which of the requests, its next id, why it ended
 
 
 class Worker:
@@ -154,16 +145,16 @@ class Worker:
 
     def __init__(self, engine: Engine, max_waiting: int):
         self.engine, self.room = engine, len(engine.rows) + max_waiting
-        self.inbox: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.owners: dict[Job, tuple[News, int]] = {}  # of the jobs that are not ended
         self.lock, self.open = threading.Lock(), 0  # requests that are not ended
         self.seconds_a_request = 1.0  # of late
         self.generated = 0
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
-    def ask(self, requests: list[Request]) -> Asked:
-        """Hand in requests. Raises Refusal where too many wait already."""
-        asked = Asked(requests, open=set(range(len(requests))))
+    def ask(self, requests: list[Request]) -> News:
+        """Hand in requests; return where their news come. Raises Refusal if too many wait."""
         with self.lock:
             if self.open + len(requests) > self.room:
                 wait = math.ceil(self.seconds_a_request * self.open / len(self.engine.rows))
@@ -172,13 +163,13 @@ class Worker:
                     code="queue_full", **{"Retry-After": str(max(1, min(wait, 600)))},
                 )  # fmt: skip
             self.open += len(requests)
-        self.inbox.put(asked)
-        return asked
+        news: News = queue.SimpleQueue()
+        self.inbox.put(lambda: self._begin(requests, news))
+        return news
 
-    def give_up(self, asked: Asked) -> None:
+    def give_up(self, news: News) -> None:
         """End what is still open of it before the next step."""
-        asked.given_up = True
-        self.inbox.put(asked)
+        self.inbox.put(lambda: self._end(news))
 
     def stop(self) -> None:
         """End the thread."""
@@ -186,48 +177,40 @@ class Worker:
         self.thread.join()
 
     def _work(self) -> None:
-        owners: dict[Job, tuple[Asked, int]] = {}
         while True:
             try:
                 while not self.engine.load or not self.inbox.empty():
-                    asked = self.inbox.get()
-                    if asked is None:
+                    act = self.inbox.get()
+                    if act is None:
                         return
-                    self._take(asked, owners)
+                    act()
                 for job in self.engine.step():
-                    asked, which = owners[job]
                     self.generated += 1
-                    asked.news.put((which, job.reply.ids[-1], job.reply.reason))
-                    if job.reply.reason:
-                        del owners[job]
-                        self._close(asked, which)
+                    self._tell(job, job.reply.ids[-1], job.reply.reason)
             # such as a device out of memory: those at work fail, others go on
             except Exception:  # noqa: BLE001
                 traceback.print_exc()
                 self.engine.clear()
-                for asked, which in owners.values():
-                    asked.news.put((which, -1, "error"))
-                    self._close(asked, which)
-                owners.clear()
+                for job in tuple(self.owners):
+                    self._tell(job, -1, "error")
 
-    def _take(self, asked: Asked, owners: dict[Job, tuple[Asked, int]]) -> None:
-        """Put new requests in line, or end what is given up."""
-        if not asked.jobs and not asked.given_up:
-            for which, request in enumerate(asked.requests):
-                asked.jobs.append(self.engine.submit(request))
-                owners[asked.jobs[-1]] = asked, which
-        elif asked.given_up:
-            for job in asked.jobs:
-                self.engine.cancel(job)
-                owners.pop(job, None)
-            for which in tuple(asked.open):
-                self._close(asked, which)
+    def _begin(self, requests: list[Request], news: News) -> None:
+        for which, request in enumerate(requests):
+            self.owners[self.engine.submit(request)] = news, which
 
-    def _close(self, asked: Asked, which: int) -> None:
-        if which in asked.open:
-            asked.open.remove(which)
+    def _end(self, news: News) -> None:
+        for job in [job for job, owner in self.owners.items() if owner[0] is news]:
+            self.engine.cancel(job)
+            self._tell(job, -1, "cancel")
+
+    def _tell(self, job: Job, one: int, reason: str) -> None:
+        """Say what became of a job; its place is free before its client hears of its end."""
+        news, which = self.owners[job]
+        if reason:
+            del self.owners[job]
             with self.lock:
                 self.open -= 1
+        news.put((which, one, reason))
 
 
 # 3. What is asked ----------------------------------------------------------------------------
@@ -241,6 +224,7 @@ UNSUPPORTED = {
     "audio": (None,), "prediction": (None,), "web_search_options": (None,), "suffix": (None, ""),
     "echo": (None, False), "best_of": (None, 1),
 }  # fmt: skip
+MOST = 1 << 31  # a number that stands for any
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -261,64 +245,60 @@ def parse_json(data: bytes) -> dict[str, Any]:
     return body
 
 
+def check(good: Any, where: str, what: str) -> None:
+    """Raise a Refusal that names a field and what is wrong with it, unless it is good."""
+    if not good:
+        raise Refusal(400, f"{where} {what}", where)
+
+
 def number(
-    body: dict[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False
+    body: dict[str, Any], name: str, default: Any, low: float, high: float, whole: bool = True
 ) -> Any:
     """Return a numeric field, or its default where it is absent or null. Raises Refusal."""
     value = body.get(name)
     if value is None:
         return default
-    kinds = (int,) if whole else (int, float)
-    good = isinstance(value, kinds) and not isinstance(value, bool)
-    if not good or not low <= value <= high:
-        what = "a whole number" if whole else "a number"
-        raise Refusal(400, f"{name} must be {what} from {low:g} to {high:g}", name)
+    good = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    kind = "a whole number" if whole else "a number"
+    check(good and low <= value <= high, name, f"must be {kind} from {low:g} to {high:g}")
     return value
 
 
 def switch(body: dict[str, Any], name: str, where: str = "") -> bool:
     """Return a field that is true or false, and false where it is absent. Raises Refusal."""
     value = body.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise Refusal(400, f"{where}{name} must be true or false", where + name)
+    check(value is None or isinstance(value, bool), where + name, "must be true or false")
     return bool(value)
 
 
 def text_of(value: Any, where: str) -> str:
     """Return a string whose half characters are replaced. Raises Refusal for anything else."""
-    if not isinstance(value, str):
-        raise Refusal(400, f"{where} must be a string", where)
+    check(isinstance(value, str), where, "must be a string")
     return value.encode("utf-8", "replace").decode()
 
 
-def parse_messages(body: dict[str, Any], most: int) -> list[dict[str, Any]]:
+def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
     """Return the conversation in this project's form: turns alternate, a user's is the last.
 
     Raises Refusal, which names the message that is wrong.
     """
-    given = body.get("messages")
-    if not isinstance(given, list) or not given:
-        raise Refusal(400, "messages must be a list with at least one message", "messages")
-    if len(given) > most:
-        raise Refusal(400, f"there are {len(given)} messages: {most} are allowed", "messages")
+    check(given and isinstance(given, list), "messages", "must be a list of one message or more")
+    check(len(given) <= most, "messages", f"has {len(given)} messages: {most} are allowed")
     messages: list[dict[str, Any]] = []
     for i, message in enumerate(given):
         where = f"messages[{i}]"
-        if not isinstance(message, dict):
-            raise Refusal(400, f"{where} must be an object with role and content", where)
-        role = message.get("role")
-        role = "system" if role == "developer" else role
-        if role not in ("system", "user", "assistant"):
-            raise Refusal(400, f"{where}.role must be system, user or assistant", f"{where}.role")
-        if role == "assistant" and message.get("tool_calls"):
-            raise Refusal(400, f"{where}.tool_calls is not supported", f"{where}.tool_calls")
+        check(isinstance(message, dict), where, "must be an object with role and content")
+        role = "system" if message.get("role") == "developer" else message.get("role")
+        roles = ("system", "user", "assistant")
+        check(role in roles, f"{where}.role", "must be system, user or assistant")
+        called = role == "assistant" and message.get("tool_calls")
+        check(not called, f"{where}.tool_calls", "is not supported")
         parts = parse_content(message.get("content"), role, f"{where}.content")
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
         else:
             messages.append({"role": role, "content": parts})
-    if messages[-1]["role"] != "user":
-        raise Refusal(400, "the last message must be the user's", "messages")
+    check(messages[-1]["role"] == "user", "messages", "must end in the user's")
     for message in messages:
         if message["role"] != "assistant":
             message["content"] = "".join(part["text"] for part in message["content"])
@@ -330,26 +310,23 @@ def parse_content(content: Any, role: str, where: str) -> list[dict[str, str]]:
     if isinstance(content, str):
         return [{"type": "text", "text": text_of(content, where)}]
     kinds = ("text", "python", "output") if role == "assistant" else ("text",)
-    if not isinstance(content, list):
-        raise Refusal(400, f"{where} must be a string or a list of parts", where)
+    check(isinstance(content, list), where, "must be a string or a list of parts")
     parts = []
     for i, part in enumerate(content):
         here = f"{where}[{i}]"
-        if not isinstance(part, dict) or part.get("type") not in kinds:
-            raise Refusal(400, f"{here} must be a part of type {' or '.join(kinds)}", here)
+        good = isinstance(part, dict) and part.get("type") in kinds
+        check(good, here, f"must be a part of type {' or '.join(kinds)}")
         parts.append({"type": part["type"], "text": text_of(part.get("text"), f"{here}.text")})
     return parts or [{"type": "text", "text": ""}]
 
 
-def parse_stops(body: dict[str, Any]) -> tuple[str, ...]:
+def parse_stops(stop: Any) -> tuple[str, ...]:
     """Return the stop strings. Raises Refusal."""
-    stop = body.get("stop")
     stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or len(stops) > 4:
-        raise Refusal(400, "stop must be a string or a list of up to 4", "stop")
+    good = isinstance(stops, list) and len(stops) <= 4
+    check(good, "stop", "must be a string or a list of up to 4")
     stops = [text_of(one, "stop") for one in stops]
-    if not all(0 < len(one) <= 200 for one in stops):
-        raise Refusal(400, "each stop string must have from 1 to 200 characters", "stop")
+    check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
     return tuple(stops)
 
 
@@ -367,13 +344,9 @@ class Wanted:
 
     def requests(self) -> list[Request]:
         """Return the engine's requests; answers to one prompt differ by their seeds."""
-        return [
-            Request(
-                ids, dataclasses.replace(self.sampling, seed=self.sampling.seed + i), self.chat,
-                self.stops,
-            )
-            for ids in self.prompts for i in range(self.n)
-        ]  # fmt: skip
+        kinds = [dataclasses.replace(self.sampling, seed=self.sampling.seed + i)
+                 for i in range(self.n)]  # fmt: skip
+        return [Request(p, kind, self.chat, self.stops) for p in self.prompts for kind in kinds]
 
 
 def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Settings) -> Wanted:
@@ -383,43 +356,37 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
             raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
     name = body.get("model")
     if name is not None and name not in model.names:
-        shown = repr(name)[:80]
-        raise Refusal(404, f"the model {shown} is not served here: {model.id} is", "model",
-                      "model_not_found")  # fmt: skip
+        raise Refusal(404, f"the model {repr(name)[:80]} is not served here: {model.id} is",
+                      "model", "model_not_found")  # fmt: skip
     tokenizer, context = model.engine.tokenizer, model.engine.model.config.max_seq_len
+    field, most = ("messages" if chat else "prompt"), settings.max_choices
     if chat:
-        messages = parse_messages(body, settings.max_messages)
+        messages = parse_messages(body.get("messages"), settings.max_messages)
         prompts = [render_prompt(tokenizer, messages)]
     else:
-        prompt = body.get("prompt", "")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or len(prompts) > settings.max_choices:
-            raise Refusal(400, "prompt must be a string or a short list of strings", "prompt")
-        prompts = [[tokenizer.bos, *tokenizer.encode(text_of(p, "prompt"))] for p in prompts]
-    longest = max(map(len, prompts))
-    if longest >= context:
-        raise Refusal(
-            400, f"this model's context is {context} tokens; your messages have {longest}, which "
-            "leaves none for an answer: shorten them", "messages" if chat else "prompt",
-            "context_length_exceeded",
-        )  # fmt: skip
+        given = body.get("prompt", "")
+        given = [given] if isinstance(given, str) else given
+        good = isinstance(given, list) and 1 <= len(given) <= most
+        check(good, "prompt", f"must be a string or a list of up to {most} strings")
+        prompts = [[tokenizer.bos, *tokenizer.encode(text_of(p, "prompt"))] for p in given]
+    if (longest := max(map(len, prompts))) >= context:
+        raise Refusal(400, f"this model's context is {context} tokens; your {field} have "
+                      f"{longest}, which leaves none for an answer: shorten them", field,
+                      "context_length_exceeded")  # fmt: skip
     options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise Refusal(400, "stream_options must be an object", "stream_options")
-    limit = number(body, "max_tokens", settings.max_tokens, 1, 1 << 31, whole=True)
-    limit = number(body, "max_completion_tokens", limit, 1, 1 << 31, whole=True)
+    check(options is None or isinstance(options, dict), "stream_options", "must be an object")
+    limit = number(body, "max_tokens", settings.max_tokens, 1, MOST)
     sampling = Sampling(
-        max_tokens=limit,
-        temperature=number(body, "temperature", settings.temperature, 0, 2),
-        top_k=number(body, "top_k", settings.top_k, 0, 1 << 31, whole=True),
-        top_p=number(body, "top_p", settings.top_p, 1e-9, 1),
-        seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64, whole=True) % 2**64,
+        max_tokens=number(body, "max_completion_tokens", limit, 1, MOST),
+        temperature=number(body, "temperature", settings.temperature, 0, 2, whole=False),
+        top_k=number(body, "top_k", settings.top_k, 0, MOST),
+        top_p=number(body, "top_p", settings.top_p, 1e-9, 1, whole=False),
+        seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64) % 2**64,
     )
-    return Wanted(
-        prompts, number(body, "n", 1, 1, settings.max_choices // len(prompts), whole=True),
-        sampling, parse_stops(body), chat, switch(body, "stream"),
-        switch(options or {}, "include_usage", "stream_options."),
-    )  # fmt: skip
+    n = number(body, "n", 1, 1, most // len(prompts))
+    usage = switch(options or {}, "include_usage", "stream_options.")
+    stops, stream = parse_stops(body.get("stop")), switch(body, "stream")
+    return Wanted(prompts, n, sampling, stops, chat, stream, usage)
 
 
 # 4. What is answered -------------------------------------------------------------------------
@@ -445,39 +412,103 @@ class Shown:
         return head + piece
 
 
+@dataclass
+class Choice:
+    """One answer in the making."""
+
+    decoder: ReplyDecoder
+    shown: Shown = field(default_factory=Shown)
+    text: str = ""
+    parts: list[dict[str, str]] = field(default_factory=list)
+    tokens: int = 0
+    reason: str = ""
+
+
+class Answer:
+    """Makes OpenAI's objects of what the engine brings."""
+
+    def __init__(self, wanted: Wanted, model: Model):
+        self.wanted, self.model = wanted, model
+        self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created, self.first_at = int(time.time()), 0.0
+        self.choices = [Choice(ReplyDecoder(model.engine.tokenizer, wanted.stops))
+                        for _ in range(len(wanted.prompts) * wanted.n)]  # fmt: skip
+
+    @property
+    def done(self) -> bool:
+        return all(choice.reason for choice in self.choices)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks with which a stream begins."""
+        whichs = range(len(self.choices) if self.wanted.chat else 0)
+        return [self.chunk(which, role="assistant", content="") for which in whichs]
+
+    def feed(self, which: int, one: int, reason: str) -> list[dict[str, Any]]:
+        """Take the next token of a choice; return the chunks of a stream that it makes.
+
+        Raises Refusal where the engine failed.
+        """
+        choice = self.choices[which]
+        choice.reason = reason
+        if reason == "error":
+            raise Refusal(500, "the model failed; try again")
+        self.first_at = self.first_at or time.monotonic()
+        choice.tokens += 1
+        pieces = choice.decoder.feed(one) + (choice.decoder.end() if reason else [])
+        chunks = [self.show(which, kind, piece) for kind, piece in pieces]
+        if reason:
+            if rest := choice.shown.feed("text", ""):
+                choice.text += rest
+                chunks.append(self.chunk(which, content=rest))
+            chunks.append(self.chunk(which, reason))
+        return chunks
+
+    def show(self, which: int, kind: str, piece: str) -> dict[str, Any]:
+        """Add a piece to a choice; return its chunk: as text, and in `part` as what it is."""
+        choice = self.choices[which]
+        text = choice.shown.feed(kind, piece) if self.wanted.chat else piece
+        choice.text += text
+        if not choice.parts or choice.parts[-1]["type"] != kind:
+            choice.parts.append({"type": kind, "text": ""})
+        choice.parts[-1]["text"] += piece
+        return self.chunk(which, content=text, part={"type": kind, "text": piece})
+
+    def chunk(self, which: int, reason: str = "", **delta: Any) -> dict[str, Any]:
+        """Return a chunk of a stream; beside OpenAI's fields a part tells what a calculator did."""
+        said = {"delta": delta} if self.wanted.chat else {"text": delta.get("content", "")}
+        return self.envelope([self.choice(which, reason, **said)])
+
+    def choice(self, which: int, reason: str, **said: Any) -> dict[str, Any]:
+        return {"index": which, "logprobs": None, "finish_reason": reason or None, **said}
+
+    def envelope(self, choices: list[Any], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        wanted = self.wanted
+        kind = "chat.completion" + ".chunk" * wanted.stream if wanted.chat else "text_completion"
+        made = {"id": self.id, "object": kind, "created": self.created, "model": self.model.id,
+                "choices": choices}  # fmt: skip
+        return {**made, "usage": usage} if wanted.usage or not wanted.stream else made
+
+    def usage(self) -> dict[str, int]:
+        """Count tokens; the calculator's and the closing ones count too."""
+        asked = sum(map(len, self.wanted.prompts))
+        made = sum(choice.tokens for choice in self.choices)
+        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+
+    def closing(self) -> list[dict[str, Any]]:
+        """Return the chunk with the usage, where it is asked for."""
+        return [self.envelope([], self.usage())] if self.wanted.usage else []
+
+    def whole(self) -> dict[str, Any]:
+        """Return the answer that is no stream."""
+        choices = []
+        for which, c in enumerate(self.choices):
+            message = {"role": "assistant", "content": c.text, "refusal": None, "parts": c.parts}
+            said = {"message": message} if self.wanted.chat else {"text": c.text}
+            choices.append(self.choice(which, c.reason, **said))
+        return self.envelope(choices, self.usage())
+
+
 # 5. HTTP -------------------------------------------------------------------------------------
-
-
-class Incoming(io.RawIOBase):
-    """What a socket brings until a deadline: a sender who trickles must not hold a thread."""
-
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, math.inf
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request took too long to arrive")
-        self.connection.settimeout(left)
-        return self.connection.recv_into(buffer)
-
-
-class Outgoing(io.BufferedIOBase):
-    """Writes all of what it is given, within a time."""
-
-    def __init__(self, connection: socket.socket, timeout_s: float):
-        self.connection, self.timeout_s = connection, timeout_s
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self.connection.settimeout(self.timeout_s)
-        self.connection.sendall(data)
-        return len(data)
 
 
 @dataclass
@@ -492,27 +523,16 @@ class Model:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class Counts:
-    """What /metrics tells; any thread adds to it."""
-
-    def __init__(self) -> None:
-        self.lock, self.values = threading.Lock(), collections.Counter[str]()
-
-    def add(self, name: str, value: float = 1) -> None:
-        """Add to a counter, whose name may end in labels."""
-        with self.lock:
-            self.values[name] += value  # type: ignore[assignment]
-
-
 class Server(http.server.ThreadingHTTPServer):
     """Listens, gives each connection a thread up to a number, and knows what is served."""
 
     daemon_threads, request_queue_size, allow_reuse_address = True, 128, True
 
     def __init__(self, settings: Settings):
-        self.settings, self.counts = settings, Counts()
+        self.settings = settings
         self.model: Model | None = None  # None while it loads
         self.draining = False
+        self.lock, self.counts = threading.Lock(), collections.Counter[str]()  # for /metrics
         self.free = threading.Semaphore(settings.max_connections)
         self.hosts = {"localhost", settings.host.casefold(), socket.gethostname().casefold()}
         self.hosts |= {name.strip().casefold() for name in settings.allow_host.split(",")} - {""}
@@ -524,17 +544,18 @@ class Server(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.settings.host, self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.free.acquire(blocking=False):
-            body = json.dumps(Refusal(503, "too many connections: try again in a while").body())
-            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            with contextlib.suppress(OSError):
-                request.settimeout(1)
-                request.sendall(
-                    f"HTTP/1.1 503 Service Unavailable\r\n{head}Retry-After: 1\r\n"
-                    f"Connection: close\r\n\r\n{body}".encode()
-                )
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
+        if self.free.acquire(blocking=False):
+            try:
+                return super().process_request(request, client_address)
+            except RuntimeError:  # no more threads
+                self.free.release()
+        body = json.dumps(Refusal(503, "too many connections: try again in a while").body())
+        head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+        with contextlib.suppress(OSError):
+            request.settimeout(1)
+            request.sendall(f"HTTP/1.1 503 Service Unavailable\r\n{head}Retry-After: 1\r\n"
+                            f"Connection: close\r\n\r\n{body}".encode())  # fmt: skip
+        self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -552,40 +573,62 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed file
             print(line, flush=True)
 
+    def count(self, name: str, value: float = 1) -> None:
+        """Add to a counter, whose name may end in labels."""
+        with self.lock:
+            self.counts[name] += value  # type: ignore[assignment]
+
     def is_ours(self, host: str) -> bool:
         """Say whether a Host header names this server, not a page's that a name was bent to."""
-        try:
-            parts = urlsplit(f"//{host}")
-            name, _ = (parts.hostname or "").rstrip("."), parts.port
-            if parts.path or parts.query or parts.fragment or parts.username is not None:
-                return False
-        except ValueError:
+        found = HOST.fullmatch(host.casefold())
+        if not found:
             return False
-        if name in self.hosts:
-            return True
+        name = found[1] or found[2].rstrip(".")
         try:
             address = ipaddress.ip_address(name)
         except ValueError:
-            return False
+            return name in self.hosts
         everywhere = ipaddress.ip_address(self.server_address[0]).is_unspecified
-        return everywhere or address.is_loopback or name == self.server_address[0]
+        return everywhere or address.is_loopback or name in (*self.hosts, self.server_address[0])
 
 
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name
+HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]{0,5})?")
+
+
+class Incoming(io.RawIOBase):
+    """What a socket brings until a deadline: a sender who trickles must not hold a thread."""
+
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        usual, left = self.connection.gettimeout(), self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request took too long to arrive")
+        self.connection.settimeout(left)
+        try:
+            return self.connection.recv_into(buffer)
+        finally:
+            self.connection.settimeout(usual)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """Speaks HTTP/1.1 with one client."""
 
     protocol_version, server_version, sys_version = "HTTP/1.1", "nanochat", ""
+    disable_nagle_algorithm = True
     server: Server
 
     def setup(self) -> None:
-        self.settings, self.connection = self.server.settings, self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.settings = self.server.settings
+        self.timeout, self.command = self.settings.timeout_s, ""
+        super().setup()
         self.incoming = Incoming(self.connection)
         self.rfile = io.BufferedReader(self.incoming)
-        self.wfile = Outgoing(self.connection, self.settings.timeout_s)  # type: ignore[assignment]
 
     def finish(self) -> None:
         """Let a client that still sends read the answer, which a reset would take from it."""
@@ -598,56 +641,47 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()
 
     def handle_one_request(self) -> None:
-        self.incoming.deadline = time.monotonic() + self.settings.timeout_s
-        self.began, self.status, self.note, self.body = time.monotonic(), 0, "", b""
-        self.path = "-"  # until it is known: a connection has many requests
+        self.began, self.status, self.note, self.path = time.monotonic(), 0, "", "-"
+        self.incoming.deadline = self.began + self.settings.timeout_s
         self.close_connection = True
         try:
             self.raw_requestline = self.rfile.readline(65537)
-            if not self.raw_requestline:
-                return
             if len(self.raw_requestline) > 65536:
-                self.requestline = self.request_version = self.command = ""
-                return self.send_error(414)
-            if not self.parse_request():  # it has answered
-                return
-            self.answer()
-        except TimeoutError:
-            self.close_connection = True
-        except OSError:  # the client is gone
+                self.send_error(414)
+            elif self.raw_requestline and self.parse_request():  # else it has answered
+                self.answer()
+        except OSError:  # the client is gone, or takes too long
             self.close_connection = True
 
     def answer(self) -> None:
         """Answer one request; a failure in it is its own."""
         self.began = time.monotonic()
         try:
-            try:
-                try:
-                    self.read_body()
-                except TimeoutError:
-                    raise Refusal(408, "the request took too long to arrive") from None
-                self.route()
-            except Refusal as refusal:
-                self.refuse(refusal)
-            except OSError:
+            self.body = self.read_body()
+            self.route()
+        except Refusal as refusal:
+            self.refuse(refusal)
+        except TimeoutError:
+            if self.status:  # it does not read the answer
                 raise
-            except Exception:  # noqa: BLE001
-                self.server.say(traceback.format_exc())
-                self.close_connection = True
-                if not self.status:
-                    self.refuse(Refusal(500, "this request failed here; others go on"))
+            self.refuse(Refusal(408, "the request took too long to arrive"))
+        except OSError:
+            raise
+        except Exception:  # noqa: BLE001
+            self.server.say(traceback.format_exc())
+            self.close_connection = True
+            if not self.status:
+                self.refuse(Refusal(500, "this request failed here; others go on"))
         finally:
             self.log()
 
     # what comes in
 
-    def read_body(self) -> None:
+    def read_body(self) -> bytes:
         """Read the body whole. Raises Refusal where its length is not plain, and closes then."""
-        headers = self.headers
-        lengths, codings = (
-            headers.get_all("Content-Length", []),
-            headers.get_all("Transfer-Encoding", []),
-        )
+        headers, body = self.headers, b""
+        lengths = headers.get_all("Content-Length", [])
+        codings = headers.get_all("Transfer-Encoding", [])
         closing, self.close_connection = self.close_connection, True  # unless all is well
         if headers.defects or not all(TOKEN.fullmatch(name) for name in headers):
             raise Refusal(400, "a header is malformed")
@@ -657,47 +691,40 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if codings:
             if lengths or codings != ["chunked"] or self.request_version == "HTTP/1.0":
                 raise Refusal(400, "Transfer-Encoding must be chunked, without Content-Length")
-            self.body = self.read_chunks()
+            body = self.read_chunks()
         elif lengths:
             if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0]):
                 raise Refusal(400, "Content-Length must be one whole number")
-            self.body = self.read_exactly(self.allowed(int(lengths[0])))
+            body = self.read_exactly(int(lengths[0]))
         elif self.command in ("POST", "PUT", "PATCH"):
             raise Refusal(411, "Content-Length is missing")
         self.close_connection = closing
+        return body
 
-    def allowed(self, size: int) -> int:
-        """Return a body's size. Raises Refusal if that is too much."""
-        if size > self.settings.max_body_bytes:
+    def read_exactly(self, size: int, before: int = 0) -> bytes:
+        """Read bytes of a body. Raises Refusal if with those before they are too many."""
+        if before + size > self.settings.max_body_bytes:
             raise Refusal(413, f"the body may have {self.settings.max_body_bytes:,} bytes at most")
-        return size
-
-    def read_exactly(self, size: int) -> bytes:
-        parts = []
-        while size:
-            part = self.rfile.read1(min(size, 1 << 16))
-            if not part:
-                raise ConnectionError("the body ends early")
-            parts.append(part)
-            size -= len(part)
-        return b"".join(parts)
+        data = self.rfile.read(size)
+        if len(data) < size:
+            raise ConnectionError("the body ends early")
+        return data
 
     def read_chunks(self) -> bytes:
-        body = b""
+        body = bytearray()
         while True:
             line = self.rfile.readline(1024)
             if not re.fullmatch(rb"[0-9a-fA-F]{1,15}(;[^\r\n]*)?\r\n", line):
                 raise Refusal(400, "a chunk's size is malformed")
             size = int(line.split(b";")[0], 16)
-            self.allowed(len(body) + size)
+            body += self.read_exactly(size, len(body))
             if not size:
                 break
-            body += self.read_exactly(size)
             if self.read_exactly(2) != b"\r\n":
                 raise Refusal(400, "a chunk is longer than it says")
         for _ in range(100):  # trailers
             if self.rfile.readline(8192) in (b"\r\n", b"\n"):
-                return body
+                return bytes(body)
         raise Refusal(400, "the chunks do not end")
 
     def gone(self) -> bool:
@@ -705,10 +732,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.connection.settimeout(0)
             return not self.connection.recv(1, socket.MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
+        except BlockingIOError:
             return False
         except OSError:
             return True
+        finally:
+            self.connection.settimeout(self.timeout)
 
     # what goes out
 
@@ -716,20 +745,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send the head of an answer."""
         self.status = status
         self.send_response_only(status)
+        head = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-store", **headers}
         origin = self.settings.cors_origin
-        if origin and self.headers is not None and self.headers.get("Origin") == origin:
-            headers = {"Access-Control-Allow-Origin": origin, "Vary": "Origin", **headers}
+        if origin and self.headers.get("Origin") == origin:
+            head |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if self.close_connection:
-            headers = {**headers, "Connection": "close"}
-        for name, value in {"X-Content-Type-Options": "nosniff", **headers}.items():
+            head["Connection"] = "close"
+        for name, value in {**head, "Date": self.date_time_string()}.items():
             self.send_header(name, value)
-        self.send_header("Date", self.date_time_string())
         self.end_headers()
 
     def send(self, status: int, data: bytes, kind: str, **headers: str) -> None:
         """Send an answer whole."""
-        head = {"Content-Type": kind, "Content-Length": str(len(data)), "Cache-Control": "no-store"}
-        self.begin(status, {**head, **headers})
+        self.begin(status, {"Content-Type": kind, "Content-Length": str(len(data)), **headers})
         if self.command != "HEAD":
             self.wfile.write(data)
 
@@ -742,20 +770,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
         """Answer what could not be parsed; the connection ends, as what follows is uncertain."""
-        self.close_connection = True
-        self.headers, self.request_version = None, "HTTP/1.1"  # type: ignore[assignment]
-        self.command = self.command or "GET"
+        self.close_connection, self.command = True, self.command or "GET"
+        self.headers, self.request_version = self.MessageClass(), "HTTP/1.1"
         short = self.responses.get(code, ("error",))[0]
         self.refuse(Refusal(code, f"{short}: {message}" if message else short))
         self.log()
 
     def log(self) -> None:
-        """Print a line for the request."""
+        """Log a line for the request, and count it."""
         path = ascii(self.path.split("?")[0])[1:-1][:100]
-        self.server.counts.add(
-            f'nanochat_requests_total{{path="{path if path in ROUTES else "other"}",'
-            f'code="{self.status}"}}'
-        )
+        named = path if path in ROUTES else "other"
+        self.server.count(f'nanochat_requests_total{{path="{named}",code="{self.status}"}}')
         seconds = time.monotonic() - self.began
         note = f"  {ascii(self.note)[1:-1][:200]}" if self.note else ""
         self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} "
@@ -769,27 +794,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self) -> None:
         """Find who answers, after the checks that all have in common. Raises Refusal."""
         headers, path = self.headers, self.path.split("?")[0].split("#")[0]
+        self.path = path
         host, origin = headers.get("Host", ""), headers.get("Origin")
         if host and not self.server.is_ours(host):
             raise Refusal(403, "this server has another name: --allow-host takes further ones")
         ours = (None, f"http://{host}", f"https://{host}", self.settings.cors_origin or None)
         if origin not in ours:
             raise Refusal(403, "pages of another origin may not use this: --cors-origin lets one")
-        methods = ROUTES.get(path)
-        if methods is None:
+        if path not in ROUTES:
             raise Refusal(404, f"there is no {ascii(path)[1:-1][:100]}: see /v1/models, /health")
-        allowed = sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])})
+        method, act = ROUTES[path]
+        allowed = ["GET", "HEAD", "OPTIONS"] if method == "GET" else ["OPTIONS", method]
+        allow = {"Allow": ", ".join(allowed)}
+        if self.command not in allowed:
+            raise Refusal(405, f"{path} takes {' or '.join(allowed)}", **allow)
         if self.command == "OPTIONS":
-            allow = {"Allow": ", ".join(allowed), "Access-Control-Allow-Methods": "GET, POST",
-                     "Access-Control-Allow-Headers": "authorization, content-type"}  # fmt: skip
+            allow |= {"Access-Control-Allow-Methods": "GET, POST",
+                      "Access-Control-Allow-Headers": "authorization, content-type"}  # fmt: skip
             return self.send(200, b"", "text/plain", **allow)
-        method = "GET" if self.command == "HEAD" else self.command
-        if method not in methods:
-            listed = " or ".join(allowed)
-            raise Refusal(405, f"{path} takes {listed}", Allow=", ".join(allowed))
         if path not in OPEN_PATHS:
             self.check_key()
-        methods[method](self)
+        act(self)
 
     def check_key(self) -> None:
         """Raise Refusal unless the client sends the key, where one is wanted."""
@@ -811,9 +836,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # what is answered
 
     def get_page(self) -> None:
-        self.send(200, PAGE.encode(), "text/html; charset=utf-8",
-                  **{"Content-Security-Policy": content_policy(PAGE),
-                     "Referrer-Policy": "no-referrer"})  # fmt: skip
+        policy = {"Content-Security-Policy": content_policy(PAGE), "Referrer-Policy": "no-referrer"}
+        self.send(200, PAGE.encode(), "text/html; charset=utf-8", **policy)
 
     def get_models(self) -> None:
         model = self.ready()
@@ -832,227 +856,99 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def get_config(self) -> None:
         s, model = self.settings, self.server.model
-        limits = {"max_body_bytes": s.max_body_bytes, "max_messages": s.max_messages}
-        config = {
-            "defaults": {name: getattr(s, name) for name in
-                         ("temperature", "top_k", "top_p", "max_tokens")},
-            "limits": limits, "key_wanted": bool(s.api_key), "model": model and model.id,
+        names = ("temperature", "top_k", "top_p", "max_tokens")
+        self.send_json(200, {
+            "defaults": {name: getattr(s, name) for name in names},
+            "limits": {"max_body_bytes": s.max_body_bytes, "max_messages": s.max_messages},
+            "key_wanted": bool(s.api_key), "model": model and model.id,
             "stage": model and model.stage, "completes": bool(model and model.stage == "base"),
             "context": model and model.engine.model.config.max_seq_len,
-        }  # fmt: skip
-        self.send_json(200, config)
+        })  # fmt: skip
 
     def get_training(self) -> None:
         self.send_json(200, read_training(run_dir(self.settings.tag)))
 
     def get_metrics(self) -> None:
-        counts, model = self.server.counts, self.server.model
-        with counts.lock:
-            values = dict(counts.values)
-        if model:
-            slots = len(model.engine.rows)
-            values["nanochat_slots"] = slots
-            values["nanochat_requests_open"] = model.worker.open
-            values["nanochat_requests_waiting"] = max(0, model.worker.open - slots)
-            values["nanochat_tokens_generated_total"] = model.worker.generated
+        with self.server.lock:
+            values = dict(self.server.counts)
+        if model := self.server.model:
+            slots, count = len(model.engine.rows), model.worker.open
+            values |= {"nanochat_slots": slots, "nanochat_requests_open": count,
+                       "nanochat_requests_waiting": max(0, count - slots),
+                       "nanochat_tokens_generated_total": model.worker.generated}  # fmt: skip
         lines = []
         for name, group in itertools.groupby(sorted(values), lambda key: key.split("{")[0]):
             kind = "counter" if name.endswith(("_total", "_sum", "_count")) else "gauge"
             lines += [f"# TYPE {name} {kind}", *(f"{key} {values[key]:g}" for key in group)]
         self.send(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
-    def post_chat(self) -> None:
-        self.complete(chat=True)
-
-    def post_completions(self) -> None:
-        self.complete(chat=False)
-
-    def complete(self, chat: bool) -> None:
+    def complete(self) -> None:
         """Answer a request for completions, whole or as a stream. Raises Refusal."""
-        model = self.ready()
-        body = parse_json(self.body)
-        wanted = parse_wanted(body, chat, model, self.settings)
-        asked = model.worker.ask(wanted.requests())
-        answer = Answer(wanted, model)
+        model, body = self.ready(), parse_json(self.body)
+        wanted = parse_wanted(body, self.path.endswith("chat/completions"), model, self.settings)
+        worker, answer = model.worker, Answer(wanted, model)
+        news = worker.ask(wanted.requests())
         try:
             if wanted.stream:
-                self.stream(asked, answer)
+                self.stream(news, answer)
             else:
-                for _ in self.follow(asked, answer):
-                    pass
-                if answer.failed:
-                    raise Refusal(500, "the model failed; try again")
+                collections.deque(self.follow(news, answer), maxlen=0)
                 self.send_json(200, answer.whole())
         finally:
-            if asked.open:
-                model.worker.give_up(asked)
+            if not answer.done:
+                worker.give_up(news)
             seconds = time.monotonic() - self.began
-            worker = model.worker
             worker.seconds_a_request = 0.9 * worker.seconds_a_request + 0.1 * seconds
             self.count(answer, seconds)
             if self.settings.log_content:
-                self.note = json.dumps({"asked": body, "answered": answer.texts()})
+                texts = [choice.text for choice in answer.choices]
+                self.note = json.dumps({"asked": body, "answered": texts})
 
     def count(self, answer: Answer, seconds: float) -> None:
         """Add an answer to the metrics and the log."""
-        counts = self.server.counts
-        counts.add("nanochat_tokens_prompt_total", answer.usage()["prompt_tokens"])
-        counts.add("nanochat_request_seconds_sum", seconds)
-        counts.add("nanochat_request_seconds_count")
+        count, usage = self.server.count, answer.usage()
+        count("nanochat_tokens_prompt_total", usage["prompt_tokens"])
+        spans = {"request": seconds}
         if answer.first_at:
-            counts.add("nanochat_first_token_seconds_sum", answer.first_at - self.began)
-            counts.add("nanochat_first_token_seconds_count")
-        done = answer.usage()["completion_tokens"]
+            spans["first_token"] = answer.first_at - self.began
+        for name, span in spans.items():
+            count(f"nanochat_{name}_seconds_sum", span)
+            count(f"nanochat_{name}_seconds_count")
+        done = usage["completion_tokens"]
         self.note = f"{done} tokens, {done / max(seconds, 1e-9):.1f} tok/s"
 
-    def follow(self, asked: Asked, answer: Answer) -> Iterator[list[dict[str, Any]]]:
+    def follow(self, news: News, answer: Answer) -> Iterator[list[dict[str, Any]]]:
         """Yield the chunks that each token brings. Raises ConnectionError if the client is gone."""
-        while asked.open or not asked.news.empty():
-            try:
-                which, one, reason = asked.news.get(timeout=0.2)
-            except queue.Empty:
-                if self.gone():
-                    raise ConnectionError("the client is gone") from None
-                continue
+        while not answer.done:
+            token = None
+            with contextlib.suppress(queue.Empty):
+                token = news.get(timeout=0.2)
             if self.gone():
                 raise ConnectionError("the client is gone")
-            yield answer.feed(which, one, reason)
+            if token:
+                yield answer.feed(*token)
 
-    def stream(self, asked: Asked, answer: Answer) -> None:
+    def stream(self, news: News, answer: Answer) -> None:
         """Send an answer as server-sent events, piece by piece as it is made."""
         chunked = self.request_version != "HTTP/1.0"
         self.close_connection = self.close_connection or not chunked
-        head = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store"}
+        head = {"Content-Type": "text/event-stream; charset=utf-8"}
         self.begin(200, {**head, "Transfer-Encoding": "chunked"} if chunked else head)
 
-        def send(values: list[Any]) -> None:
-            events = "".join(
-                f"data: {v if isinstance(v, str) else json.dumps(v)}\n\n" for v in values
-            ).encode()
-            if events:
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(events), events) if chunked else events)
+        def send(values: list[Any], end: str = "") -> None:
+            data = ("".join(f"data: {json.dumps(value)}\n\n" for value in values) + end).encode()
+            if data:
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
 
         send(answer.opening())
-        for chunks in self.follow(asked, answer):
-            send(chunks)
-        if answer.failed:
-            send([Refusal(500, "the model failed; try again").body()])
-        else:
-            send([*answer.closing(), "[DONE]"])
+        try:
+            for chunks in self.follow(news, answer):
+                send(chunks)
+            send(answer.closing(), "data: [DONE]\n\n")
+        except Refusal as refusal:  # the engine failed
+            send([refusal.body()])
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
-
-
-# 6. Answers ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Choice:
-    """One answer in the making."""
-
-    decoder: ReplyDecoder
-    prompt: int  # which of the prompts it answers
-    shown: Shown = field(default_factory=Shown)
-    text: str = ""
-    parts: list[dict[str, str]] = field(default_factory=list)
-    tokens: int = 0
-    reason: str = ""
-
-
-class Answer:
-    """Makes OpenAI's objects of what the engine brings."""
-
-    def __init__(self, wanted: Wanted, model: Model):
-        self.wanted, self.model, self.failed = wanted, model, False
-        self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self.created, self.first_at = int(time.time()), 0.0
-        tokenizer = model.engine.tokenizer
-        self.choices = [Choice(ReplyDecoder(tokenizer, wanted.stops), i // wanted.n)
-                        for i in range(len(wanted.prompts) * wanted.n)]  # fmt: skip
-
-    def feed(self, which: int, one: int, reason: str) -> list[dict[str, Any]]:
-        """Take the next token of a choice; return the chunks of a stream that it makes."""
-        choice = self.choices[which]
-        self.first_at = self.first_at or time.monotonic()
-        if reason == "error":
-            self.failed, choice.reason = True, reason
-            return []
-        choice.tokens += 1
-        pieces = choice.decoder.feed(one)
-        if reason:
-            pieces += choice.decoder.end()
-            choice.reason = reason
-        chunks = [self.chunk(which, *self.show(choice, kind, text)) for kind, text in pieces]
-        if reason:
-            if rest := choice.shown.feed("text", ""):
-                choice.text += rest
-                chunks.append(self.chunk(which, rest))
-            chunks.append(self.chunk(which, "", reason=reason))
-        return chunks
-
-    def show(self, choice: Choice, kind: str, piece: str) -> tuple[str, dict[str, str]]:
-        """Add a piece to a choice; return how it looks as text, and its part."""
-        text = choice.shown.feed(kind, piece) if self.wanted.chat else piece
-        choice.text += text
-        if not choice.parts or choice.parts[-1]["type"] != kind:
-            choice.parts.append({"type": kind, "text": ""})
-        choice.parts[-1]["text"] += piece
-        return text, {"type": kind, "text": piece}
-
-    def head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model.id}
-
-    def chunk(
-        self, which: int, text: str, part: dict[str, str] | None = None, reason: str = ""
-    ) -> dict[str, Any]:
-        """Return a chunk of a stream; beside OpenAI's fields a part tells what a calculator did."""
-        choice: dict[str, Any] = {"index": which, "logprobs": None, "finish_reason": reason or None}
-        if self.wanted.chat:
-            choice["delta"] = {"content": text} if text or part else {}
-            if part:
-                choice["delta"]["part"] = part
-        else:
-            choice["text"] = text
-        kind = "chat.completion.chunk" if self.wanted.chat else "text_completion"
-        return {**self.head(kind), "choices": [choice],
-                **({"usage": None} if self.wanted.usage else {})}  # fmt: skip
-
-    def opening(self) -> list[dict[str, Any]]:
-        """Return the chunks with which a stream begins."""
-        chunks = []
-        for which in range(len(self.choices) if self.wanted.chat else 0):
-            chunks.append(self.chunk(which, ""))
-            chunks[-1]["choices"][0]["delta"] = {"role": "assistant", "content": ""}
-        return chunks
-
-    def closing(self) -> list[dict[str, Any]]:
-        """Return the chunk with the usage, where it is asked for."""
-        if not self.wanted.usage:
-            return []
-        return [{**self.chunk(0, ""), "choices": [], "usage": self.usage()}]
-
-    def usage(self) -> dict[str, int]:
-        """Count tokens; the calculator's and the closing ones count too."""
-        asked = sum(map(len, self.wanted.prompts))
-        made = sum(choice.tokens for choice in self.choices)
-        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-
-    def texts(self) -> list[str]:
-        return [choice.text for choice in self.choices]
-
-    def whole(self) -> dict[str, Any]:
-        """Return the answer that is no stream."""
-        choices = []
-        for which, choice in enumerate(self.choices):
-            one: dict[str, Any] = {"index": which, "logprobs": None, "finish_reason": choice.reason}
-            if self.wanted.chat:
-                one["message"] = {"role": "assistant", "content": choice.text, "refusal": None,
-                                  "parts": choice.parts}  # fmt: skip
-            else:
-                one["text"] = choice.text
-            choices.append(one)
-        kind = "chat.completion" if self.wanted.chat else "text_completion"
-        return {**self.head(kind), "choices": choices, "usage": self.usage()}
 
 
 MOST_POINTS = 300  # of a curve
@@ -1091,21 +987,21 @@ def memory_in_use(device: torch.device) -> int:
     return 0
 
 
-ROUTES: dict[str, dict[str, Callable[[Handler], None]]] = {
-    "/": {"GET": Handler.get_page},
-    "/v1/chat/completions": {"POST": Handler.post_chat},
-    "/chat/completions": {"POST": Handler.post_chat},
-    "/v1/completions": {"POST": Handler.post_completions},
-    "/v1/models": {"GET": Handler.get_models},
-    "/health": {"GET": Handler.get_health},
-    "/config": {"GET": Handler.get_config},
-    "/metrics": {"GET": Handler.get_metrics},
-    "/training": {"GET": Handler.get_training},
+ROUTES: dict[str, tuple[str, Callable[[Handler], None]]] = {
+    "/": ("GET", Handler.get_page),
+    "/v1/chat/completions": ("POST", Handler.complete),
+    "/chat/completions": ("POST", Handler.complete),
+    "/v1/completions": ("POST", Handler.complete),
+    "/v1/models": ("GET", Handler.get_models),
+    "/health": ("GET", Handler.get_health),
+    "/config": ("GET", Handler.get_config),
+    "/metrics": ("GET", Handler.get_metrics),
+    "/training": ("GET", Handler.get_training),
 }
 OPEN_PATHS = {"/", "/health", "/config"}  # without a key: how else would the page ask for it
 
 
-# 7. Export -----------------------------------------------------------------------------------
+# 6. Export -----------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- set ns = namespace(system='') -%}
@@ -1205,29 +1101,23 @@ def exported_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
         return "".join(signs[byte] for byte in tokenizer.decode_bytes([one]))
 
     number = 256 + len(tokenizer.merges)
-    added = [
-        {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}
-        for name, i in tokenizer.specials.items()
-    ]  # fmt: skip
+    plainly = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
              "use_regex": False}  # fmt: skip
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
              "invert": False}  # fmt: skip
     return {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": None, "post_processor": None, "decoder": level,
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": name, "special": True, **plainly}
+                         for name, i in tokenizer.specials.items()],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-        "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-            "ignore_merges": False, "vocab": {spelled(i): i for i in range(number)},
-            "merges": [[spelled(a), spelled(b)] for a, b in tokenizer.merges],
-        },
+        "model": {"type": "BPE", "vocab": {spelled(i): i for i in range(number)},
+                  "merges": [[spelled(a), spelled(b)] for a, b in tokenizer.merges]},
+        "decoder": level,
     }  # fmt: skip
 
 
-# 9. Main -------------------------------------------------------------------------------------
+# 7. Main -------------------------------------------------------------------------------------
 
 
 def load(settings: Settings) -> tuple[GPT, Tokenizer, str]:
@@ -1245,9 +1135,9 @@ def addresses(settings: Settings, port: int) -> list[str]:
     """Return where the page can be opened."""
     hosts = [settings.host]
     if settings.host in ("0.0.0.0", "::"):
-        found = socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)
-        hosts = ["127.0.0.1", *dict.fromkeys(str(a[4][0]) for a in found if a[0] == socket.AF_INET)]
-    return [f"http://{f'[{h}]' if ':' in h else h}:{port}" for h in dict.fromkeys(hosts)]
+        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+        hosts = list(dict.fromkeys(["127.0.0.1", *(str(entry[4][0]) for entry in found)]))
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts]
 
 
 def main(settings: Settings) -> None:
@@ -1290,7 +1180,7 @@ def main(settings: Settings) -> None:
             signal.signal(number, handler)
 
 
-# 10. The page --------------------------------------------------------------------------------
+# 8. The page --------------------------------------------------------------------------------
 
 
 def content_policy(page: str) -> str:
@@ -1314,83 +1204,76 @@ PAGE = r"""<!doctype html>
 <title>nanochat</title>
 <link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --bg: #fff; --side: #f5f5f3; --text: #1d1d1b; --soft: #63625d;
-  --line: #dedcd6; --mine: #efede8; --accent: #b4481e; --on: #fff; --code: #f4f2ee; --bad: #b3261e }
-@media (prefers-color-scheme: dark) { :root:not([data-theme=light]) { --bg: #1c1c1a;
-  --side: #161615; --text: #eceae4; --soft: #a5a39b; --line: #3a3936; --mine: #2c2b28;
-  --accent: #e08a5f; --on: #1c1c1a; --code: #262522; --bad: #f2b8b5 } }
-:root[data-theme=dark] { color-scheme: dark; --bg: #1c1c1a; --side: #161615; --text: #eceae4;
-  --soft: #a5a39b; --line: #3a3936; --mine: #2c2b28; --accent: #e08a5f; --on: #1c1c1a;
-  --code: #262522; --bad: #f2b8b5 }
+:root { color-scheme: light dark; --bg: light-dark(#fff, #1c1c1a);
+  --side: light-dark(#f5f5f3, #161615); --text: light-dark(#1d1d1b, #eceae4);
+  --soft: light-dark(#63625d, #a5a39b); --line: light-dark(#dedcd6, #3a3936);
+  --mine: light-dark(#efede8, #2c2b28); --accent: light-dark(#b4481e, #e08a5f);
+  --code: light-dark(#f4f2ee, #262522); --bad: light-dark(#b3261e, #f2b8b5);
+  --edge: 1px solid var(--line) }
+:root[data-theme=dark] { color-scheme: dark }
 :root[data-theme=light] { color-scheme: light }
 * { box-sizing: border-box }
 body { margin: 0; height: 100dvh; display: grid; grid-template: "side main" 1fr / 17rem 1fr;
   font: 1rem/1.55 system-ui, sans-serif; background: var(--bg); color: var(--text) }
-button, input, textarea, select { font: inherit; color: inherit }
-button { background: none; border: 1px solid transparent; border-radius: .6rem; cursor: pointer;
-  padding: .35rem .6rem; min-height: 2.2rem }
-button:hover { background: var(--mine) }
+button, input, textarea, select { font: inherit; color: inherit; background: none;
+  border: 1px solid transparent; border-radius: .6rem; padding: .35rem .6rem; min-height: 2.2rem }
+button { cursor: pointer }
+button:hover, nav li.now { background: var(--mine) }
 button:disabled { opacity: .45; cursor: default }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-.strong { background: var(--accent); color: var(--on) }
-.strong:hover { background: var(--accent); filter: brightness(1.08) }
-input, textarea { background: var(--bg); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .45rem .6rem; width: 100% }
-nav { grid-area: side; background: var(--side); border-right: 1px solid var(--line);
+.strong, .strong:hover { background: var(--accent); color: var(--bg) }
+.strong:hover { filter: brightness(1.08) }
+input, textarea, select { border: var(--edge); background: var(--bg) }
+input, textarea { width: 100% }
+nav { grid-area: side; background: var(--side); border-right: var(--edge);
   display: flex; flex-direction: column; gap: .5rem; padding: .75rem; min-height: 0 }
 nav ol { list-style: none; margin: 0; padding: 0; overflow-y: auto; flex: 1 }
 nav li { display: flex; border-radius: .6rem }
-nav li.now { background: var(--mine) }
-nav li > button:first-child { flex: 1; text-align: left; overflow: hidden; white-space: nowrap;
+nav li > button:first-child, h1 { flex: 1; text-align: left; overflow: hidden; white-space: nowrap;
   text-overflow: ellipsis }
 nav li > button:not(:first-child) { color: var(--soft); padding: .35rem }
 main { grid-area: main; display: flex; flex-direction: column; min-width: 0; min-height: 0 }
 header { display: flex; align-items: center; gap: .5rem; padding: .5rem .75rem;
-  border-bottom: 1px solid var(--line) }
-header h1 { font-size: 1rem; margin: 0; flex: 1; overflow: hidden; white-space: nowrap;
-  text-overflow: ellipsis }
+  border-bottom: var(--edge) }
+header h1 { font-size: 1rem; margin: 0 }
+header select { width: 6rem }
 #menu { display: none }
-#log { flex: 1; overflow-y: auto; padding: 1rem }
+#log, #training { flex: 1; overflow-y: auto; padding: 1rem }
 #log > * { max-width: 46rem; margin: 0 auto 1.25rem }
 .empty { text-align: center; color: var(--soft); padding-top: 18vh }
 .empty button { border-color: var(--line); margin: .25rem; color: var(--text) }
 .user > .said { background: var(--mine); border-radius: 1rem; padding: .6rem 1rem;
-  margin-left: auto; width: fit-content; max-width: 85%; white-space: pre-wrap;
-  overflow-wrap: anywhere }
+  margin-left: auto; width: fit-content; max-width: 85%; white-space: pre-wrap }
 .said { overflow-wrap: anywhere }
 .said > :first-child { margin-top: 0 }
 .said > :last-child { margin-bottom: 0 }
 .tools { display: flex; gap: .1rem; flex-wrap: wrap; align-items: center; font-size: .82rem;
   color: var(--soft); min-height: 2.2rem }
 .user .tools { justify-content: flex-end }
-.card { display: inline-flex; gap: .5rem; border: 1px solid var(--line); border-radius: .6rem;
-  padding: .1rem .6rem; margin: .15rem 0; background: var(--code); font-family: ui-monospace,
-  monospace; font-size: .9rem; max-width: 100%; overflow-x: auto; vertical-align: middle }
+.card, pre, figure { border: var(--edge); border-radius: .6rem; background: var(--code) }
+.card { display: inline-flex; gap: .5rem; padding: .1rem .6rem; margin: .15rem 0; max-width: 100%;
+  font: .9rem ui-monospace, monospace; line-height: 1.7; overflow-x: auto; vertical-align: middle }
 .card b { color: var(--accent) }
-pre { background: var(--code); border: 1px solid var(--line); border-radius: .6rem;
-  padding: .75rem; overflow-x: auto; position: relative }
+pre { padding: .75rem; overflow-x: auto; position: relative }
 pre button { position: absolute; top: .2rem; right: .2rem; font-size: .8rem }
 code { font-family: ui-monospace, monospace; font-size: .9em }
 table { border-collapse: collapse; display: block; overflow-x: auto }
-td, th { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left }
+td, th { border: var(--edge); padding: .25rem .6rem; text-align: left }
 .trouble { color: var(--bad) }
-#training { flex: 1; overflow-y: auto; padding: 1rem }
 #training h2 { font-size: 1rem; margin: 1rem 0 .5rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
-figure { margin: 0; border: 1px solid var(--line); border-radius: .6rem; padding: .5rem }
+figure { margin: 0; padding: .5rem }
 figcaption { font-size: .85rem; color: var(--soft) }
 svg { width: 100%; height: 7rem; display: block }
 polyline { fill: none; stroke: var(--accent); stroke-width: 1.5; vector-effect: non-scaling-stroke }
 form { padding: .5rem 1rem 1rem }
 form > div { max-width: 46rem; margin: auto; display: flex; gap: .5rem; align-items: flex-end;
-  border: 1px solid var(--line); border-radius: 1.2rem; padding: .4rem }
+  border: var(--edge); border-radius: 1.2rem; padding: .4rem }
 form > div:focus-within { border-color: var(--accent) }
 form textarea { border: 0; resize: none; max-height: 40vh; background: none }
 form textarea:focus-visible { outline: none }
-header select { background: none; border: 1px solid var(--line); border-radius: .6rem;
-  min-height: 2.2rem; width: 6rem }
 aside { position: fixed; inset: 0 0 0 auto; width: min(22rem, 100vw); background: var(--side);
-  border-left: 1px solid var(--line); padding: 1rem; overflow-y: auto; z-index: 3;
+  border-left: var(--edge); padding: 1rem; overflow-y: auto; z-index: 3;
   box-shadow: 0 0 2rem #0003 }
 aside label { display: block; margin: .75rem 0; font-size: .9rem; color: var(--soft) }
 aside output { float: right }
@@ -1461,17 +1344,12 @@ function keep() {
   try { localStorage.setItem(STORE, JSON.stringify(state)) }
   catch { say("This browser's storage is full: delete or export conversations.") }
 }
-function recall() {
-  try {
-    const found = JSON.parse(localStorage.getItem(STORE));
-    if (found && Array.isArray(found.chats)) state = { ...state, ...found };
-  } catch { /* begin anew */ }
-}
 function say(text) { $("state").textContent = text }
 
 // Elements are made of text alone: nothing that a person or a model writes becomes HTML.
 function h(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
+  const space = ["svg", "polyline"].includes(tag) ? "2000/svg" : "1999/xhtml";
+  const made = document.createElementNS("http://www.w3.org/" + space, tag);
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (value !== false && value != null) made.setAttribute(name, value === true ? "" : value);
@@ -1481,14 +1359,13 @@ function h(tag, attributes = {}, ...children) {
 }
 
 // Markdown ------------------------------------------------------------------------------------
+const MARKS = new RegExp(["`([^`]+)`", "\\*\\*([^*]+)\\*\\*",
+  "(?<!\\w)[*_]([^*_\\s](?:[^*_]*[^*_\\s])?)[*_](?!\\w)",
+  "\\[([^\\]]+)\\]\\((https?:\\/\\/[^\\s)]+)\\)"].join("|"), "g");
 function inline(text) {
   const out = [];
-  const marks = ["`([^`]+)`", "\\*\\*([^*]+)\\*\\*",
-    "(?<!\\w)[*_]([^*_\\s](?:[^*_]*[^*_\\s])?)[*_](?!\\w)",
-    "\\[([^\\]]+)\\]\\((https?:\\/\\/[^\\s)]+)\\)"];
-  const mark = new RegExp(marks.join("|"), "g");
   let last = 0;
-  for (const m of text.matchAll(mark)) {
+  for (const m of text.matchAll(MARKS)) {
     out.push(text.slice(last, m.index));
     if (m[1]) out.push(h("code", {}, m[1]));
     else if (m[2]) out.push(h("strong", {}, inline(m[2])));
@@ -1496,8 +1373,7 @@ function inline(text) {
     else out.push(h("a", { href: m[5], target: "_blank", rel: "noopener noreferrer" }, m[4]));
     last = m.index + m[0].length;
   }
-  out.push(text.slice(last));
-  return out.filter((piece) => piece !== "");
+  return [...out, text.slice(last)];
 }
 function codeBlock(code) {
   const button = h("button", { type: "button", onclick: async () => {
@@ -1553,8 +1429,7 @@ function open(id) {
   stop();
   look(false);
   state.now = id;
-  document.body.classList.remove("open");
-  $("menu").setAttribute("aria-expanded", false);
+  menu(false);
   keep(); draw(); $("text").focus();
 }
 function begin() {
@@ -1562,26 +1437,28 @@ function begin() {
   state.chats.unshift({ id, title: "", messages: [] });
   open(id);
 }
+function rename(c) {
+  const title = prompt("Name of this conversation", c.title);
+  if (title) { c.title = title; keep(); draw() }
+}
+function remove(c) {
+  if (!confirm(`Delete "${c.title || "New chat"}"?`)) return;
+  state.chats = state.chats.filter((other) => other !== c);
+  if (c.id !== state.now) { keep(); drawList() }
+  else if (state.chats.length) open(state.chats[0].id);
+  else begin();
+}
 function drawList() {
   const wanted = $("find").value.toLowerCase();
-  const fits = (c) => !wanted || c.title.toLowerCase().includes(wanted)
-    || c.messages.some((m) => textOf(m).toLowerCase().includes(wanted));
+  const fits = (c) => [c.title, ...c.messages.map(textOf)].some((text) =>
+    text.toLowerCase().includes(wanted));
   $("chats").replaceChildren(...state.chats.filter(fits).map((c) => {
-    const name = c.title || "New chat";
-    return h("li", { class: c.id === state.now ? "now" : "" },
-      h("button", { onclick: () => open(c.id),
-        "aria-current": c.id === state.now && "true" }, name),
-      h("button", { title: "Rename", "aria-label": `Rename ${name}`, onclick: () => {
-        const title = prompt("Name of this conversation", c.title);
-        if (title) { c.title = title; keep(); draw() }
-      } }, "\u270e"),
-      h("button", { title: "Delete", "aria-label": `Delete ${name}`, onclick: () => {
-        if (!confirm(`Delete "${name}"?`)) return;
-        if (c.id === state.now) stop();
-        state.chats = state.chats.filter((other) => other !== c);
-        if (c.id === state.now) state.chats.length ? open(state.chats[0].id) : begin();
-        keep(); draw();
-      } }, "\u2715"));
+    const name = c.title || "New chat", now = c.id === state.now;
+    const small = (what, sign, act) =>
+      h("button", { title: what, "aria-label": `${what} ${name}`, onclick: () => act(c) }, sign);
+    return h("li", { class: now ? "now" : "" },
+      h("button", { onclick: () => open(c.id), "aria-current": now && "true" }, name),
+      small("Rename", "\u270e", rename), small("Delete", "\u2715", remove));
   }));
 }
 function drawSaid(message) {
@@ -1604,7 +1481,7 @@ function drawMessage(message, index) {
   const button = (name, act) => h("button", { onclick: act, disabled: !!running }, name);
   const tools = h("div", { class: "tools" });
   if (mine) tools.append(button("Edit", () => edit(index)));
-  else if (!busy) {
+  if (!mine && !busy) {
     tools.append(button("Copy", () => navigator.clipboard.writeText(textOf(message))));
     if (index === chat().messages.length - 1) tools.append(button("Regenerate", again));
     if (message.note) tools.append(h("span", {}, message.note));
@@ -1746,21 +1623,16 @@ function headers() {
 const short = (x) => Math.abs(x) >= 1000 ? Math.round(x).toLocaleString()
   : String(+x.toPrecision(3));
 function curve(name, points) {
-  const xs = points.map((p) => p[0]), ys = points.map((p) => p[1]);
-  const [left, right] = [Math.min(...xs), Math.max(...xs)];
-  const [low, high] = [Math.min(...ys), Math.max(...ys)];
+  const [xs, ys] = [0, 1].map((i) => points.map((p) => p[i])), last = ys.at(-1);
+  const [left, right, low, high] = [xs, ys].flatMap((of) => [Math.min(...of), Math.max(...of)]);
   const at = ([x, y]) => `${100 * (x - left) / (right - left || 1)},` +
     `${50 - 50 * (y - low) / (high - low || 1)}`;
-  const made = (tag) => document.createElementNS("http://www.w3.org/2000/svg", tag);
-  const svg = made("svg"), line = made("polyline");
-  svg.setAttribute("viewBox", "-1 -1 102 52");
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${name}: from ${short(ys[0])} to ${short(ys.at(-1))}`);
-  line.setAttribute("points", points.map(at).join(" "));
-  svg.append(line);
-  const said = `${name}: ${short(ys.at(-1))} at step ${short(right)}`;
-  return h("figure", {}, svg, h("figcaption", {}, `${said} (${short(low)} to ${short(high)})`));
+  const label = `${name}: from ${short(ys[0])} to ${short(last)}`;
+  return h("figure", {},
+    h("svg", { viewBox: "-1 -1 102 52", preserveAspectRatio: "none", role: "img",
+      "aria-label": label }, h("polyline", { points: points.map(at).join(" ") })),
+    h("figcaption", {}, `${name}: ${short(last)} at step ${short(right)} ` +
+      `(${short(low)} to ${short(high)})`));
 }
 function scoreTable(scores) {
   const stages = Object.keys(scores);
@@ -1791,9 +1663,7 @@ async function drawTraining() {
     blocks.push(h("h2", {}, stage), h("div", { class: "curves" },
       curves.map(([name, points]) => curve(name, points))));
   }
-  const top = $("training").scrollTop;
   $("training").replaceChildren(...blocks);
-  $("training").scrollTop = top;
 }
 let watching = 0;
 function look(training) {
@@ -1815,14 +1685,18 @@ function toggle(shown) {
   $("options").setAttribute("aria-expanded", shown);
   if (shown) $("temperature").focus(); else $("options").focus();
 }
-function download(name, text) {
-  const link = h("a", { download: name, href: URL.createObjectURL(new Blob([text])) });
-  link.click();
-  URL.revokeObjectURL(link.href);
+function exported(c, kind) {
+  const turn = (m) => `**${m.role === "user" ? "You" : "Answer"}:** ${textOf(m)}\n`;
+  const text = kind === "json" ? JSON.stringify(c, null, 1)
+    : [`# ${c.title}\n`, ...c.messages.map(turn)].join("\n");
+  const name = (c.title || "chat").replace(/[^\w-]+/g, "-");
+  const href = URL.createObjectURL(new Blob([text]));
+  h("a", { download: `${name}.${kind}`, href }).click();
+  URL.revokeObjectURL(href);
 }
-function asMarkdown(c) {
-  const turn = (m) => `**${m.role === "user" ? "You" : "Answer"}:** ${textOf(m)}`;
-  return `# ${c.title}\n\n` + c.messages.map(turn).join("\n\n") + "\n";
+function menu(shown) {
+  document.body.classList.toggle("open", shown);
+  $("menu").setAttribute("aria-expanded", shown);
 }
 function settle() {
   for (const name of [...KNOBS, "system", "key", "theme"]) {
@@ -1852,29 +1726,27 @@ $("text").onkeydown = (event) => {
 };
 $("new").onclick = begin;
 $("find").oninput = drawList;
-$("menu").onclick = () => {
-  $("menu").setAttribute("aria-expanded", document.body.classList.toggle("open"));
-};
+$("menu").onclick = () => menu(!document.body.classList.contains("open"));
 $("options").onclick = () => toggle($("drawer").hidden);
 $("view").onclick = () => look($("training").hidden);
 $("close").onclick = () => toggle(false);
 $("export").onchange = () => {
-  const c = chat(), kind = $("export").value, name = (c.title || "chat").replace(/[^\w-]+/g, "-");
-  if (kind) download(`${name}.${kind}`, kind === "md" ? asMarkdown(c) : JSON.stringify(c, null, 1));
+  if ($("export").value) exported(chat(), $("export").value);
   $("export").value = "";
 };
 document.onkeydown = (event) => {
-  if (event.key !== "Escape") return;
-  if (!$("drawer").hidden) toggle(false);
-  else if (running) stop();
+  if (event.key === "Escape") { if ($("drawer").hidden) stop(); else toggle(false) }
 };
 async function start() {
-  recall();
+  try {
+    const found = JSON.parse(localStorage.getItem(STORE));
+    if (found && Array.isArray(found.chats)) state = { ...state, ...found };
+  } catch { /* begin anew */ }
   try { config = await (await fetch("/config")).json() }
   catch { say("The server cannot be reached.") }
   settle();
   $("text").value = state.draft;
-  chat() ? draw() : state.chats.length ? open(state.chats[0].id) : begin();
+  if (chat()) draw(); else if (state.chats.length) open(state.chats[0].id); else begin();
   grow();
 }
 start();
