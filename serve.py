@@ -42,6 +42,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+try:
+    from re import _parser as expressions  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_parse as expressions
+
 import torch
 from torch import Tensor
 
@@ -97,6 +102,7 @@ class Settings:
     max_choices: int = setting(8, "answers to one request (n)")
     timeout_s: float = setting(30.0, "seconds that a request may take to arrive, a client to read")
     drain_s: float = setting(60.0, "seconds in which running answers may end after SIGTERM")
+    blocklist: str = setting("", "file of what is refused and masked: a regular expression a line")
     export: str = setting("", "write the model to this folder in Hugging Face's format, and end")
     log_content: bool = setting(False, "log what is asked and answered too")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
@@ -117,6 +123,7 @@ class Settings:
             )
         if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
             raise ValueError("--cors-origin must be like https://a.example, without a path")
+        self.blocked = read_blocklist(Path(self.blocklist)) if self.blocklist else None
 
 
 # 2. The engine at work -----------------------------------------------------------------------
@@ -213,7 +220,119 @@ class Worker:
         news.put((which, one, reason))
 
 
-# 3. What is asked ----------------------------------------------------------------------------
+# 3. What is blocked --------------------------------------------------------------------------
+
+HELD = 256  # characters of a match at most, and so of an answer that wait for what follows them
+MASK = "[blocked]"
+
+
+@dataclass(frozen=True)
+class Blocklist:
+    """What no one may say, and how many characters from its first tell whether one does."""
+
+    pattern: re.Pattern[str]
+    window: int
+
+    def end(self, text: str, at: int) -> int:
+        """Return where a match that begins here ends, or `at`; it looks no further than `window`.
+
+        So what is masked does not depend on how much of the text has arrived.
+        """
+        found = self.pattern.match(text, at, at + self.window)
+        return found.end() if found else at
+
+    def finds(self, text: str) -> bool:
+        """Say whether a text has something that is blocked."""
+        return any(self.end(text, at) > at for at in range(len(text)))
+
+
+def read_blocklist(path: Path) -> Blocklist | None:
+    """Read regular expressions, one a line; empty lines and those that begin with # do not count.
+
+    Upper and lower case are the same. Python's matcher can take exponential time, in which nobody
+    is served. A repetition inside another, the usual cause, is refused, and no match is longer
+    than HELD, which bounds what is only polynomial; (a|a)* passes: whoever writes the file has
+    the last word. Raises ValueError, which names file and line.
+    """
+    lines, window = [], 0
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        why = error.strerror or error
+        raise ValueError(f"--blocklist: {path}: {why}: name a file that can be read") from None
+    except UnicodeDecodeError as error:
+        number = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"--blocklist: {path}:{number}: this is not UTF-8: save it so") from None
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        if line and not line.startswith("#"):
+            try:
+                window = max(window, window_of(line))
+            except (ValueError, re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"--blocklist: {path}:{number}: {line[:80]}: {error}: "
+                                 "mend or remove this line") from None  # fmt: skip
+            lines.append(f"(?:{line})")
+    if not lines:
+        return None
+    return Blocklist(re.compile("|".join(lines), re.IGNORECASE), min(window, HELD))
+
+
+def window_of(line: str) -> int:
+    """Return how many characters tell whether this expression matches. Raises ValueError, re.error.
+
+    All lines become one pattern, in which numbers and names of groups would mean something else.
+    """
+    re.compile(line)
+    tree = expressions.parse(f"(?:{line})", re.IGNORECASE)
+    if re.search(r"\\[1-9]|\(\?[P(]", line):
+        raise ValueError("it refers to a group, or names one")
+    if repetitions(tree) > 1:
+        raise ValueError("it repeats a repetition, which may take for ever")
+    least, most = tree.getwidth()
+    if not least:
+        raise ValueError("it matches where nothing is, so everywhere")
+    # 2 for what asserts the end of a word or of the text; $ lets the end of a line follow
+    return HELD if re.search(r"\(\?[=!]", line) else most + 2
+
+
+def repetitions(node: Any) -> int:
+    """Return how many repetitions of an open number are inside one another in a parsed pattern."""
+    if not isinstance(node, (tuple, list, expressions.SubPattern)):
+        return 0
+    inner = max(map(repetitions, node), default=0)
+    open_ended = len(node) == 3 and isinstance(node[0], int) and node[1] > max(node[0], 1)
+    return inner + open_ended
+
+
+class Masker:
+    """Masks what is blocked in the pieces (type, text) of a reply, whatever their cuts are."""
+
+    def __init__(self, blocklist: Blocklist):
+        self.blocklist, self.kind = blocklist, "text"
+        self.text, self.at = "", 0  # of this type so far, and where what is held begins
+
+    def feed(self, kind: str, piece: str) -> list[tuple[str, str]]:
+        """Return the pieces that are ready."""
+        pieces = self.end() if kind != self.kind else []
+        self.kind = kind
+        self.text += piece
+        return pieces + self._until(len(self.text) - self.blocklist.window + 1)
+
+    def end(self) -> list[tuple[str, str]]:
+        """Return what is held, as nothing of its type follows."""
+        pieces = self._until(len(self.text))
+        self.text, self.at = "", 0
+        return pieces
+
+    def _until(self, last: int) -> list[tuple[str, str]]:
+        said = ""
+        while self.at < last:
+            end = self.blocklist.end(self.text, self.at)
+            said += MASK if end > self.at else self.text[self.at]
+            self.at = max(end, self.at + 1)
+        return [(self.kind, said)] if said else []
+
+
+# 4. What is asked ----------------------------------------------------------------------------
 
 # Fields of OpenAI's that would change the answer, with the values that ask for nothing.
 UNSUPPORTED = {
@@ -301,8 +420,13 @@ def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
     check(messages[-1]["role"] == "user", "messages", "must end in the user's")
     for message in messages:
         if message["role"] != "assistant":
-            message["content"] = "".join(part["text"] for part in message["content"])
+            message["content"] = text_in(message["content"])
     return messages
+
+
+def text_in(content: str | list[dict[str, str]]) -> str:
+    """Return all text of a message's content."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def parse_content(content: Any, role: str, where: str) -> list[dict[str, str]]:
@@ -363,16 +487,21 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     if chat:
         messages = parse_messages(body.get("messages"), settings.max_messages)
         prompts = [render_prompt(tokenizer, messages)]
+        texts = [text_in(message["content"]) for message in messages]
     else:
         given = body.get("prompt", "")
         given = [given] if isinstance(given, str) else given
         good = isinstance(given, list) and 1 <= len(given) <= most
         check(good, "prompt", f"must be a string or a list of up to {most} strings")
-        prompts = [[tokenizer.bos, *tokenizer.encode(text_of(p, "prompt"))] for p in given]
+        texts = [text_of(text, "prompt") for text in given]
+        prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     if (longest := max(map(len, prompts))) >= context:
         raise Refusal(400, f"this model's context is {context} tokens; your {field} have "
                       f"{longest}, which leaves none for an answer: shorten them", field,
                       "context_length_exceeded")  # fmt: skip
+    if settings.blocked and any(map(settings.blocked.finds, texts)):
+        raise Refusal(400, f"your {field} have something that this server does not take: reword it",
+                      field, "content_blocked")  # fmt: skip
     options = body.get("stream_options")
     check(options is None or isinstance(options, dict), "stream_options", "must be an object")
     limit = number(body, "max_tokens", settings.max_tokens, 1, MOST)
@@ -389,7 +518,7 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     return Wanted(prompts, n, sampling, stops, chat, stream, usage)
 
 
-# 4. What is answered -------------------------------------------------------------------------
+# 5. What is answered -------------------------------------------------------------------------
 
 
 class Shown:
@@ -417,6 +546,7 @@ class Choice:
     """One answer in the making."""
 
     decoder: ReplyDecoder
+    masker: Masker | None
     shown: Shown = field(default_factory=Shown)
     text: str = ""
     parts: list[dict[str, str]] = field(default_factory=list)
@@ -427,11 +557,12 @@ class Choice:
 class Answer:
     """Makes OpenAI's objects of what the engine brings."""
 
-    def __init__(self, wanted: Wanted, model: Model):
+    def __init__(self, wanted: Wanted, model: Model, blocked: Blocklist | None):
         self.wanted, self.model = wanted, model
         self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created, self.first_at = int(time.time()), 0.0
-        self.choices = [Choice(ReplyDecoder(model.engine.tokenizer, wanted.stops))
+        self.choices = [Choice(ReplyDecoder(model.engine.tokenizer, wanted.stops),
+                               Masker(blocked) if blocked else None)
                         for _ in range(len(wanted.prompts) * wanted.n)]  # fmt: skip
 
     @property
@@ -455,6 +586,9 @@ class Answer:
         self.first_at = self.first_at or time.monotonic()
         choice.tokens += 1
         pieces = choice.decoder.feed(one) + (choice.decoder.end() if reason else [])
+        if masker := choice.masker:
+            pieces = [ready for piece in pieces for ready in masker.feed(*piece)]
+            pieces += masker.end() if reason else []
         chunks = [self.show(which, kind, piece) for kind, piece in pieces]
         if reason:
             if rest := choice.shown.feed("text", ""):
@@ -508,7 +642,7 @@ class Answer:
         return self.envelope(choices, self.usage())
 
 
-# 5. HTTP -------------------------------------------------------------------------------------
+# 6. HTTP -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -886,7 +1020,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request for completions, whole or as a stream. Raises Refusal."""
         model, body = self.ready(), parse_json(self.body)
         wanted = parse_wanted(body, self.path.endswith("chat/completions"), model, self.settings)
-        worker, answer = model.worker, Answer(wanted, model)
+        worker, answer = model.worker, Answer(wanted, model, self.settings.blocked)
         news = worker.ask(wanted.requests())
         try:
             if wanted.stream:
@@ -1001,7 +1135,7 @@ ROUTES: dict[str, tuple[str, Callable[[Handler], None]]] = {
 OPEN_PATHS = {"/", "/health", "/config"}  # without a key: how else would the page ask for it
 
 
-# 6. Export -----------------------------------------------------------------------------------
+# 7. Export -----------------------------------------------------------------------------------
 
 CHAT_TEMPLATE = """{{- bos_token -}}
 {%- set ns = namespace(system='') -%}
@@ -1117,7 +1251,7 @@ def exported_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# 7. Main -------------------------------------------------------------------------------------
+# 8. Main -------------------------------------------------------------------------------------
 
 
 def load(settings: Settings) -> tuple[GPT, Tokenizer, str]:
@@ -1180,7 +1314,7 @@ def main(settings: Settings) -> None:
             signal.signal(number, handler)
 
 
-# 8. The page --------------------------------------------------------------------------------
+# 9. The page --------------------------------------------------------------------------------
 
 
 def content_policy(page: str) -> str:

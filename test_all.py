@@ -6196,6 +6196,127 @@ def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(s
     assert wanted.prompts == [common.render_prompt(tokenizer, called)]
 
 
+def write_blocklist(folder, *lines):
+    path = folder / "blocked.txt"
+    path.write_bytes(
+        b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    )
+    return str(path)
+
+
+def test_an_input_that_is_blocked_is_refused(tokenizer, tmp_path):
+    path = write_blocklist(tmp_path, "# comment", "", r"\bsecret\b", "  caf\u00e9s?  ", "a b")
+    with serving(tokenizer, blocklist=path) as (_, url):
+
+        def refused(path="/v1/chat/completions", **asked):
+            response = requests.post(url + path, json={"max_tokens": 1, **asked})
+            error = response.json().get("error", {})
+            assert response.status_code == (400 if error else 200)
+            assert not error or error["type"] == "invalid_request_error"
+            assert not error or not re.search("secret|caf|comment", error["message"])
+            return error.get("code") == "content_blocked" and error["param"]
+
+        for text in ("My SECRET.", "secret", "CAF\u00c9S", "A b"):
+            assert refused(messages=user(text)) == "messages", text
+            assert refused("/v1/completions", prompt=["fine", text]) == "prompt"
+            answer = {"role": "assistant", "content": [{"type": "output", "text": text}]}
+            assert refused(messages=[*user("Hi"), answer, *user("x")]) == "messages"
+            system = {"role": "system", "content": [{"type": "text", "text": text}]}
+            assert refused(messages=[system, *user("x")]) == "messages"
+        cut = [{"type": "text", "text": "sec"}, {"type": "text", "text": "ret"}]
+        assert refused(messages=user(cut)) == "messages"
+        for text in ("secrets", "a  b", "# comment", ""):
+            assert not refused(messages=user(text)) and not refused("/v1/completions", prompt=text)
+
+
+def test_what_is_blocked_is_masked_in_answers_whole_and_streamed(tokenizer, tmp_path):
+    path = write_blocklist(tmp_path, "three f", r"\b4\d+", "3.*2", "[a-z]{3} is")
+    special = tokenizer.specials
+    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
+    gap = [7] * (2 + len(tokenizer.encode("444")))
+    plain = [*tokenizer.encode("one three four"), special["<|assistant_end|>"]]
+    called = [*tokenizer.encode("two three"), *call, *gap, *tokenizer.encode("fWhat IS"),
+              special["<|assistant_end|>"]]  # fmt: skip
+    expected = {
+        "one [blocked]our": [("text", "one [blocked]our")],
+        "two three [[blocked] = [blocked]] fW[blocked]": [
+            ("text", "two three"), ("python", "[blocked]"), ("output", "[blocked]"),
+            ("text", "fW[blocked]")],
+    }  # fmt: skip
+    for script, (text, parts) in zip((plain, called), expected.items()):
+        model = Talker(tokenizer, script)
+        with serving(tokenizer, 1, model, blocklist=path) as (_, url):
+            asked = {"messages": user("Go"), "temperature": 0, "max_tokens": 50}
+            body = requests.post(url + "/v1/chat/completions", json=asked).json()
+            message = body["choices"][0]["message"]
+            assert [(part["type"], part["text"]) for part in message["parts"]] == parts
+            assert message["content"] == text
+            asked["stream"] = True
+            chunks = events(requests.post(url + "/v1/chat/completions", json=asked))
+            deltas = [c["choices"][0]["delta"] for c in chunks]
+            assert "".join(d.get("content", "") for d in deltas) == text
+            streamed = [(d["part"]["type"], d["part"]["text"]) for d in deltas if "part" in d]
+            joined = itertools.groupby(streamed, lambda part: part[0])
+            assert [(kind, "".join(t for _, t in group)) for kind, group in joined] == parts
+
+
+BLOCKLISTS = [
+    ["abc", "b+c", "ab"], ["a.c"], [r"\bab\b", "c$"], ["(a|b){2,4}c"], ["^ab", "(?<=a)b", "c\\Z"],
+    ["a+b*c"], [".b."], ["[^a]{3}"], ["a(?=bc)", "c(?!a)b"], ["a*?c"],
+]  # fmt: skip
+
+
+@given(
+    st.sampled_from(BLOCKLISTS),
+    st.lists(st.text("abcABC \n", max_size=12), max_size=12),
+)
+def test_what_is_masked_does_not_depend_on_the_pieces(lines, pieces):
+    with tempfile.TemporaryDirectory() as folder:
+        blocklist = serve.read_blocklist(Path(write_blocklist(Path(folder), *lines)))
+    masker, text = serve.Masker(blocklist), "".join(pieces)
+    expected = re.sub("|".join(lines), "[blocked]", text, flags=re.IGNORECASE)
+    ready, held = [], 0
+    for piece in pieces:
+        ready += masker.feed("text", piece)
+        held = max(held, len(masker.text) - masker.at)
+    ready += masker.end()
+    assert "".join(piece for _, piece in ready) == expected
+    assert held < blocklist.window <= 256
+    assert blocklist.finds(text) == (expected != text)
+
+
+def test_no_more_is_held_than_a_match_can_need(tmp_path):
+    for lines, window in ((["abcd"], 6), (["abcd", "x{3,9}"], 11), ([".*end"], 256)):
+        blocklist = serve.read_blocklist(Path(write_blocklist(tmp_path, *lines)))
+        masker = serve.Masker(blocklist)
+        assert blocklist.window == window
+        said = "".join(piece for _, piece in masker.feed("text", "z" * 1000))
+        assert said == "z" * (1000 - window + 1)
+    began = time.monotonic()  # nine tenths of a million steps for each character, not 2**256
+    assert not serve.read_blocklist(Path(write_blocklist(tmp_path, "z*z*y"))).finds("z" * 2000)
+    assert time.monotonic() - began < 20
+    assert serve.read_blocklist(Path(write_blocklist(tmp_path, "# nothing", ""))) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [(["fine", "(", "also"], r":2: \(: missing \)"), (["", "a*"], ":2: .*where nothing is"),
+     ([r"\b"], ":1: .*where nothing is"), (["(a+)+b"], ":1: .*repeats a repetition"),
+     (["((a|b{2,})c)*d"], ":1: .*repeats"), ([r"(a)\1"], ":1: .*refers to a group"),
+     (["(?P<x>a)"], ":1: .*names one"), (["(a)?b(?(1)c|d)"], ":1: .*refers"),
+     (["a", b"\xff"], ":2: this is not UTF-8"), (["a)(?:b"], ":1: .*unbalanced"),
+     (["# x", "[z-a]"], ":2: .*bad character range.*: mend or remove this line")],
+)  # fmt: skip
+def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
+    path = write_blocklist(tmp_path, *lines)
+    with pytest.raises(SystemExit) as ended:
+        common.parse_settings(serve.Settings, "", [f"--blocklist={path}"])
+    assert ended.value.code == 2
+    assert re.search(re.escape(path) + said, capsys.readouterr().err)
+    with pytest.raises(ValueError, match="No such file.*: name a file"):
+        serve.Settings(blocklist=str(tmp_path / "none"))
+
+
 WRONG_REQUESTS = [
     ({}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "x"}, 400, "messages"),
     ({"messages": [1]}, 400, "messages[0]"),
