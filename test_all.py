@@ -6529,6 +6529,117 @@ def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
         assert refused.json()["error"]["code"] == "queue_full"
 
 
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Crowd:
+    """Clients who ask, stop reading, go away and ask nonsense, and note what is not as it should."""
+
+    def __init__(self, server, url, known, seconds):
+        self.server, self.url, self.known = server, url, known
+        self.until, self.wrong, self.done = time.monotonic() + seconds, [], collections.Counter()
+
+    def client(self, seed):
+        rng, session = random.Random(seed), requests.Session()
+        acts = [self.whole, self.stream, self.stream, self.leave, self.cancel, self.nonsense]
+        try:
+            while time.monotonic() < self.until:
+                act = rng.choice(acts)
+                act(rng, session, rng.choice(list(self.known)))
+                self.done[act.__name__] += 1
+        except Exception as error:  # noqa: BLE001
+            self.wrong.append(f"{act.__name__}: {error!r}")
+
+    def ask(self, rng, session, text, **changes):
+        """Ask until the queue has room; a refusal must be for want of room, and say when to come."""
+        asked = {"messages": user(text), "temperature": 0, "max_tokens": 20, **changes}
+        while True:
+            response = session.post(
+                self.url + "/v1/chat/completions", json=asked, stream=True, timeout=60
+            )
+            if response.status_code != 429:
+                return response
+            busy = int(response.json()["error"]["message"].split()[0])
+            room = self.server.model.worker.room
+            assert room - asked.get("n", 1) < busy <= room, (busy, room)
+            assert 1 <= int(response.headers["Retry-After"]) <= 600
+            self.done["full"] += 1
+            time.sleep(rng.uniform(0.05, 0.3))
+
+    def whole(self, rng, session, text):
+        response = self.ask(rng, session, text, n=rng.choice((1, 1, 2)))
+        assert response.status_code == 200, response.text
+        for choice in response.json()["choices"]:
+            assert choice["message"]["parts"] == self.known[text]
+
+    def stream(self, rng, session, text):
+        response = self.ask(rng, session, text, stream=True)
+        deltas = [c["choices"][0]["delta"] for c in events(response)]
+        said = "".join(d["part"]["text"] for d in deltas if "part" in d)
+        assert said == "".join(part["text"] for part in self.known[text])
+
+    def leave(self, rng, session, text):
+        """Send a request, or a part of it, read a little of the answer, and be gone."""
+        asked = {"messages": user(text), "stream": rng.random() < 0.7}
+        asked = json.dumps({**asked, "max_tokens": 60}).encode()
+        data = posted(f"Content-Length: {len(asked)}", body=asked)
+        data = data[: rng.randrange(len(data))] if rng.random() < 0.2 else data
+        address = "127.0.0.1", self.server.server_port
+        with socket.create_connection(address, timeout=10) as connection:
+            connection.sendall(data)
+            connection.settimeout(rng.uniform(0.01, 0.3))
+            with contextlib.suppress(TimeoutError):
+                connection.recv(rng.randrange(1, 2000))
+            rng.choice((reset, socket.socket.close))(connection)
+
+    def cancel(self, rng, session, text):
+        with self.ask(rng, session, text, stream=True, max_tokens=100) as response:
+            for _ in zip(range(rng.randrange(1, 12)), response.iter_lines()):
+                pass
+
+    def nonsense(self, rng, session, text):
+        changes, status, param = rng.choice(WRONG_REQUESTS)
+        whole = changes if not changes else {"messages": user(text), **changes}
+        response = session.post(self.url + "/v1/chat/completions", json=whole, timeout=60)
+        assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+@pytest.mark.parametrize(
+    ("clients", "seconds"), [(16, 4), pytest.param(64, 60, marks=pytest.mark.slow)]
+)
+def test_many_who_come_and_go_get_what_each_gets_alone_and_leave_nothing(
+    tokenizer, clients, seconds, capsys
+):
+    texts = [f"{word} {number}?" for word in ("Who is", "Say") for number in range(6)]
+    known = {text: reply_alone(tokenizer, user(text), 20)[1] for text in texts}
+    with serving(tokenizer, 6, max_waiting=clients // 4) as (server, url):
+        crowd = Crowd(server, url, known, seconds)
+        threads = [threading.Thread(target=crowd.client, args=(i,)) for i in range(clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds / 4)
+        warm = resident_bytes()
+        for thread in threads:
+            thread.join(seconds + 60)
+        assert not crowd.wrong, crowd.wrong[:5]
+        assert resident_bytes() - warm < max(30e6, 0.1 * warm)
+        assert min(crowd.done[name] for name in ("whole", "stream", "leave", "cancel")) >= clients
+        end = time.monotonic() + 5
+        while "requests_open 0" not in (told := requests.get(url + "/metrics").text):
+            assert time.monotonic() < end, told
+            time.sleep(0.02)
+        assert "nanochat_requests_waiting 0" in told
+        assert requests.get(url + "/health").json()["status"] == "ready"
+        answer = requests.post(url + "/v1/chat/completions", json={"messages": user(texts[0]),
+                               "temperature": 0, "max_tokens": 20}).json()  # fmt: skip
+        assert answer["choices"][0]["message"]["parts"] == known[texts[0]]
+        with capsys.disabled():
+            if seconds > 10:
+                print(dict(crowd.done), f"{warm / 1e6:.0f} MB, {resident_bytes() / 1e6:.0f} MB")
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_a_failure_of_the_engine_is_said_and_the_next_request_is_served(
     served, monkeypatch, capsys
 ):
