@@ -3,6 +3,7 @@
 Usage:   python serve.py                                    # http://127.0.0.1:8000
          python serve.py --stage=base --port=9000
          NANOCHAT_API_KEY=... python serve.py --host=0.0.0.0    # for others in the network
+         python serve.py --blocklist=FILE                   # what is not to be asked or said
          curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
               -d '{"messages": [{"role": "user", "content": "Hi!"}], "stream": true}'
 Reads:   runs/TAG/{tokenizer,STAGE}/
@@ -444,14 +445,12 @@ def parse_content(content: Any, role: str, where: str) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
-def parse_stops(stop: Any) -> tuple[str, ...]:
-    """Return the stop strings. Raises Refusal."""
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    good = isinstance(stops, list) and len(stops) <= 4
-    check(good, "stop", "must be a string or a list of up to 4")
-    stops = [text_of(one, "stop") for one in stops]
-    check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
-    return tuple(stops)
+def strings(value: Any, where: str, most: int) -> list[str]:
+    """Return a string, or each of a list. Raises Refusal."""
+    several = [value] if isinstance(value, str) else value
+    good = isinstance(several, list) and len(several) <= most
+    check(good, where, f"must be a string or a list of up to {most}")
+    return [text_of(one, where) for one in several]
 
 
 @dataclass(frozen=True)
@@ -489,11 +488,8 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
         prompts = [render_prompt(tokenizer, messages)]
         texts = [text_in(message["content"]) for message in messages]
     else:
-        given = body.get("prompt", "")
-        given = [given] if isinstance(given, str) else given
-        good = isinstance(given, list) and 1 <= len(given) <= most
-        check(good, "prompt", f"must be a string or a list of up to {most} strings")
-        texts = [text_of(text, "prompt") for text in given]
+        texts = strings(body.get("prompt", ""), "prompt", most)
+        check(texts, "prompt", "must have a string")
         prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     if (longest := max(map(len, prompts))) >= context:
         raise Refusal(400, f"this model's context is {context} tokens; your {field} have "
@@ -514,8 +510,9 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     )
     n = number(body, "n", 1, 1, most // len(prompts))
     usage = switch(options or {}, "include_usage", "stream_options.")
-    stops, stream = parse_stops(body.get("stop")), switch(body, "stream")
-    return Wanted(prompts, n, sampling, stops, chat, stream, usage)
+    stops = strings([] if body.get("stop") is None else body["stop"], "stop", 4)
+    check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
+    return Wanted(prompts, n, sampling, tuple(stops), chat, switch(body, "stream"), usage)
 
 
 # 5. What is answered -------------------------------------------------------------------------
@@ -1086,26 +1083,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 MOST_POINTS = 300  # of a curve
+HALF_WRITTEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # or not there, or odd
 
 
 def read_training(folder: Path) -> dict[str, Any]:
     """Return a run's curves {stage: {name: [[step, value], ...]}} and its scores, so far."""
     curves: dict[str, dict[str, list[list[float]]]] = {}
+    lines, scores = [], {}
     with contextlib.suppress(OSError):
-        for line in (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines():
-            with contextlib.suppress(ValueError, KeyError, AttributeError):  # one half written
-                entry = json.loads(line)
-                stage, step = entry.pop("stage"), entry.pop("step")
-                for name, value in entry.items():
-                    if name not in ("time", "left_s") and isinstance(value, (int, float)):
-                        curves.setdefault(stage, {}).setdefault(name, []).append([step, value])
+        lines = (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
+    for line in lines:
+        with contextlib.suppress(*HALF_WRITTEN):
+            entry = json.loads(line)
+            stage, step = entry.pop("stage"), entry.pop("step")
+            for name, value in entry.items():  # in the order in which the stage writes them
+                plain = isinstance(value, (int, float)) and math.isfinite(value)  # as JSON has it
+                if plain and name not in ("time", "left_s"):
+                    curves.setdefault(stage, {}).setdefault(name, []).append([step, value])
     for named in curves.values():
         for name, points in named.items():
             every = -(-len(points) // MOST_POINTS)
             named[name] = points[::every] + ([points[-1]] if (len(points) - 1) % every else [])
-    scores = {}
     for stage in STAGES:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(*HALF_WRITTEN):
             tasks = json.loads((folder / "eval" / f"{stage}.json").read_text("utf-8"))["tasks"]
             scores[stage] = {task: [record.get(key) for key in ("score", "low", "high")]
                              for task, record in tasks.items()}  # fmt: skip
@@ -1735,18 +1735,16 @@ async function* events(body) {
   }
 }
 async function trouble(response) {
-  const body = await response.json().catch(() => ({}));
-  const said = body.error ? body.error.message : `The server answered ${response.status}.`;
+  const { error = {} } = await response.json().catch(() => ({}));
   if (response.status === 401) {
     toggle(true);
     $("key").focus();
     return "This server wants its key: give it in the settings.";
   }
   if (response.status === 429) return "Many people are asking right now. Wait a moment.";
-  if (body.error && body.error.code === "context_length_exceeded") {
-    return "This conversation has grown too long for the model: begin a new one. " + said;
-  }
-  return said;
+  const long = error.code === "context_length_exceeded";
+  return (long ? "This conversation has grown too long for the model: begin a new one. " : "")
+    + (error.message || `The server answered ${response.status}.`);
 }
 function headers() {
   const key = state.options.key;

@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import html.parser
+import http.client
 import http.server
 import importlib
 import io
@@ -6432,6 +6433,249 @@ def test_odd_shapes_of_http_get_the_right_code_and_hide_no_second_request(served
         assert found == statuses, (data[:200], back[:600])
 
 
+FULL = {
+    "messages": [{"role": "system", "content": "Be kind."}, *user("Hi"),
+                 {"role": "assistant", "content": [{"type": "python", "text": "1+1"},
+                                                   {"type": "output", "text": "2"}]},
+                 {"role": "user", "content": [{"type": "text", "text": "Bye"}]}],
+    "model": "t", "temperature": 0.5, "top_k": 5, "top_p": 0.9, "max_tokens": 2, "n": 2, "seed": 3,
+    "max_completion_tokens": 2, "stop": ["zz", "y"], "stream": True,
+    "stream_options": {"include_usage": True}, "response_format": {"type": "text"}, "tools": [],
+    "logit_bias": {}, "logprobs": False,
+}  # fmt: skip
+FUZZED = [
+    ("/v1/chat/completions", {"messages": user("Hi"), "max_tokens": 1}),
+    ("/v1/chat/completions", FULL),
+    ("/v1/completions", {"prompt": "The cat", "max_tokens": 1, "temperature": 0}),
+    ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 2, "n": 2, "stop": "e", "echo": False}),
+]  # fmt: skip
+JUNK = [
+    None, True, False, 0, -1, 1.5, 1e308, -1e-300, 10**400, 2**63, -(2**63) - 1, math.nan, math.inf,
+    "", "\x00", "\ud800", "\udfff\ud800", "a" * 5000, "\u4e2d" * 300, "<|bos|>", [], {}, [[]], [None],
+    ["x"] * 600, {"": {}}, {"type": "text"}, {"type": []}, {"role": "user"}, [{"role": {}}], "user",
+    "NaN", "1", ["text"], {"a" * 3000: 1}, [0] * 2000, {"type": "text", "text": 3}, -0.0, 1e-9,
+]  # fmt: skip
+
+
+def places(value):
+    """Every (container, key) in a JSON value."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(pairs):
+        yield value, key
+        if isinstance(inner, (dict, list)):
+            yield from places(inner)
+
+
+def fuzzed_json(rng, body):
+    """The bytes of a request's body after one to three changes of its structure or its text."""
+    body = json.loads(json.dumps(body))
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        found = list(places(body))
+        if not found:
+            break
+        container, key = rng.choice(found)
+        change, junk = rng.randrange(5), json.loads(json.dumps(rng.choice(JUNK)))
+        if change < 3:
+            container[key] = junk
+        elif change == 3:
+            del container[key]
+        elif isinstance(container, dict):
+            container[rng.choice((*serve.UNSUPPORTED, "x", "\x00", "prompt"))] = junk
+        else:
+            container *= rng.choice((2, 30))
+    text = json.dumps(body, ensure_ascii=rng.random() < 0.5)
+    data = text.encode("utf-8", "surrogatepass")
+    change = rng.randrange(12)
+    if change == 0:  # deep
+        deep = rng.choice((b"[", b'{"a":', b"[[1],")) * rng.choice((50, 5000, 60000))
+        data = rng.choice(
+            (deep, b'{"messages":' + deep, b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}")
+        )
+    elif change == 1:  # a name twice
+        data = (
+            data[:-1]
+            + b',"max_tokens":'
+            + rng.choice((b"1", b"-1", b"1e999", b"01", b"9" * 5000))
+            + b"}"
+        )
+    elif change < 4:
+        data = fuzzed_bytes(rng, data)
+    return data
+
+
+def fuzzed_bytes(rng, data):
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        at, much = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 20))
+        put = rng.choice(
+            (rng.randbytes(much), b"\x00", b"\xff\xfe", b"\r\n", b"\n", b"{", b'"', b"\\u")
+        )
+        data[at : at + rng.choice((0, much))] = rng.choice((b"", put, put, put * 20))
+    return bytes(data)
+
+
+def fuzzed_request(rng, path, body):
+    """A request whose head, framing or bytes are wrong, and what follows it on the connection."""
+    data = json.dumps(body).encode()
+    size = len(data)
+    wrong = rng.choice((0, 1, size - 1, size + 1, -1, -size, 1 << 20, 1 << 40, "+5", "5 5", "0x5", "",
+                        "\u0663".encode(), f"{size},{size}", f"{size}\t", "1e1", "9" * 400, "\x00"))  # fmt: skip
+    wrong = wrong.decode("latin-1") if isinstance(wrong, bytes) else wrong
+    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (size, data)
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}"]
+    change = rng.randrange(10)
+    if change == 0:
+        lines[2] = f"Content-Length: {wrong}"
+    elif change == 1:
+        lines.append(rng.choice((f"Content-Length: {wrong}", f"content-length: {size}",
+                                 "Transfer-Encoding: chunked", "Transfer-Encoding: x")))  # fmt: skip
+    elif change == 2:
+        lines[2] = rng.choice(("Transfer-Encoding: chunked", "transfer-encoding: Chunked",
+                               "Transfer-Encoding: chunked, chunked", "Transfer-Encoding:"))  # fmt: skip
+        data = rng.choice((chunks, chunks, chunks[:-2], b"-1\r\n", b"0" * 2000 + b"\r\n", b"1\r\n", b"0\r\n" +
+                           b"a: b\r\n" * 200, fuzzed_bytes(rng, chunks), b"ffffffff\r\n", b"\r\n"))  # fmt: skip
+    elif change == 3:
+        lines.append(rng.choice(("A: " + "b" * 70000, *["A: b\r\n" * 150, "A" * 3000 + ": b", ": b", "A : b",
+                                 " folded", "A: \x00", "A\x00: b", "A: \xff\x80", "A", "\x0b: 1"])))  # fmt: skip
+    elif change == 4:
+        lines.append(rng.choice(("Host: localhost", "Host: evil.example", "Origin: null", "Expect: 100-continue",
+                                 "Origin: \xff", "Connection: \xff", "Expect: x", "Authorization: \xff \xff")))  # fmt: skip
+    elif change == 5:
+        lines[1] = "Host: " + rng.choice(("", "[", "[::1", "[::1]:x", "a@localhost", "localhost:99999", "localhost/",
+                                          "\xff", "\x00", "127.0.0.1:" + "9" * 5000, "1" * 5000, "::", "%00"))  # fmt: skip
+    elif change == 6:
+        method = rng.choice(
+            ("GET", "HEAD", "PUT", "OPTIONS", "post", "X" * 3000, "P\x00ST", "\xff")
+        )
+        where = rng.choice(
+            (
+                path,
+                "/",
+                "/health",
+                "/metrics?x=\x00",
+                "*",
+                "//",
+                "http://x/",
+                "/%00",
+                "/" + "a" * 70000,
+            )
+        )
+        lines[0] = f"{method} {where} HTTP/" + rng.choice(
+            ("1.1", "1.0", "0.9", "9.9", "1.\u00b2", "x", "1.1.1", "")
+        )
+    whole = "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+    if change == 7:
+        whole = fuzzed_bytes(rng, whole)
+    elif change == 8:
+        whole += rng.choice(
+            (b"\x00" * 100, b"GET", b"\r\n\r\n", rng.randbytes(50), b"}" + whole, whole * 3)
+        )
+    elif change == 9:
+        whole = whole.replace(
+            b"\r\n", rng.choice((b"\n", b"\r", b"\r\n ", b"\r\n\r\n")), rng.choice((1, 99))
+        )
+    return whole + rng.choice((b"", LAST))
+
+
+def check_status(status, what):
+    """A fuzzed request may succeed or be at fault; 505 is the right word for HTTP/9.9."""
+    assert status in (200, 100, 505) or 400 <= status < 500, what
+
+
+def fuzz_bodies(server, seed, count, codes):
+    """Send bodies that are wrong in well-formed requests, many on one connection."""
+    rng, connection = random.Random(seed), None
+    for _ in range(count):
+        path, body = rng.choice(FUZZED)
+        data = fuzzed_json(rng, body)
+        if connection is None:
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+        connection.request("POST", path, data)
+        response = connection.getresponse()
+        text = response.read()
+        check_status(response.status, (data[:500], text))
+        codes[response.status] += 1
+        if response.status >= 400:
+            error = json.loads(text)["error"]
+            assert error["message"] and set(error) == {"message", "type", "param", "code"}
+        elif response.headers["Content-Type"].startswith("text/event-stream"):
+            assert text.endswith(b"data: [DONE]\n\n") and b'"error"' not in text, text
+        else:
+            assert json.loads(text)["choices"]
+        if response.will_close:
+            connection.close()
+            connection = None
+
+
+def fuzz_framing(server, seed, count, codes):
+    """Send what is no well-formed request, each on a connection of its own, to its end."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        data, began = fuzzed_request(rng, *rng.choice(FUZZED)), time.monotonic()
+        address = "127.0.0.1", server.server_port
+        with socket.create_connection(address, timeout=5) as connection:
+            connection.sendall(data)
+            if rng.random() < 0.9:  # else it waits for what may come, and says so after a while
+                connection.shutdown(socket.SHUT_WR)
+            back = b""
+            while part := connection.recv(1 << 16):
+                back += part
+        assert time.monotonic() - began < 5, data[:500]
+        found = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n", back)
+        for code in found or ["closed" if not back else "no head"]:
+            if found:
+                check_status(int(code), (data[:500], back))
+            codes[int(code) if found else code] += 1
+        assert (
+            b'"code": "server_error"' not in back
+            and b'"error": {"message": "this request' not in back
+        )
+
+
+@pytest.fixture
+def quick_turns():
+    """Let threads take turns ten times as often: here clients and server share a process."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 10)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize(
+    ("count", "seed"),
+    [(2000, 1), *(pytest.param(25000, s, marks=pytest.mark.slow) for s in (2, 3, 4, 5))],
+)
+def test_malformed_requests_are_refused_and_the_next_is_served(
+    tokenizer, count, seed, capsys, quick_turns
+):
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 64, "n_layer": 1}
+    asked = {"messages": user("Hi"), "temperature": 0, "max_tokens": 8}
+    began, clients, codes = time.monotonic(), 4, collections.Counter()
+    with (  # one that waits for nobody, and one that does not close connections of busy clients
+        serving(tokenizer, 8, random_model(**shape), timeout_s=0.25) as (hasty, hasty_url),
+        serving(tokenizer, 8, random_model(**shape)) as (patient, url),
+    ):
+
+        def answers():
+            paths = [one + "/v1/chat/completions" for one in (url, hasty_url)]
+            return [requests.post(path, json=asked).json()["choices"] for path in paths]
+
+        right = answers()
+        with concurrent.futures.ThreadPoolExecutor(2 * clients) as pool:
+            each = count // 2 // clients
+            fuzzers = ((fuzz_bodies, patient), (fuzz_framing, hasty))
+            runs = [pool.submit(fuzz, server, 100 * seed + i, each, codes)
+                    for i in range(clients) for fuzz, server in fuzzers]  # fmt: skip
+            for run in concurrent.futures.as_completed(runs):
+                run.result()
+        assert answers() == right
+    assert "Traceback" not in capsys.readouterr().err
+    assert codes[400] > count / 10 and codes[200] > count / 50, codes
+    with capsys.disabled():
+        if count > 2000:
+            print(f"{time.monotonic() - began:.0f} s", sorted(codes.items(), key=str))
+
+
 def test_a_slow_sender_is_told_and_holds_no_thread_for_long(tokenizer):
     with serving(tokenizer, timeout_s=0.3) as (server, url):
         began = time.monotonic()
@@ -6527,6 +6771,13 @@ def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
         refused = next(r for r in responses if r.status_code == 429)
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
+
+
+def test_who_has_an_answer_has_left_the_queue(tokenizer):
+    with serving(tokenizer, 1, max_waiting=0) as (_, url), requests.Session() as session:
+        for stream in (True, False) * 15:
+            asked = {"messages": user("Hi"), "max_tokens": 2, "stream": stream}
+            assert session.post(url + "/v1/chat/completions", json=asked).status_code == 200
 
 
 def resident_bytes():
@@ -6702,10 +6953,14 @@ def test_the_training_view_reads_what_a_run_has_written(served, base_dir):
     folder.mkdir(parents=True)
     write_lines(folder / "metrics.jsonl", lines)
     with open(folder / "metrics.jsonl", "a") as file:
+        file.write(
+            '{"stage": "base", "step": 5, "loss": NaN}\n[1]\n3\n\n{"stage": [], "step": 1, "x": 1}\n'
+        )
         file.write('{"stage": "ba')
     (folder / "eval").mkdir()
     scores = {"tasks": {"facts": {"score": 0.5, "low": 0.4, "high": 0.6, "items": 10}}}
     (folder / "eval" / "sft.json").write_text(json.dumps(scores))
+    (folder / "eval" / "rl.json").write_text('{"tasks": {"facts": 3}}')
     found = requests.get(url + "/training").json()
     points = found["curves"]["base"]["loss"]
     assert points[0] == [0, 9] and points[-1] == [999, 8.001] and 200 < len(points) < 310
