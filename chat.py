@@ -24,18 +24,12 @@ from common import (
     Engine,
     Sampling,
     Stop,
-    Tokenizer,
     base_dir,
     check_name,
-    find_checkpoint,
-    load_model,
-    newest_stage,
+    load_for_answers,
     one_sentence,
     parse_settings,
-    pick_device,
-    pick_dtype,
     render_prompt,
-    run_dir,
     setting,
 )
 
@@ -60,6 +54,7 @@ class Settings:
     dtype: str = setting(
         "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
     )
+    int8: bool = setting(False, "weights of 8 bits: less memory, on a CPU sooner answers")
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
@@ -236,13 +231,10 @@ def say(pieces: Iterator[tuple[str, str]]) -> None:
 
 def load(settings: Settings) -> tuple[Engine, str]:
     """Load the model that the settings name, into an engine of one slot; say which one it is."""
-    stage = settings.stage or newest_stage(settings.tag)
-    folder = find_checkpoint(settings.tag, stage, settings.step)
-    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
-    device = pick_device(settings.device)
-    model = load_model(folder, device, pick_dtype(device, settings.dtype))
-    note(f"{stage} model of run {settings.tag}, {folder.name}, on {device.type}")
-    return Engine(model, tokenizer, slots=1), stage
+    model, tokenizer, folder = load_for_answers(settings)
+    engine, stage = Engine(model, tokenizer, slots=1), folder.parent.name
+    note(f"{stage} model of run {settings.tag}, {folder.name}, on {engine.device.type}")
+    return engine, stage
 
 
 def main(settings: Settings) -> None:

@@ -919,7 +919,7 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
     else:
         y = F.linear(rows, weight.to(x.dtype))
-    return y.view(*x.shape[:-1], -1)
+    return y.contiguous().view(*x.shape[:-1], -1)  # attention is slow on what lies turned
 
 
 class Embedding(Linear):
@@ -2033,6 +2033,18 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
     return model
 
 
+def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
+    """Load the model that tag, stage and step name, or the newest, its tokenizer and its folder."""
+    stage = settings.stage or newest_stage(settings.tag)
+    folder = find_checkpoint(settings.tag, stage, settings.step)
+    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+    device = pick_device(settings.device)
+    if settings.int8 and device.type not in ("cpu", "cuda"):
+        raise Stop(f"--int8 works on CPUs and NVIDIA GPUs, not on {device.type}: leave it out")
+    model = load_model(folder, device, pick_dtype(device, settings.dtype))
+    return model.quantize() if settings.int8 else model, tokenizer, folder
+
+
 def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Load a checkpoint's optimizer state, by however many ranks it was saved."""
     names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
@@ -2388,17 +2400,15 @@ class Engine:
             return [not isinstance(guard.value, nn.Parameter) for guard in guards]
 
         # what the parameters are follows from the rest: to check each would take its time
-        step = torch.compile(
-            self.model.next_logits, fullgraph=True, options={"guard_filter_fn": checked}
-        )
+        step = torch.compile(self.model.next_logits, options={"guard_filter_fn": checked})
         mark = torch._dynamo.maybe_mark_dynamic
-        context = self.model.config.max_seq_len
-        short = max((w for w in self.cache.windows if w < context), default=0)
-        for n in (1, 2, FEW_ROWS + 1):
+        # within a window all layers see alike, past it they do not: another program
+        past_window = {w + 8 for w in self.cache.windows if w < self.model.config.max_seq_len}
+        for n, start in itertools.product((1, 2, FEW_ROWS + 1), (8, *past_window)):
             if n > len(self.rows):
                 break
-            rows = self.cache.part(0, n)  # past a window, where layers see unlike numbers of keys
-            rows.lengths = [short + 8 + i % 8 for i in range(n)]
+            rows = self.cache.part(0, n)
+            rows.lengths = [start - i % 8 for i in range(n)]
             ids = torch.zeros(n, 1, dtype=torch.long, device=self.device)
             past = rows.begin(ids)
             for one in (ids, past.positions, past.before, *past.at):
@@ -2523,14 +2533,11 @@ class Engine:
 
     def _take_row(self, prompt: _Prompt, target: int) -> None:
         """Give a prompt a row, with the beginning of it that another row holds."""
-
-        def alike(row: int) -> int:
-            pairs = zip(self.rows[row].ids, prompt.ids[:-1])  # the last id is always computed
-            return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-
+        todo = prompt.ids[:-1]  # the last id is always computed
         free = range(len(self.decoding), target + 1)
-        source = max(range(len(self.rows)), key=alike)
-        found = alike(source)
+        alike = [common_prefix(row.ids, todo) for row in self.rows]
+        found = max(alike)
+        source = alike.index(found)
         if found < 32 or 2 * found < len(prompt.ids):
             found = 0  # a few tokens are sooner computed, with other prompts at once
         taken = min(free, key=lambda row: self.rows[row].left)
@@ -2700,6 +2707,18 @@ class Engine:
         for one in self.generate(Request(render_prompt(self.tokenizer, messages), sampling)):
             yield from decoder.feed(one)
         yield from decoder.end()
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Count the ids with which both lists begin, by halves, as slices are compared in no time."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class ReplyDecoder:

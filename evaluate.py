@@ -27,7 +27,7 @@ import re
 import string
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from common import (
     STAGES,
     Engine,
     GPTConfig,
-    KVCache,
+    Linear,
     MissingInput,
     Request,
     Run,
@@ -49,6 +49,7 @@ from common import (
     all_sum,
     barrier,
     base_dir,
+    can_compile,
     check_name,
     data_dir,
     evaluate_bpb,
@@ -542,26 +543,79 @@ def core_mean(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 # 7. Bench ------------------------------------------------------------------------------------
 
 
-def bench_decoding(depth: int, vocab_size: int, run: Run, dtype: torch.dtype) -> dict[str, float]:
-    """Measure prefill and batch-1 decoding of a random model of `depth`, in tokens/s."""
-    config = GPTConfig(vocab_size, depth, 64 * depth, max(1, depth // 2), max(1, depth // 2), 1024)
-    model = GPT.create(config, run.device, dtype).cast_weights()
-    with torch.inference_mode():
-        cache = KVCache(config, 1, run.device, dtype)
-        prompt = torch.randint(vocab_size, (1, 512), device=run.device)
-        times = []
-        for ids in (prompt, *(prompt[:, i : i + 1] for i in range(64))):
+def read_bandwidth(device: torch.device) -> float:
+    """Measure how fast memory is read, in bytes/s: the median of several sums of 256 MiB."""
+    numbers, times = torch.ones(1 << 26, device=device), []
+    for _ in range(7):
+        start = time.perf_counter()
+        numbers.sum().item()
+        times.append(time.perf_counter() - start)
+    return numbers.nbytes / sorted(times)[3]
+
+
+def bench_decoding(
+    run: Run, tokenizer: Tokenizer, config: GPTConfig, dtype: torch.dtype, int8: bool
+) -> dict[str, float]:
+    """Measure the engine with a random model: tokens/s, each beside its bound, and first tokens.
+
+    A step's bound is to read weights and cache once, a prompt's its FLOPs at the matmul rate.
+    """
+    rng = random.Random(0)
+
+    def engine_of(slots: int, context: int) -> Engine:
+        model = GPT.create(replace(config, max_seq_len=context), run.device, dtype)
+        engine = Engine(model.quantize() if int8 else model, tokenizer, slots)
+        engine.stops = set()  # random weights would say anything
+        return engine
+
+    def ids(n: int) -> list[int]:
+        return [rng.randrange(256) for _ in range(n)]
+
+    engine = engine_of(64, 256)
+    if can_compile(run.device):
+        torch.compiler.reset()  # of one function only so many versions are kept
+        engine.compile()
+    bandwidth = read_bandwidth(run.device)
+    weights = sum(m.weight.nbytes for m in engine.model.modules() if type(m) is Linear)
+    token_bytes = 2 * config.n_layer * config.n_kv_head * config.head_dim * dtype.itemsize
+    measured = {"bandwidth": bandwidth}
+    for streams in (1, 16, 64):
+        for i in range(streams):
+            engine.submit(Request(ids(64 + i % 8), Sampling(40, temperature=0), tool=False))
+        while engine.waiting or engine.prompts:
+            engine.step()
+        times, cached = [], 0
+        for _ in range(32):
             start = time.perf_counter()
-            model.logits(model.hidden(ids, cache)[:, -1:]).argmax(-1).item()
+            engine.step()
             times.append(time.perf_counter() - start)
-            if len(times) == 1:  # once more, warm
-                cache.lengths = [0]
-                start = time.perf_counter()
-                model.logits(model.hidden(ids, cache)[:, -1:]).argmax(-1).item()
-                times[0] = time.perf_counter() - start
-            cache.lengths = [512 + len(times) - 1]
-    decode = sorted(times[1:])[len(times) // 2]  # the median
-    return {"prefill_tok_per_s": 512 / times[0], "decode_tok_per_s": 1 / decode}
+            cached += sum(engine.cache.lengths[:streams])
+        engine.clear()
+        step = sorted(times)[len(times) // 2]
+        measured[f"x{streams}"] = streams / step
+        measured[f"x{streams} of bound"] = (weights + cached / 32 * token_bytes) / bandwidth / step
+    engine = engine_of(1, 2560)
+
+    def first_token(prompt_ids: list[int]) -> float:
+        """Return the seconds to the first of 8 tokens, which the prompt then ends with."""
+        start = time.perf_counter()
+        reply = engine.generate(Request(prompt_ids[:], Sampling(8, temperature=0), tool=False))
+        prompt_ids.append(next(reply))
+        seconds = time.perf_counter() - start
+        prompt_ids += reply
+        return seconds
+
+    n, flops = 512, config.flops_per_token(512) / 3  # two thirds of it are the backward pass
+    seconds = sorted(first_token(ids(n)) for _ in range(3))[1]
+    rate = measure_matmul(run.device, dtype, 1024, 20)
+    measured |= {"prefill": n / seconds, "prefill of bound": n * flops / rate / seconds}
+    said: list[int] = []
+    for turn in range(1, 11):
+        said += ids(24 if turn in (1, 10) else 238)
+        if turn == 10:
+            measured["history"] = len(said)
+        measured[f"turn {turn}"] = first_token(said)
+    return measured
 
 
 def training_rates(tag: str) -> dict[str, float]:
@@ -601,15 +655,30 @@ def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
         rows |= training_rates(tag)
     for name in [name for name in rows if "tokens/s" in name and "pretraining" in name]:
         rows[f"{name} a GFLOP/s of fp32 matmul"] = rows[name] / fp32
-    dtype = pick_dtype(run.device, settings.dtype)
-    for depth in (4, 12):
-        for name, value in bench_decoding(depth, tokenizer.vocab_size, run, dtype).items():
-            rows[f"d{depth} {name.split('_')[0]} {str(dtype)[6:]}, tokens/s"] = value
+    dtypes = [(torch.float32, False), (pick_dtype(run.device, settings.dtype), True)]
+    if dtypes[1][0] != torch.float32:
+        dtypes.insert(1, (dtypes[1][0], False))
+    shapes = [(4, 4096), (12, 32768), *([(20, 65536)] if run.device.type == "cuda" else [])]
+    decoding = {}
+    for (depth, vocab_size), (dtype, int8) in itertools.product(shapes, dtypes):
+        heads = max(1, depth // 2)
+        config = GPTConfig(vocab_size, depth, 64 * depth, heads, heads, 512)
+        name = f"d{depth} {str(dtype)[6:]}{' int8 weights' * int8}"
+        run.say(f"decoding: {name}")
+        decoding[name] = bench_decoding(run, tokenizer, config, dtype, int8)
     machine = machine_name(run.device)
     run.say(f"| {machine}, torch {torch.__version__} | |\n| --- | ---: |")
     for name, value in rows.items():
         run.say(f"| {name} | {value:,.1f} |")
-    write_json(base_dir() / "bench.json", {"machine": machine, "torch": torch.__version__, **rows})
+    run.say("| decoding, tokens/s (of its bound) | 1 stream | 16 | 64 | prompt of 512 | first token | "
+            "10th turn |\n| --- | ---: | ---: | ---: | ---: | ---: | ---: |")  # fmt: skip
+    for name, m in decoding.items():
+        cells = [f"{m[key]:,.0f} ({m[f'{key} of bound']:.0%})" for key in ("x1", "x16", "x64")]
+        cells.append(f"{m['prefill']:,.0f} ({m['prefill of bound']:.0%})")
+        cells += [f"{1e3 * m[key]:,.0f} ms" for key in ("turn 1", "turn 10")]
+        run.say(f"| {name} | {' | '.join(cells)} |")
+    report = {"machine": machine, "torch": torch.__version__, **rows, "decoding": decoding}
+    write_json(base_dir() / "bench.json", report)
     run.say(f"written: {base_dir() / 'bench.json'}")
     return rows
 

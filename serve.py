@@ -62,13 +62,10 @@ from common import (
     Stop,
     Tokenizer,
     check_name,
-    find_checkpoint,
-    load_model,
-    newest_stage,
+    compile_or_not,
+    load_for_answers,
     one_sentence,
     parse_settings,
-    pick_device,
-    pick_dtype,
     render_prompt,
     run_dir,
     setting,
@@ -110,6 +107,10 @@ class Settings:
     dtype: str = setting(
         "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
     )
+    int8: bool = setting(False, "weights of 8 bits: less memory, on a CPU sooner answers")
+    compile: str = setting(
+        "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
+    )
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
@@ -122,6 +123,8 @@ class Settings:
             raise ValueError(
                 "--port must be from 0 to 65535, --max-waiting 0 or more, --timeout-s above 0"
             )
+        if self.export and self.int8:
+            raise ValueError("--export writes whole weights: leave --int8 out")
         if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
             raise ValueError("--cors-origin must be like https://a.example, without a path")
         self.blocked = read_blocklist(Path(self.blocklist)) if self.blocklist else None
@@ -1254,15 +1257,21 @@ def exported_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 # 8. Main -------------------------------------------------------------------------------------
 
 
-def load(settings: Settings) -> tuple[GPT, Tokenizer, str]:
-    """Load the model that the settings name, and its tokenizer; say which stage it is of."""
-    stage = settings.stage or newest_stage(settings.tag)
-    folder = find_checkpoint(settings.tag, stage, settings.step)
-    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
-    device = pick_device(settings.device)
-    dtype = torch.float32 if settings.export else pick_dtype(device, settings.dtype)
+def load(settings: Settings) -> tuple[Engine, str]:
+    """Load the model that the settings name into an engine; say which stage it is of."""
+    model, tokenizer, folder = load_for_answers(settings)
+    engine, stage = Engine(model, tokenizer, settings.slots), folder.parent.name
+    device = engine.device
     print(f"serve: {stage} model of run {settings.tag}, {folder.name}, on {device.type}")
-    return load_model(folder, device, dtype), tokenizer, stage
+    # a minute of compiling brings a small model, which is fast enough, nothing that is noticed
+    pays = device.type == "cuda" or model.config.num_params() > 5e7
+    choice = {"auto": "yes" if pays else "no"}.get(settings.compile, settings.compile)
+    if compile_or_not(choice, 0, device, lambda text: print(f"serve: {text}", flush=True)):
+        try:
+            engine.compile()
+        except (RuntimeError, OSError) as error:
+            print(f"serve: compile: failed ({type(error).__name__}), going on without")
+    return engine, stage
 
 
 def addresses(settings: Settings, port: int) -> list[str]:
@@ -1277,7 +1286,7 @@ def addresses(settings: Settings, port: int) -> list[str]:
 def main(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then may end."""
     if settings.export:
-        model, tokenizer, _ = load(settings)
+        model, tokenizer, _ = load_for_answers(settings)
         export(Path(settings.export), model, tokenizer)
         return print(f"written: {settings.export}")
     try:
@@ -1294,9 +1303,8 @@ def main(settings: Settings) -> None:
             print(f"serve: {address}", flush=True)
         if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_key:
             print("serve: anyone who reaches this machine can use it: --api-key wants a key")
-        gpt, tokenizer, stage = load(settings)
-        engine, name = Engine(gpt, tokenizer, settings.slots), f"{settings.tag}-{stage}"
-        worker = Worker(engine, settings.max_waiting)
+        engine, stage = load(settings)
+        name, worker = f"{settings.tag}-{stage}", Worker(engine, settings.max_waiting)
         names = (name, settings.tag, stage, "nanochat")
         server.model = Model(name, names, stage, engine, worker)
         print("serve: ready; Ctrl-C ends", flush=True)

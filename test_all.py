@@ -40,6 +40,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import unittest.mock
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -1719,6 +1720,13 @@ def test_jobs_that_come_and_go_get_the_replies_they_get_alone(tokenizer, slots, 
     assert {job.reply.reason for job in jobs} == {"cancel", "length", "stop"}
 
 
+@given(st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)), st.lists(st.integers(0, 1)))
+def test_a_common_prefix_is_counted(both, a, b):
+    a, b = both + a, both + b
+    n = common.common_prefix(a, b)
+    assert n == len(os.path.commonprefix([a, b])) >= len(both)
+
+
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 @pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
@@ -1726,7 +1734,11 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
     shape |= {"max_seq_len": 64}
     fast, plain = (common.Engine(m.quantize() if int8 else m, tokenizer, 3)
                    for m in (random_model(**shape), random_model(**shape)))  # fmt: skip
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     fast.compile()
+    frames = counters["frames"]["total"]
     compiled, rows = fast.next_logits, []
     fast.next_logits = lambda ids, past: rows.append(len(ids)) or compiled(ids, past)
     rng = random.Random(0)
@@ -1734,9 +1746,8 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
                 for n in (20, 60, 3, 45, 9, 31)]  # fmt: skip
     assert dict(fast.run(requests)) == dict(plain.run(requests))
     assert set(rows) == {1, 2, 3}, "it was asked"
-    frames = torch._dynamo.utils.counters["frames"]["total"]
-    dict(fast.run(requests[:2]))
-    assert torch._dynamo.utils.counters["frames"]["total"] == frames, "no length compiles anew"
+    assert counters["frames"]["total"] == frames, "no length compiles anew"
+    assert not counters["graph_break"]
 
 
 def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
@@ -7003,6 +7014,24 @@ def test_sigterm_lets_what_runs_end(chat_run):
             text = b"\n".join(lines)
         assert text.rstrip().endswith(b"[DONE]")
         assert process.wait(20) == 0
+
+
+def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monkeypatch, capsys):
+    options = {"tag": "t", "stage": "base", "device": "cpu", "int8": True}
+    failing = unittest.mock.Mock(side_effect=RuntimeError("no g++"))
+    monkeypatch.setattr(common.Engine, "compile", failing)
+    monkeypatch.setattr(serve, "compile_or_not", lambda choice, *_: choice == "yes")
+    engine, stage = serve.load(serve.Settings(compile="yes", **options))
+    assert failing.called and "RuntimeError" in capsys.readouterr().out and stage == "base"
+    assert engine.model.head.weight.dtype == torch.int8 and engine.next_logits is None
+    serve.load(serve.Settings(**options))
+    assert failing.call_count == 1, "a small model is not compiled unasked"
+    with pytest.raises(ValueError, match="--int8"):
+        serve.Settings(export="x", **options)
+    ids = [engine.tokenizer.bos, 5, 6]
+    assert len(list(engine.generate(greedy(ids, 5)))) == 5
+    chat_engine, _ = chat.load(chat.Settings(**options))
+    assert chat_engine.model.head.weight.dtype == torch.int8
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "n_layer": 3}])
