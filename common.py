@@ -904,12 +904,12 @@ FEW_ROWS = 64  # as many as the engine's slots
 def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
 
-    With the scales (n_out,) of an int8 weight each row of x is rounded to 8 bits too, as in
-    arXiv:2208.07339; their sums are exact, and a row's result depends on no other row.
+    An int8 weight has scales (n_out,). Few rows of x are rounded to 8 bits as well, as in
+    arXiv:2208.07339: their sums are exact, and a row's result depends on no other row.
     """
     rows = x.flatten(0, -2)
     n = rows.size(0)
-    if scale is not None:
+    if scale is not None and n <= FEW_ROWS:
         size = row_sizes(rows)
         small = (rows / size).round().to(torch.int8)
         if x.device.type == "cuda":
@@ -918,8 +918,10 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     elif 1 < n <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled():
         y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
     else:
+        weight = weight if scale is None else weight * scale[:, None]
         y = F.linear(rows, weight.to(x.dtype))
-    return y.contiguous().view(*x.shape[:-1], -1)  # attention is slow on what lies turned
+    y = y if torch.compiler.is_compiling() else y.contiguous()
+    return y.view(*x.shape[:-1], -1)  # attention is slow on what lies turned
 
 
 class Embedding(Linear):
@@ -1032,28 +1034,29 @@ class KVCache:
             before,
             [self.k[part] for part in seen],
             [self.v[part] for part in seen],
-            [at[window] for window in self.windows],
-            [masks[window] for window in self.windows],
+            at,
+            masks,
         )
 
 
 @dataclass
 class Past:
-    """What T new tokens of B rows need of a cache; the lists have an entry a layer."""
+    """What T new tokens of B rows need of a cache: by layer, or by the width of its window."""
 
     positions: Tensor  # (B, T)
     before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
     k: list[Tensor]  # (B, keys, K, D) each, a part of the cache: what any of them may see
     v: list[Tensor]
-    at: list[Tensor]  # (B, T): where among these keys the new ones belong
-    masks: list[Tensor | None]  # (B, T, keys): what each may see; None where attend() knows
+    at: dict[int, Tensor]  # (B, T): where among these keys the new ones belong
+    masks: dict[int, Tensor | None]  # (B, T, keys): what each may see; None where attend() knows
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def append(
+        self, layer: int, window: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k and v (B, T, K, D) of a layer; return what may be seen, and the mask."""
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        self.k[layer][rows, self.at[layer]] = k.detach()
-        self.v[layer][rows, self.at[layer]] = v.detach()
-        return self.k[layer], self.v[layer], self.masks[layer]
+        place = torch.arange(k.size(0), device=k.device)[:, None], self.at[window]
+        self.k[layer][place], self.v[layer][place] = k.detach(), v.detach()
+        return self.k[layer], self.v[layer], self.masks[window]
 
 
 class Attention(nn.Module):
@@ -1101,7 +1104,7 @@ class Attention(nn.Module):
         q, k = (rms_norm(rotate(x, cos, sin)) * self.qk_scale for x in (q, k))
         mask = None
         if past is not None:
-            k, v, mask = past.append(self.layer, k, v)
+            k, v, mask = past.append(self.layer, self.window, k, v)
         return self.out(attend(q, k, v, self.window, mask).reshape(B, T, -1))
 
 
@@ -2411,11 +2414,11 @@ class Engine:
             rows.lengths = [start - i % 8 for i in range(n)]
             ids = torch.zeros(n, 1, dtype=torch.long, device=self.device)
             past = rows.begin(ids)
-            for one in (ids, past.positions, past.before, *past.at):
+            for one in (ids, past.positions, past.before, *past.at.values()):
                 mark(one, 0)
             for keys in (*past.k, *past.v):
                 mark(keys, (0, 1))
-            for mask in past.masks:
+            for mask in past.masks.values():
                 if mask is not None:
                     mark(mask, (0, 2))
             step(ids, past)
