@@ -43,11 +43,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-try:
-    from re import _parser as expressions  # type: ignore[attr-defined]
-except ImportError:  # Python 3.10
-    import sre_parse as expressions
-
 import torch
 from torch import Tensor
 
@@ -254,7 +249,7 @@ def read_blocklist(path: Path) -> Blocklist | None:
     """Read regular expressions, one a line; empty lines and those that begin with # do not count.
 
     Upper and lower case are the same. Python's matcher can take exponential time, in which nobody
-    is served. A repetition inside another, the usual cause, is refused, and no match is longer
+    is served: a repetition inside another, the usual cause, is refused, and no match is longer
     than HELD, which bounds what is only polynomial; (a|a)* passes: whoever writes the file has
     the last word. Raises ValueError, which names file and line.
     """
@@ -270,41 +265,22 @@ def read_blocklist(path: Path) -> Blocklist | None:
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if line and not line.startswith("#"):
             try:
-                window = max(window, window_of(line))
+                if not all(found[0] for found in re.finditer(line, "a b.")):
+                    raise ValueError("it matches where nothing is, so everywhere")
+                # all lines become one pattern, in which a group's number would mean another
+                if re.search(r"\\[1-9]|\(\?[P(]", line):
+                    raise ValueError("it refers to a group, or names one")
+                if re.search(r"[*+}].*\)[*+{]", line):
+                    raise ValueError("it may repeat a repetition, which can take for ever")
             except (ValueError, re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"--blocklist: {path}:{number}: {line[:80]}: {error}: "
                                  "mend or remove this line") from None  # fmt: skip
+            # without a repetition nothing matches more than its own length; 2 for ends of words
+            window = max(window, HELD if re.search("[*+{]", line) else len(line) + 2)
             lines.append(f"(?:{line})")
     if not lines:
         return None
     return Blocklist(re.compile("|".join(lines), re.IGNORECASE), min(window, HELD))
-
-
-def window_of(line: str) -> int:
-    """Return how many characters tell whether this expression matches. Raises ValueError, re.error.
-
-    All lines become one pattern, in which numbers and names of groups would mean something else.
-    """
-    re.compile(line)
-    tree = expressions.parse(f"(?:{line})", re.IGNORECASE)
-    if re.search(r"\\[1-9]|\(\?[P(]", line):
-        raise ValueError("it refers to a group, or names one")
-    if repetitions(tree) > 1:
-        raise ValueError("it repeats a repetition, which may take for ever")
-    least, most = tree.getwidth()
-    if not least:
-        raise ValueError("it matches where nothing is, so everywhere")
-    # 2 for what asserts the end of a word or of the text; $ lets the end of a line follow
-    return HELD if re.search(r"\(\?[=!]", line) else most + 2
-
-
-def repetitions(node: Any) -> int:
-    """Return how many repetitions of an open number are inside one another in a parsed pattern."""
-    if not isinstance(node, (tuple, list, expressions.SubPattern)):
-        return 0
-    inner = max(map(repetitions, node), default=0)
-    open_ended = len(node) == 3 and isinstance(node[0], int) and node[1] > max(node[0], 1)
-    return inner + open_ended
 
 
 class Masker:

@@ -1753,6 +1753,48 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 32768, "num_hidden_layers": 12, "hidden_size": 768,
+             "num_attention_heads": 6, "intermediate_size": 2048}  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).eval()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def their_seconds(streams):
+        ids, taken = torch.randint(256, (streams, 64)), []
+        for n in (4, 4, 36):  # the first is to warm up
+            start = time.perf_counter()
+            theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, **options)
+            taken.append(time.perf_counter() - start)
+        return (taken[2] - taken[1]) / 32
+
+    def our_seconds(streams):
+        for _ in range(streams):
+            ids = torch.randint(256, (64,)).tolist()
+            engine.submit(greedy(ids, 40))
+        while engine.waiting or engine.prompts:
+            engine.step()
+        taken = []
+        for _ in range(32):
+            start = time.perf_counter()
+            engine.step()
+            taken.append(time.perf_counter() - start)
+        engine.clear()
+        return sorted(taken)[16]
+
+    config = common.GPTConfig(32768, 12, 768, 6, 6, 256)
+    engine = common.Engine(common.GPT.create(config, CPU, torch.float32).quantize(), tokenizer, 16)
+    engine.stops.clear()
+    torch.compiler.reset()
+    engine.compile()
+    ratios = [their_seconds(streams) / our_seconds(streams) for streams in (1, 16)]
+    with capsys.disabled():
+        print(f"int8 against transformers' fp32, 1 and 16 streams: {ratios}")
+    assert min(ratios) > 2
+
+
 def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
     engine, counts = common.Engine(model, tokenizer, 2), []
@@ -2561,6 +2603,7 @@ class Hub:
                 hub.answer(self)
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.handle_error = lambda *_: None  # of clients that go away
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
@@ -6277,7 +6320,7 @@ def test_what_is_blocked_is_masked_in_answers_whole_and_streamed(tokenizer, tmp_
 
 BLOCKLISTS = [
     ["abc", "b+c", "ab"], ["a.c"], [r"\bab\b", "c$"], ["(a|b){2,4}c"], ["^ab", "(?<=a)b", "c\\Z"],
-    ["a+b*c"], [".b."], ["[^a]{3}"], ["a(?=bc)", "c(?!a)b"], ["a*?c"],
+    ["a+b*c"], [".b."], ["[^a]{3}"], ["a(?=bc)", "c(?!a)b"], ["a*?c"], ["a?(b|ca)c"], ["ab?$"],
 ]  # fmt: skip
 
 
@@ -6301,7 +6344,7 @@ def test_what_is_masked_does_not_depend_on_the_pieces(lines, pieces):
 
 
 def test_no_more_is_held_than_a_match_can_need(tmp_path):
-    for lines, window in ((["abcd"], 6), (["abcd", "x{3,9}"], 11), ([".*end"], 256)):
+    for lines, window in ((["abcd"], 6), (["abcd", "xyz.?"], 7), (["x{3,9}"], 256)):
         blocklist = serve.read_blocklist(Path(write_blocklist(tmp_path, *lines)))
         masker = serve.Masker(blocklist)
         assert blocklist.window == window
@@ -6316,8 +6359,8 @@ def test_no_more_is_held_than_a_match_can_need(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "said"),
     [(["fine", "(", "also"], r":2: \(: missing \)"), (["", "a*"], ":2: .*where nothing is"),
-     ([r"\b"], ":1: .*where nothing is"), (["(a+)+b"], ":1: .*repeats a repetition"),
-     (["((a|b{2,})c)*d"], ":1: .*repeats"), ([r"(a)\1"], ":1: .*refers to a group"),
+     ([r"\b"], ":1: .*where nothing is"), (["(a+)+b"], ":1: .*repeat a repetition"),
+     (["((a|b{2,})c)*d"], ":1: .*repeat a"), ([r"(a)\1"], ":1: .*refers to a group"),
      (["(?P<x>a)"], ":1: .*names one"), (["(a)?b(?(1)c|d)"], ":1: .*refers"),
      (["a", b"\xff"], ":2: this is not UTF-8"), (["a)(?:b"], ":1: .*unbalanced"),
      (["# x", "[z-a]"], ":2: .*bad character range.*: mend or remove this line")],
