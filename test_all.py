@@ -1753,6 +1753,35 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
     assert not counters["graph_break"]
 
 
+def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
+    tokenizer.info["measures"] = {"train_chars_per_s": 1e6, "encode_tokens_per_s": 1e6}
+    tokenizer.save(common.run_dir("t") / "tokenizer")
+    measure, seen = evaluate.bench_decoding, []
+
+    def tiny(run, tokenizer, config, dtype, int8):
+        seen.append((config.n_layer, config.vocab_size, int8))
+        shape = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 64}
+        return measure(run, tokenizer, dataclasses.replace(config, **shape, n_head=1, n_kv_head=1),
+                       torch.float32, int8)  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "bench_decoding", tiny)
+    monkeypatch.setattr(evaluate, "can_compile", lambda device: False)
+    monkeypatch.setattr(
+        evaluate, "training_rates", lambda tag: {f"{tag} pretraining, tokens/s": 5.0}
+    )
+    evaluate.main(evaluate.Settings(tag="t", bench=True, device="cpu", dtype="float32"))
+    assert seen == [(depth, vocab, int8) for depth, vocab in ((4, 4096), (12, 32768))
+                    for int8 in (False, True)]  # fmt: skip
+    report = json.loads((common.base_dir() / "bench.json").read_text())
+    said = capsys.readouterr().out
+    for name in ("d4 float32", "d12 float32", "d12 float32 int8 weights"):
+        measured = report["decoding"][name]
+        assert f"| {name} | {measured['x1']:,.0f} ({measured['x1 of bound']:.0%}) | " in said
+        assert measured["history"] > 1990
+        for key in ("x1", "x16", "x64", "prefill"):
+            assert measured[key] > 10 and 0 < measured[f"{key} of bound"] < 3
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
