@@ -920,8 +920,9 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     else:
         weight = weight if scale is None else weight * scale[:, None]
         y = F.linear(rows, weight.to(x.dtype))
-    y = y if torch.compiler.is_compiling() else y.contiguous()
-    return y.view(*x.shape[:-1], -1)  # attention is slow on what lies turned
+    if not torch.compiler.is_compiling():
+        y = y.contiguous()  # attention is slow on what lies turned
+    return y.view(*x.shape[:-1], -1)
 
 
 class Embedding(Linear):
@@ -2577,7 +2578,7 @@ class Engine:
             if count and (count + 1) * width > budget:
                 break
             count += 1
-        part = self.prompts[count - 1 :: -1] if count else []
+        part = self.prompts[count - 1 :: -1]
         rows = self.cache.part(slots - count, slots)
         todo = [prompt.ids[n:] for prompt, n in zip(part, rows.lengths)]
         width = min(max(map(len, todo)), budget, context - max(rows.lengths))

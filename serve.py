@@ -8,7 +8,7 @@ Usage:   python serve.py                                    # http://127.0.0.1:8
               -d '{"messages": [{"role": "user", "content": "Hi!"}], "stream": true}'
 Reads:   runs/TAG/{tokenizer,STAGE}/
 Serves:  POST /v1/chat/completions, /v1/completions; GET / (the page), /v1/models, /health,
-         /config, /metrics
+         /config, /metrics, /training
 Method:  one thread works the engine, in which all requests decode side by side; one thread a
          connection speaks HTTP/1.1
 """
@@ -19,6 +19,7 @@ import base64
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import hmac
 import http.server
@@ -1301,6 +1302,7 @@ def main(settings: Settings) -> None:
 # 9. The page --------------------------------------------------------------------------------
 
 
+@functools.cache
 def content_policy(page: str) -> str:
     """Return a policy under which only the page's own script and style run."""
 
