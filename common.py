@@ -982,82 +982,121 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class KVCache:
-    """The ids, keys and values of positions that were computed, for rows of unequal length."""
+    """The ids, keys and values of positions that were computed, for rows of unequal length.
+
+    A layer with a window keeps the last positions alone: position p lies in slot p % its slots.
+    """
+
+    SPARE = 256  # slots beside a window: a prompt that parts from a row so near its end can use it
 
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.n_layer, rows, config.max_seq_len, config.n_kv_head, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.ids = torch.zeros(rows, config.max_seq_len, device=device, dtype=torch.long)
-        self.lengths = [0] * rows  # positions filled
+        T = config.max_seq_len
         self.windows = [config.window(layer) for layer in range(config.n_layer)]
+        self.slots = {w: min(T, w + self.SPARE) for w in self.windows}
+
+        def room() -> list[Tensor]:
+            shape = config.n_kv_head, config.head_dim
+            sizes = [(rows, self.slots[w], *shape) for w in self.windows]
+            return [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
+
+        self.k, self.v = room(), room()  # by layer: (rows, slots, K, D)
+        self.ids = torch.zeros(rows, T, device=device, dtype=torch.long)
+        self.lengths = [0] * rows  # positions filled
 
     def part(self, start: int, end: int) -> KVCache:
         """Return rows start to end; the storage is shared, the lengths are a copy."""
         part = copy.copy(self)
-        part.k, part.v, part.ids = self.k[:, start:end], self.v[:, start:end], self.ids[start:end]
-        part.lengths = self.lengths[start:end]
+        part.k, part.v = ([x[start:end] for x in xs] for xs in (self.k, self.v))
+        part.ids, part.lengths = self.ids[start:end], self.lengths[start:end]
         return part
 
+    def holds(self, row: int, n: int) -> bool:
+        """Say whether a row still has all that goes on from its first n positions asks for."""
+        lost = self.lengths[row] - n  # the first slots that later positions may have taken
+        return all(self.lengths[row] <= s or lost <= s - w + 1 for w, s in self.slots.items())
+
     def copy_row(self, source: int, target: int, n: int) -> None:
-        """Make the first n positions of a row equal to another's."""
-        for x in (self.k, self.v):
-            x[:, target, :n] = x[:, source, :n]
+        """Make the first n positions of a row, which holds them, equal to another's."""
+        for x in (*self.k, *self.v):
+            x[target, :n] = x[source, :n]
         self.ids[target, :n] = self.ids[source, :n]
         self.lengths[target] = n
 
     def swap_rows(self, a: int, b: int) -> None:
         """Let two rows change places."""
         n = max(self.lengths[a], self.lengths[b])
-        for x in (self.k, self.v, self.ids[None]):
-            x[:, [a, b], :n] = x[:, [b, a], :n]
+        for x in (*self.k, *self.v, self.ids):
+            x[[a, b], :n] = x[[b, a], :n]
         self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
 
-    def begin(self, ids: Tensor) -> Past:
-        """Prepare to append ids (B, T) to the rows."""
-        T, device = ids.size(1), self.k.device
-        low, end, room = min(self.lengths), max(self.lengths) + T, self.k.size(2)
-        assert end <= room, f"cache of {room} positions cannot hold {end}"
-        starts = torch.tensor(self.lengths, device=device)[:, None]
-        positions = starts + torch.arange(T, device=device)  # (B, T)
+    def begin(self, ids: Tensor, counts: list[int] | None = None) -> Past:
+        """Prepare to append ids (B, T) to the rows; of row b the first counts[b], or all, count."""
+        (B, T), device, context = ids.shape, self.ids.device, self.ids.size(1)
+        low, high = min(self.lengths), max(self.lengths)
+        assert high + T <= context, f"cache of {context} positions cannot hold {high + T}"
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        positions = lengths + torch.arange(T, device=device)  # (B, T)
         self.ids.scatter_(1, positions, ids)
-        before = self.ids.gather(1, (starts - 1).clamp_min(0))
-        firsts = {window: max(0, low - window + 1) for window in self.windows}
-        at = {window: positions - first for window, first in firsts.items()}
-        masks: dict[int, Tensor | None] = dict.fromkeys(firsts)
-        if low + T < end or (T == 1 and len(self.lengths) > 1):  # one form for a compiled step
-            for window, first in firsts.items():
-                back = positions[:, :, None] - torch.arange(first, end, device=device)
-                masks[window] = (back >= 0) & (back < window)  # (B, T, keys)
-        seen = [(i, slice(None), slice(firsts[w], end)) for i, w in enumerate(self.windows)]
-        return Past(
-            positions,
-            before,
-            [self.k[part] for part in seen],
-            [self.v[part] for part in seen],
-            at,
-            masks,
-        )
+        before = self.ids.gather(1, (lengths - 1).clamp_min(0))
+        ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
+        seen = {}
+        for window, slots in self.slots.items():
+            slot = torch.arange(min(slots, high + T), device=device)  # those in use
+            if T == 1 or window == context:  # the new ones are stored, then all are read
+                mask = None
+                if window < context or low < high or (T == 1 and B > 1):  # one form for a compiler
+                    back = (positions[:, :, None] - slot) % slots
+                    mask = back < (positions + 1).clamp_max(window)[:, :, None]  # (B, T, slots)
+                seen[window] = Seen(len(slot), positions % slots, mask)
+                continue
+            # more than one new position could overwrite what another still sees
+            old = lengths - 1 - torch.arange(min(window - 1, high), device=device)  # positions
+            keys = torch.cat((old, positions), 1)[:, None]
+            back = positions[:, :, None] - keys
+            mask = (back >= 0) & (back < window) & (keys >= 0) if high else None
+            # the last that counts of the positions that share a slot; what is older stays
+            last = ends - 1 - (ends - 1 - slot) % slots
+            source = torch.where(last >= lengths, last - lengths, -1)
+            seen[window] = Seen(len(slot), source, mask, old % slots)
+        return Past(positions, before, self.k, self.v, seen)
+
+
+@dataclass
+class Seen:
+    """How the layers of one window meet the cache."""
+
+    slots: int  # in use: the first ones
+    at: Tensor  # (B, T): the slot of each new position; with `old` (B, slots): the new one of each
+    mask: Tensor | None  # (B, T, keys): what each new position sees; None where attend() knows
+    old: Tensor | None = None  # (B, n): slots of the keys that new ones see beside one another
 
 
 @dataclass
 class Past:
-    """What T new tokens of B rows need of a cache: by layer, or by the width of its window."""
+    """What T new tokens of B rows need of a cache."""
 
     positions: Tensor  # (B, T)
     before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
-    k: list[Tensor]  # (B, keys, K, D) each, a part of the cache: what any of them may see
+    k: list[Tensor]  # by layer: (B, slots, K, D)
     v: list[Tensor]
-    at: dict[int, Tensor]  # (B, T): where among these keys the new ones belong
-    masks: dict[int, Tensor | None]  # (B, T, keys): what each may see; None where attend() knows
+    seen: dict[int, Seen]  # by the width of a layer's window
 
     def append(
         self, layer: int, window: int, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store k and v (B, T, K, D) of a layer; return what may be seen, and the mask."""
-        place = torch.arange(k.size(0), device=k.device)[:, None], self.at[window]
-        self.k[layer][place], self.v[layer][place] = k.detach(), v.detach()
-        return self.k[layer], self.v[layer], self.masks[window]
+        seen = self.seen[window]
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        whole = []
+        for kept, new in ((self.k[layer][:, : seen.slots], k), (self.v[layer][:, : seen.slots], v)):
+            if seen.old is None:
+                kept[rows, seen.at] = new.detach()
+                whole.append(kept)
+            else:
+                whole.append(torch.cat((kept[rows, seen.old], new), 1))
+                fresh = (seen.at >= 0)[..., None, None]
+                kept.copy_(torch.where(fresh, new.detach()[rows, seen.at.clamp_min(0)], kept))
+        return whole[0], whole[1], seen.mask
 
 
 class Attention(nn.Module):
@@ -1215,12 +1254,15 @@ class GPT(nn.Module):
                 module.quantize()
         return self
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, counts: list[int] | None = None
+    ) -> Tensor:
         """Compute the last norm's output for ids (B, T); with a cache they continue its rows.
 
-        The caller, who knows what is padding, sets the cache's lengths afterwards.
+        Of row b the first counts[b] ids are real, the rest is padding. The caller adds to the
+        cache's lengths afterwards.
         """
-        return self.continued(ids, cache.begin(ids) if cache else None)
+        return self.continued(ids, cache.begin(ids, counts) if cache else None)
 
     def next_logits(self, ids: Tensor, past: Past) -> Tensor:
         """Return the logits (B, vocab_size) after ids (B, 1): one step of decoding."""
@@ -2406,22 +2448,22 @@ class Engine:
         # what the parameters are follows from the rest: to check each would take its time
         step = torch.compile(self.model.next_logits, options={"guard_filter_fn": checked})
         mark = torch._dynamo.maybe_mark_dynamic
-        # within a window all layers see alike, past it they do not: another program
-        past_window = {w + 8 for w in self.cache.windows if w < self.model.config.max_seq_len}
-        for n, start in itertools.product((1, 2, FEW_ROWS + 1), (8, *past_window)):
+        # as long as no layer's slots are full all have equally many, then not: another program
+        full = {s + 8 for s in self.cache.slots.values() if s + 8 < self.model.config.max_seq_len}
+        for n, start in itertools.product((1, 2, FEW_ROWS + 1), (8, *full)):
             if n > len(self.rows):
                 break
             rows = self.cache.part(0, n)
             rows.lengths = [start - i % 8 for i in range(n)]
             ids = torch.zeros(n, 1, dtype=torch.long, device=self.device)
             past = rows.begin(ids)
-            for one in (ids, past.positions, past.before, *past.at.values()):
+            seen = past.seen.values()
+            for one in (ids, past.positions, past.before, *(one.at for one in seen)):
                 mark(one, 0)
             for keys in (*past.k, *past.v):
-                mark(keys, (0, 1))
-            for mask in past.masks.values():
-                if mask is not None:
-                    mark(mask, (0, 2))
+                mark(keys, 0)
+            for mask in [one.mask for one in seen if one.mask is not None]:
+                mark(mask, (0, 2))
             step(ids, past)
         self.next_logits = step
 
@@ -2540,6 +2582,7 @@ class Engine:
         todo = prompt.ids[:-1]  # the last id is always computed
         free = range(len(self.decoding), target + 1)
         alike = [common_prefix(row.ids, todo) for row in self.rows]
+        alike = [n if self.cache.holds(i, n) else 0 for i, n in enumerate(alike)]
         found = max(alike)
         source = alike.index(found)
         if found < 32 or 2 * found < len(prompt.ids):
@@ -2584,7 +2627,8 @@ class Engine:
         width = min(max(map(len, todo)), budget, context - max(rows.lengths))
         todo = [ids[:width] for ids in todo]
         padded = [[*ids, *[0] * (width - len(ids))] for ids in todo]
-        hidden = self.model.hidden(torch.tensor(padded, device=self.device), rows)
+        counts = list(map(len, todo))
+        hidden = self.model.hidden(torch.tensor(padded, device=self.device), rows, counts)
         for prompt, ids in zip(part, todo):  # what a padded position holds is never seen
             self.rows[prompt.row].ids += ids
             self.cache.lengths[prompt.row] += len(ids)

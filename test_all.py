@@ -1008,9 +1008,16 @@ def test_later_tokens_and_other_rows_change_no_logit(changes):
     torch.testing.assert_close(model(ids[:1, :11]), logits[:1, :11])
 
 
+@pytest.fixture(params=[0, 5, 256], ids="spare{}".format)
+def spare(request, monkeypatch):
+    """Let windowed layers keep this many positions more than they see."""
+    monkeypatch.setattr(common.KVCache, "SPARE", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("split", [(1,) * 32, (32,), (7, 1, 1, 9, 3, 1, 10), (31, 1)])
-def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(changes, split):
+def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(spare, changes, split):
     model = random_model(**changes)
     ids = torch.randint(100, (2, 32))
     cache = common.KVCache(model.config, 2, CPU, torch.float32)
@@ -1022,13 +1029,13 @@ def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(changes, split)
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_rows_of_unequal_length_decode_as_each_alone(changes):
+def test_rows_of_unequal_length_decode_as_each_alone(spare, changes):
     model = random_model(**changes)
     rows = [torch.randint(100, (n,)) for n in (3, 17, 1, 9)]
     cache = common.KVCache(model.config, 5, CPU, torch.float32)
     part = cache.part(0, 4)
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=99)
-    hidden = model.hidden(padded, part)
+    hidden = model.hidden(padded, part, list(map(len, rows)))
     part.lengths = [len(row) for row in rows]
     last = model.logits(hidden[torch.arange(4), torch.tensor(part.lengths) - 1])
     for step in range(12):
@@ -1086,6 +1093,25 @@ def test_weights_laid_side_by_side_and_in_8_bits_give_the_same_model():
             assert {name for name, kind in kinds.items() if kind != torch.int8} == {
                 name for name in kinds if "embed" in name or "gate" in name or name == "mix"
             }
+
+
+def test_a_layer_with_a_window_keeps_that_and_a_prefix_is_used_where_it_is_held(spare):
+    model = random_model(window_pattern="SL", max_seq_len=64)
+    cache = common.KVCache(model.config, 2, CPU, torch.float32)
+    kept = min(64, 16 + spare)
+    assert [x.size(1) for x in cache.k] == [x.size(1) for x in cache.v] == [kept, 64]
+    ids = torch.randint(100, (1, 50))
+    row = cache.part(0, 1)
+    model.hidden(ids, row)
+    cache.lengths[0] = 50
+    used = [n for n in range(1, 51) if cache.holds(0, n)]
+    assert used == list(range(1 if kept == 64 else 49 - spare, 51))
+    for n in used:
+        cache.copy_row(0, 1, n)
+        rest = torch.randint(100, (1, 9))
+        logits = model.logits(model.hidden(rest, cache.part(1, 2)))
+        whole = model(torch.cat((ids[:, :n], rest), 1))[:, n:]
+        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_cache_is_never_overwritten_at_the_contexts_end():
@@ -1651,7 +1677,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_and_long_texts_keep_their_end(t
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots):
+def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots, spare):
     model = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL")
     engine, alone = common.Engine(model, tokenizer, slots), common.Engine(model, tokenizer, 1)
     rng = random.Random(0)
@@ -1688,11 +1714,14 @@ def check_rows(engine):
 
 
 @pytest.mark.parametrize(("slots", "chunk", "window"), [(1, 512, "L"), (3, 3, "SL"), (8, 5, "L")])
-def test_jobs_that_come_and_go_get_the_replies_they_get_alone(tokenizer, slots, chunk, window):
+def test_jobs_that_come_and_go_get_the_replies_they_get_alone(
+    tokenizer, slots, chunk, window, monkeypatch
+):
+    monkeypatch.setattr(common.KVCache, "SPARE", 9)
     model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
     engine = common.Engine(model, tokenizer, slots, chunk)
     rng, jobs = random.Random(slots), []
-    for _ in range(400):
+    for _ in range(600):
         if rng.random() < 0.4 and engine.load < 2 * slots:
             prompt = [tokenizer.bos, *(rng.randrange(300) for _ in range(rng.randrange(40)))]
             if jobs and rng.random() < 0.6:  # the same again, or a conversation that goes on
@@ -1732,7 +1761,8 @@ def test_a_common_prefix_is_counted(both, a, b):
 
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 @pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8):
+def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, monkeypatch):
+    monkeypatch.setattr(common.KVCache, "SPARE", 9)
     shape = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "window_pattern": "SL"}
     shape |= {"max_seq_len": 64}
     fast, plain = (common.Engine(m.quantize() if int8 else m, tokenizer, 3)
@@ -1904,7 +1934,7 @@ class Scripted(torch.nn.Module):
     def cast_weights(self):
         return self
 
-    def hidden(self, ids, cache):
+    def hidden(self, ids, cache, counts=None):
         cache.begin(ids)
         self.read += ids[0].tolist()
         return torch.zeros(*ids.shape, 1)
@@ -7165,7 +7195,7 @@ class Talker(torch.nn.Module):
     def cast_weights(self):
         return self
 
-    def hidden(self, ids, cache):
+    def hidden(self, ids, cache, counts=None):
         positions = cache.begin(ids).positions
         time.sleep(self.pause)
         said = torch.zeros(*ids.shape, 1)  # tokens since the assistant began
