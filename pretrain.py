@@ -18,7 +18,9 @@ import time
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from common import (
     GPT,
@@ -27,10 +29,12 @@ from common import (
     GPTConfig,
     MissingInput,
     Optimizer,
+    Rows,
     Run,
     Sampling,
     Tokenizer,
     accum_steps,
+    all_sum,
     check_name,
     compile_or_not,
     evaluate_bpb,
@@ -45,6 +49,7 @@ from common import (
     peak_flops,
     pick_dtype,
     read_texts,
+    rms_norm,
     row_batches,
     run_dir,
     save_checkpoint,
@@ -71,6 +76,8 @@ class Settings:
     smear: bool = setting(True, "mix the token before into each position's input")
     value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
     skip: bool = setting(True, "mix the first block's input into every block's")
+    bigram_steps: int = setting(60, "steps that first fit embedding and head to pairs of tokens")
+    bigram_tokens: float = setting(1e9, "runs of more tokens than this do without that")
     qk_scale: float = setting(1.2, "factor on normalised queries and keys")
     num_iterations: int = setting(0, "optimizer steps; 0 = from the next two")
     target_flops: float = setting(0.0, "train for this many FLOPs; 0 = from the next one")
@@ -327,6 +334,61 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
 
 # 5. Start -----------------------------------------------------------------------------------
 
+BIGRAM_PAIRS = 12_000_000  # counted at most
+BIGRAM_SHARE = 0.06  # of the run's FLOPs that the fit may take
+
+
+def bigram_steps(settings: Settings, config: GPTConfig, tokens: int) -> int:
+    """Choose the steps of fit_bigrams: none where they would be too few to be worth it."""
+    step = 6 * config.padded_vocab_size**2 * config.n_embd
+    affordable = int(BIGRAM_SHARE * tokens * config.flops_per_token() / step)
+    steps = min(settings.bigram_steps, affordable)
+    return steps if steps >= 20 and tokens <= settings.bigram_tokens else 0
+
+
+def count_pairs(rows: Rows, V: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count which id follows which: ids, followers and shares of all pairs, sorted by id."""
+    ids = np.stack([rows.row(i) for i in range(min(len(rows), BIGRAM_PAIRS // rows.row(0).size))])
+    before, after = ids[:, :-1].astype(np.int64), ids[:, 1:].astype(np.int64)
+    real = (before != rows.bos) | (after != rows.bos)  # the last row may be filled up with bos
+    keys, counts = np.unique(before[real] * V + after[real], return_counts=True)
+    shares = torch.from_numpy(counts / counts.sum()).float()
+    return torch.from_numpy(keys // V), torch.from_numpy(keys % V), shares
+
+
+def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
+    """Fit the embedding and the head to the counts of pairs; return the last nats per token.
+
+    While the blocks' outputs are zero the model sees one token back. All pairs at once teach it
+    in seconds what batches of text would in the first hundred steps. Ranks share the work.
+    """
+    rank, world_size = world()
+    V, device = model.config.vocab_size, model.embed.weight.device
+    before, after, shares = (x.to(device) for x in count_pairs(rows, V))
+    adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    embed, head = model.embed.weight, model.head.weight
+    rates = {embed: 0.3, head: 0.012 * (model.config.n_embd / 768) ** -0.5}
+    optimizer = Optimizer([{**adamw, "params": [p], "lr": lr} for p, lr in rates.items()],
+                          torch.float32)  # fmt: skip
+    size = max(1, (1 << (21 if device.type == "cpu" else 26)) // V)  # ids whose logits fit a cache
+    starts = range(rank * size, V, world_size * size)
+    total = torch.zeros((), device=device)
+    for step in range(num_steps):
+        total.zero_()
+        for start in starts:
+            end = min(start + size, V)
+            ends = torch.searchsorted(before, torch.tensor([start, end], device=device))
+            source, target, share = (x[slice(*ends)] for x in (before - start, after, shares))
+            logits = model.logits(rms_norm(embed[start:end]))
+            weights = torch.zeros(end - start, device=device).index_add(0, source, share)
+            loss = (weights * logits.logsumexp(1)).sum() - (share * logits[source, target]).sum()
+            loss.backward()
+            total += loss.detach()
+        optimizer.step(trapezoid(step, num_steps, 4, 0.6, 0.0))
+    with torch.no_grad():
+        embed.copy_(rms_norm(embed))  # its size counts nothing but against the learning rate
+    return all_sum(total).item()
+
 
 def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype,
              peak: float) -> None:  # fmt: skip
@@ -390,6 +452,9 @@ def main(settings: Settings) -> dict:
         epochs = num_steps * batch_rows / len(rows)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
         val_texts = validation_texts(source, settings.eval_tokens)
+        if not newest and (pairs := bigram_steps(settings, config, horizon.tokens(T))):
+            nats = fit_bigrams(model, rows, pairs)
+            run.say(f"bigrams: {pairs} steps over counts of pairs, loss {nats:.3f}")
         forward = torch.compile(model, dynamic=False) if compiled else model
         began, best = time.time(), saved.get("best_val_bpb", math.inf)
         for s in training_steps(

@@ -4809,6 +4809,39 @@ def test_the_horizon_follows_from_steps_flops_or_ratio():
     assert half.tokens(2048) == pytest.approx(d20.tokens(2048) / 2, rel=0.01)
 
 
+def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(tiny_run, tokenizer):
+    rows, V = common.token_rows(tiny_run, tokenizer, 16, 10**6, print), tokenizer.vocab_size
+    counted = collections.Counter[tuple[int, int]]()
+    for i in range(len(rows)):
+        counted.update(itertools.pairwise(rows.row(i).tolist()))
+    counted.pop((tokenizer.bos, tokenizer.bos), None)  # how the last row is filled up
+    before, after, shares = pretrain.count_pairs(rows, V)
+    expected = [n / counted.total() for _, n in sorted(counted.items())]
+    assert list(zip(before.tolist(), after.tolist())) == sorted(counted)
+    torch.testing.assert_close(shares, torch.tensor(expected))
+
+    model = common.GPT.create(random_model(vocab_size=V).config, CPU, torch.float32)
+    nats = pretrain.fit_bigrams(model, rows, 60)
+    with torch.no_grad():
+        losses = F.cross_entropy(model(before[:, None])[:, 0], after, reduction="none")
+    assert (losses * shares).sum().item() == pytest.approx(nats, abs=0.02)
+    alone = torch.zeros(V).index_add(0, before, shares)
+    entropy = -(shares * (shares / alone[before]).log()).sum().item()
+    unigrams = -(alone[alone > 0] * alone[alone > 0].log()).sum().item()
+    assert entropy < nats < entropy + 0.4 * (unigrams - entropy)
+    assert torch.allclose(model.embed.weight.square().mean(1), torch.ones(()), atol=1e-3)
+
+
+def test_the_fit_to_pairs_costs_a_small_share_or_is_left_out():
+    settings = pretrain.Settings(depth=4, max_seq_len=512)
+    config = pretrain.model_config(settings, 4096)
+    steps = {
+        n: pretrain.bigram_steps(settings, config, n) for n in (10**5, 10**6, 10**8, 2 * 10**9)
+    }
+    assert steps == {10**5: 0, 10**6: 60, 10**8: 60, 2 * 10**9: 0}
+    assert pretrain.bigram_steps(dataclasses.replace(settings, bigram_steps=0), config, 10**8) == 0
+
+
 def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     numbers = pretrain.main(
         pretrain.Settings(depth=20, plan=True, plan_device="H100", plan_count=8)
