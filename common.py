@@ -1012,8 +1012,8 @@ class KVCache:
 
     def holds(self, row: int, n: int) -> bool:
         """Say whether a row still has all that goes on from its first n positions asks for."""
-        lost = self.lengths[row] - n  # the first slots that later positions may have taken
-        return all(self.lengths[row] <= s or lost <= s - w + 1 for w, s in self.slots.items())
+        lost = self.lengths[row] - n + 1  # slots that later positions may have taken, or padding
+        return all(self.lengths[row] < s or lost <= s - w + 1 for w, s in self.slots.items())
 
     def copy_row(self, source: int, target: int, n: int) -> None:
         """Make the first n positions of a row, which holds them, equal to another's."""
@@ -1035,19 +1035,28 @@ class KVCache:
         low, high = min(self.lengths), max(self.lengths)
         assert high + T <= context, f"cache of {context} positions cannot hold {high + T}"
         lengths = torch.tensor(self.lengths, device=device)[:, None]
+        ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
+        alike = low == high and (T > 1 or B == 1)  # steps of many have one form, for a compiler
+        return self.past(ids, lengths, ends, high, alike)
+
+    def past(self, ids: Tensor, lengths: Tensor, ends: Tensor, high: int, alike: bool) -> Past:
+        """Do what begin() does with the lengths (B, 1) on the device, none of them above `high`.
+
+        `alike` says that they are equal; ends (B, 1) are the lengths afterwards.
+        """
+        T, device, context = ids.size(1), ids.device, self.ids.size(1)
         positions = lengths + torch.arange(T, device=device)  # (B, T)
         self.ids.scatter_(1, positions, ids)
         before = self.ids.gather(1, (lengths - 1).clamp_min(0))
-        ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
         seen = {}
         for window, slots in self.slots.items():
             slot = torch.arange(min(slots, high + T), device=device)  # those in use
             if T == 1 or window == context:  # the new ones are stored, then all are read
                 mask = None
-                if window < context or low < high or (T == 1 and B > 1):  # one form for a compiler
+                if window < context or not alike:
                     back = (positions[:, :, None] - slot) % slots
                     mask = back < (positions + 1).clamp_max(window)[:, :, None]  # (B, T, slots)
-                seen[window] = Seen(len(slot), positions % slots, mask)
+                seen[window] = Seen(positions % slots, mask)
                 continue
             # more than one new position could overwrite what another still sees
             old = lengths - 1 - torch.arange(min(window - 1, high), device=device)  # positions
@@ -1057,15 +1066,16 @@ class KVCache:
             # the last that counts of the positions that share a slot; what is older stays
             last = ends - 1 - (ends - 1 - slot) % slots
             source = torch.where(last >= lengths, last - lengths, -1)
-            seen[window] = Seen(len(slot), source, mask, old % slots)
-        return Past(positions, before, self.k, self.v, seen)
+            seen[window] = Seen(source, mask, old % slots)
+        used = [slice(min(self.slots[window], high + T)) for window in self.windows]
+        k, v = ([x[:, part] for x, part in zip(xs, used)] for xs in (self.k, self.v))
+        return Past(positions, before, k, v, seen)
 
 
 @dataclass
 class Seen:
     """How the layers of one window meet the cache."""
 
-    slots: int  # in use: the first ones
     at: Tensor  # (B, T): the slot of each new position; with `old` (B, slots): the new one of each
     mask: Tensor | None  # (B, T, keys): what each new position sees; None where attend() knows
     old: Tensor | None = None  # (B, n): slots of the keys that new ones see beside one another
@@ -1077,7 +1087,7 @@ class Past:
 
     positions: Tensor  # (B, T)
     before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
-    k: list[Tensor]  # by layer: (B, slots, K, D)
+    k: list[Tensor]  # by layer: (B, slots, K, D), the slots in use
     v: list[Tensor]
     seen: dict[int, Seen]  # by the width of a layer's window
 
@@ -1088,7 +1098,7 @@ class Past:
         seen = self.seen[window]
         rows = torch.arange(k.size(0), device=k.device)[:, None]
         whole = []
-        for kept, new in ((self.k[layer][:, : seen.slots], k), (self.v[layer][:, : seen.slots], v)):
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
             if seen.old is None:
                 kept[rows, seen.at] = new.detach()
                 whole.append(kept)
@@ -2414,6 +2424,23 @@ class _Row:
     left: int = -1  # the step in which its last owner left
 
 
+GRAPH_KEYS = 256  # a recorded step reads whole blocks of so many positions
+
+
+def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record what a step launches on a GPU; return what launches it again, and its output."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # libraries and compilers set up what a record cannot hold
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = step()
+    return graph.replay, output
+
+
 class Engine:
     """Generates for many requests at once; they join and leave between steps.
 
@@ -2434,6 +2461,9 @@ class Engine:
         self.steps = 0
         self.stops = {tokenizer.bos, tokenizer.specials["<|assistant_end|>"]}
         self.next_logits: Callable[[Tensor, Past], Tensor] | None = None
+        self.graphs: dict[tuple[int, int], tuple] | None = (
+            {} if self.device.type == "cuda" else None
+        )
 
     @torch.inference_mode()
     def compile(self) -> None:
@@ -2461,7 +2491,7 @@ class Engine:
             for one in (ids, past.positions, past.before, *(one.at for one in seen)):
                 mark(one, 0)
             for keys in (*past.k, *past.v):
-                mark(keys, 0)
+                mark(keys, (0, 1))
             for mask in [one.mask for one in seen if one.mask is not None]:
                 mark(mask, (0, 2))
             step(ids, past)
@@ -2515,12 +2545,16 @@ class Engine:
         self._admit()
         moved = list(self.decoding)
         if moved:
-            rows = self.cache.part(0, len(moved))
-            ids = torch.tensor([[job.reply.ids[-1]] for job in moved], device=self.device)
-            if self.next_logits:
-                logits = self.next_logits(ids, rows.begin(ids))
+            last_ids = [job.reply.ids[-1] for job in moved]
+            if self.graphs is not None:
+                logits = self._replay(last_ids)
             else:
-                logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
+                rows = self.cache.part(0, len(moved))
+                ids = torch.tensor(last_ids, device=self.device)[:, None]
+                if self.next_logits:
+                    logits = self.next_logits(ids, rows.begin(ids))
+                else:
+                    logits = self.model.logits(self.model.hidden(ids, rows)[:, -1])
             for i, job in enumerate(moved):
                 self.cache.lengths[i] += 1
                 self.rows[i].ids.append(job.reply.ids[-1])
@@ -2528,6 +2562,36 @@ class Engine:
         moved += self._prefill()
         self._leave()
         return moved
+
+    def _replay(self, last_ids: list[int]) -> Tensor:
+        """Compute the logits after the decoding rows' last ids by replaying a recorded step.
+
+        One is recorded for each power of two of rows and each GRAPH_KEYS positions. The rows that
+        fill up to the power compute on: what they store lies past their ends.
+        """
+        assert self.graphs is not None
+        n, context = len(last_ids), self.model.config.max_seq_len
+        rows = min(len(self.rows), 1 << (n - 1).bit_length())
+        for row in range(n, rows):
+            if self.cache.lengths[row] == context:  # there is no place past its end
+                self.rows[row].ids, self.cache.lengths[row] = [], 0
+        lengths = self.cache.lengths[:rows]
+        assert max(lengths) < context, f"cache of {context} positions is full: {lengths}"
+        end = min(context, -(-(max(lengths) + 1) // GRAPH_KEYS) * GRAPH_KEYS)
+        if (rows, end) not in self.graphs:
+            part = self.cache.part(0, rows)
+            fed = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device)  # ids, lengths
+            compute = self.next_logits or self.model.next_logits
+
+            def step() -> Tensor:
+                return compute(fed[0], part.past(fed[0], fed[1], fed[1] + 1, end - 1, False))
+
+            fed[1] = torch.tensor(lengths, device=self.device)[:, None]
+            self.graphs[rows, end] = fed, *record(step, self.device)
+        fed, replay, logits = self.graphs[rows, end]
+        fed.copy_(torch.tensor([[*last_ids, *[0] * (rows - n)], lengths])[..., None])
+        replay()
+        return logits[:n]
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield (index of the request, its reply) as they finish.

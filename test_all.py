@@ -1105,7 +1105,7 @@ def test_a_layer_with_a_window_keeps_that_and_a_prefix_is_used_where_it_is_held(
     model.hidden(ids, row)
     cache.lengths[0] = 50
     used = [n for n in range(1, 51) if cache.holds(0, n)]
-    assert used == list(range(1 if kept == 64 else 49 - spare, 51))
+    assert used == list(range(1 if kept == 64 else 50 - spare, 51))
     for n in used:
         cache.copy_row(0, 1, n)
         rest = torch.randint(100, (1, 9))
@@ -1781,6 +1781,64 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, monkeyp
     assert set(rows) == {1, 2, 3}, "it was asked"
     assert counters["frames"]["total"] == frames, "no length compiles anew"
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("window", ["L", "SL"])
+def test_recorded_steps_say_what_plain_ones_say(tokenizer, window, monkeypatch):
+    def record(step, device):
+        """Stand in for a GPU's recorder: the step runs on the tensors that it was recorded with."""
+        output, steps = step(), []
+        recorded.append((step, steps))
+
+        def replay():
+            steps.append(1)
+            output.copy_(step())
+
+        return replay, output
+
+    recorded = []
+    monkeypatch.setattr(common, "record", record)
+    monkeypatch.setattr(common, "GRAPH_KEYS", 16)
+    monkeypatch.setattr(common.KVCache, "SPARE", 9)
+    model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
+    engine, alone = common.Engine(model, tokenizer, 5), common.Engine(model, tokenizer, 1)
+    engine.graphs = {}
+    rng, requests = random.Random(0), []
+    for _ in range(40):  # new conversations, and those that go on from what a row holds
+        before = rng.choice(requests).prompt_ids if requests and rng.random() < 0.7 else ()
+        prompt = [*before, *(rng.randrange(300) for _ in range(rng.randrange(1, 30)))][:63]
+        requests.append(greedy(prompt, rng.choice((2, 9, 64))))
+    jobs = []
+    for request in requests:
+        jobs.append(engine.submit(request))
+        for _ in range(rng.randrange(8)):
+            engine.step()
+            check_rows(engine)
+    while engine.load:
+        engine.step()
+    assert sum(job.reused > 0 for job in jobs) > 2
+    for job in jobs:
+        alone.clear()
+        assert list(alone.generate(job.request)) == job.reply.ids
+    assert {rows for rows, _ in engine.graphs} == {1, 2, 4, 5}
+    assert {end for _, end in engine.graphs} == {16, 32, 48, 64}
+    assert len(recorded) == len(engine.graphs) < sum(len(steps) for _, steps in recorded) / 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
+    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    config = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL").config
+    model = common.GPT.create(config, cuda, bf16)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(0, 0.1)
+    fast, plain = common.Engine(model, tokenizer, 5), common.Engine(model, tokenizer, 5)
+    plain.graphs = None
+    requests = [greedy([tokenizer.bos, *range(n)], 20) for n in (3, 9, 1, 12, 7, 2, 5)]
+    assert dict(fast.run(requests)) == dict(plain.run(requests))
+    assert fast.graphs
 
 
 def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
