@@ -21,6 +21,7 @@ import ast
 import bisect
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -38,6 +39,7 @@ import queue
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -397,6 +399,8 @@ class Run:
     num_steps: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     stopping: bool = False
+    group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
+    saving: concurrent.futures.Future | None = None  # the write of a checkpoint that is under way
     wandb: Any = None
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -407,6 +411,46 @@ class Run:
     def closing(self, items: Any) -> Any:
         """Return items, which will be closed when the run ends."""
         return self.cleanup.enter_context(contextlib.closing(items))
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Run work in a thread; where it fails, training stops after the step."""
+        saving = self.saving = concurrent.futures.Future()
+
+        def body() -> None:
+            try:
+                work()
+                saving.set_result(None)
+            except BaseException as error:  # noqa: BLE001  wait_for_save raises it
+                saving.set_exception(error)
+                self.stopping = True
+
+        threading.Thread(target=body, daemon=True).start()  # a hung disk can be left by Ctrl-C
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
+        saving, self.saving = self.saving, None
+        if saving is not None:
+            saving.result()
+
+    def together(self, work: Callable[[], Any]) -> list:
+        """Do a part of the work on files on each rank, wait for all, return every rank's result.
+
+        Raises Stop on all ranks where one cannot read or write.
+        """
+        mine, failed = None, None
+        try:
+            mine = work()
+        except Stop as error:
+            failed = error
+        except OSError as error:
+            failed = Stop(disk_sentence(error))
+        everyone: list = [(mine, str(failed or ""))] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, everyone[0], self.group)
+        for _, sentence in everyone:
+            if failed or sentence:
+                raise failed or Stop(sentence)
+        return [result for result, _ in everyone]
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -419,7 +463,6 @@ class Run:
         if self.rank == 0:
             print(format_log(self.stage, step, self.num_steps, values), flush=True)
             line = {"stage": self.stage, "step": step, "time": time.time(), **values}
-            run_dir(self.tag).mkdir(parents=True, exist_ok=True)
             with open(run_dir(self.tag) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         if self.wandb is not None:
@@ -443,7 +486,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
 
     settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM sets `run.stopping`,
     which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
-    read-only disk becomes one sentence.
+    read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
     """
     device = pick_device(settings.device)
     rank, world_size = world()
@@ -456,6 +499,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
     run = Run(stage, settings.tag, settings, device, rank, world_size)
+    run.group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def stop(number: int, frame: Any) -> None:
         if run.stopping and number == signal.SIGINT:
@@ -469,10 +513,13 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         with one_sentence(stage):
-            if stage != "eval" and rank == 0:
+            if stage != "eval":
                 run.cleanup.enter_context(alone_at_work(run))
             run.wandb = _start_wandb(run)
-            yield run
+            try:
+                yield run
+            finally:
+                run.wait_for_save()
     finally:
         run.cleanup.close()
         for number, handler in before.items():
@@ -485,21 +532,43 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
 def alone_at_work(run: Run) -> Iterator[None]:
     """Keep a second process out of a run's stage while this one trains it.
 
-    Raises MissingInput where one is at work. A file system without locks is left unguarded.
+    Raises MissingInput where one is at work, or where a rank does not see rank 0's folder. A file
+    system without locks is left unguarded, and so is a run that is not there: the stage will say.
     """
-    import fcntl
+    path = run_dir(run.tag) / f".{run.stage}.lock"
+    mark = f"{socket.gethostname()} {time.time_ns()}"
+    with contextlib.ExitStack() as held:
 
-    run_dir(run.tag).mkdir(parents=True, exist_ok=True)
-    with open(run_dir(run.tag) / f".{run.stage}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MissingInput(
-                f"another process is training {run.stage} of the run {run.tag!r}: wait for it, or "
-                "give another --tag"
-            ) from None
-        except OSError:
-            pass
+        def take() -> str:
+            if run.rank or not path.parent.is_dir():
+                return ""
+            file = held.enter_context(open(path, "a", encoding="utf-8"))
+            try:
+                import fcntl  # Windows has none
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MissingInput(
+                    f"another process is training {run.stage} of the run {run.tag!r}: wait for it, "
+                    "or give another --tag"
+                ) from None
+            except (ImportError, OSError):
+                pass
+            path.write_text(mark, "utf-8")
+            return mark
+
+        def see() -> None:
+            patience = time.monotonic() + 60  # of NFS, which may still know how it was before
+            while first and not (path.exists() and path.read_text("utf-8") == first):
+                if time.monotonic() > patience:
+                    raise MissingInput(
+                        f"{socket.gethostname()} does not see {path} of {first.split()[0]}: "
+                        "NANOCHAT_BASE_DIR must be a folder that all nodes share"
+                    )
+                time.sleep(0.1)
+
+        first = run.together(take)[0]
+        run.together(see)
         yield
 
 
@@ -1757,9 +1826,11 @@ def token_rows(
     """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
 
     Shards without a cached array for this tokenizer and T are encoded first, shared out over the
-    ranks; the rows depend on none of that.
+    ranks, or over those of a node that does not see the others' files; the rows depend on none
+    of that.
     """
     rank, world_size = world()
+    local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     shards = list_shards(source, "train")
     folder = data_dir(source) / "tokens" / f"{tokenizer.fingerprint}-{T}"
     outs: list[Path] = []
@@ -1772,7 +1843,10 @@ def token_rows(
             say(f"tokenizing {wave[rank].name} ({first + 1} of at most {len(shards)} shards)")
             encode_shard(wave[rank], tokenizer, T, wave_outs[rank])
             say(f"tokenized in {format_duration(time.perf_counter() - start)}")
-        for out in wave_outs:
+        barrier()
+        for i, out in enumerate(wave_outs):
+            if not out.exists() and i % local[1] == local[0]:  # made on another node's disk
+                encode_shard(wave[i], tokenizer, T, out)
             while not out.exists():  # another rank makes it; torchrun ends us if that one dies
                 time.sleep(0.1)
             outs.append(out)
@@ -1982,36 +2056,81 @@ def list_checkpoints(tag: str, stage: str) -> list[Path]:
 def save_checkpoint(
     run: Run, step: int, model: GPT, optimizer: Optimizer | None, meta: dict, keep: int = 2
 ) -> Path:
-    """Write the folder step-001234 beside and rename it; then drop all but the newest `keep`.
+    """Copy a checkpoint to host memory, write it in the background, return the folder to be.
 
-    Every rank writes its optimizer shard, rank 0 the weights and meta.json, which records each
-    file's size and CRC-32. keep 0 drops nothing. A step that is on disk is not written again.
+    The folder step-001234 is written beside and renamed; then all but the newest `keep` go, none
+    with 0. Every rank writes its optimizer shard, rank 0 the weights and meta.json, which records
+    each file's size and CRC-32. A step that is on disk is not written again. Waits for the write
+    before this one, and raises Stop where that failed.
     """
+    run.wait_for_save()
     folder = run.dir / f"step-{step:06d}"
     if folder.exists():
         return folder
-    beside = run.dir / f".{folder.name}.partial"
-    if run.rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    barrier()
+    parts: dict[str, Any] = {}
     if optimizer is not None:
         shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        torch.save(shard, beside / f"optimizer-{run.rank:03d}.pt")
+        parts[f"optimizer-{run.rank:03d}.pt"] = to_host(shard)
     if run.rank == 0:
-        torch.save(model.state_dict(), beside / "model.pt")
-    barrier()
-    if run.rank == 0:
-        files = {p.name: [p.stat().st_size, _crc32(p)] for p in sorted(beside.glob("*.pt"))}
-        config = dataclasses.asdict(model.config)
-        settings = dataclasses.asdict(run.settings)
-        meta = {"stage": run.stage, "step": step, "config": config, "settings": settings, **meta}
-        write_json(beside / "meta.json", {**meta, "files": files})
-        os.replace(beside, folder)
-        for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    barrier()
+        parts["model.pt"] = to_host(model.state_dict())
+    config, settings = dataclasses.asdict(model.config), dataclasses.asdict(run.settings)
+    whole = {"stage": run.stage, "step": step, "config": config, "settings": settings, **meta}
+    whole = copy.deepcopy(whole)  # the metrics in it change
+    run.in_background(lambda: write_checkpoint(run, folder, parts, whole, keep))
     return folder
+
+
+def to_host(value: Any) -> Any:
+    """Copy the tensors in dicts and lists to host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(x) for key, x in value.items()}
+    return [to_host(x) for x in value] if isinstance(value, list) else value
+
+
+def write_checkpoint(run: Run, folder: Path, parts: dict, meta: dict, keep: int) -> None:
+    """Write all ranks' parts (name: value) and meta.json to a folder beside, and rename it."""
+    beside = folder.with_name(f".{folder.name}.partial")
+
+    def clear() -> None:
+        for left in folder.parent.glob(".step-*.partial"):  # of a killed run, or now dropped
+            shutil.rmtree(left)
+
+    def begin() -> None:
+        if run.rank == 0:
+            clear()
+            run.dir.mkdir(exist_ok=True)  # without its parents: a mount that went away stays away
+            beside.mkdir()
+
+    def write() -> dict[str, list[int]]:
+        files = {}
+        for name, value in parts.items():
+            # given a path, torch.save holds up Python's other threads and calls no error ENOSPC
+            with open(beside / name, "wb") as file:
+                torch.save(value, file)
+                file.flush()
+                os.fsync(file.fileno())  # a rename must not outlive its files in a power cut
+            files[name] = [(beside / name).stat().st_size, _crc32(beside / name)]
+        return files
+
+    def finish() -> None:
+        if run.rank == 0:
+            files = dict(sorted(pair for part in written for pair in part.items()))
+            write_json(beside / "meta.json", {**meta, "files": files})
+            os.replace(beside, folder)
+            for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
+                os.replace(old, old.with_name(f".{old.name}.partial"))  # never half a checkpoint
+            clear()
+
+    try:
+        run.together(begin)
+        written = run.together(write)
+        run.together(finish)
+    except Stop:
+        if run.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)  # room for what else must be written
+        raise
 
 
 def _crc32(path: Path) -> int:
@@ -2128,7 +2247,8 @@ def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None
     where the run there has other settings, or began from another model than parent holds.
     """
     settings = run.settings
-    if settings.restart and run.rank == 0:
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun, after a fault
+    if settings.restart and run.rank == 0 and not again:
         shutil.rmtree(run.dir, ignore_errors=True)
     barrier()
     found = list_checkpoints(run.tag, run.stage)

@@ -1495,12 +1495,13 @@ def test_a_request_to_stop_ends_after_the_step():
 
 
 def saved_run(keep=2, steps=(1,)):
-    settings = ExampleSettings()
-    run = common.Run("base", "t", settings, CPU, 0, 1)
+    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+    common.run_dir("t").mkdir(parents=True, exist_ok=True)
     model = random_model()
     optimizer = common.Optimizer(common.optimizer_groups(model, 0.1, 0.1, 0.1, 0.0), torch.float32)
     for step in steps:
         folder = common.save_checkpoint(run, step, model, optimizer, {"metrics": {}}, keep)
+    run.wait_for_save()
     return model, optimizer, folder
 
 
@@ -1546,22 +1547,72 @@ def test_a_missing_stage_or_tag_is_said(base_dir):
         common.find_checkpoint("t", "base", 7)
 
 
+def test_training_goes_on_while_a_step_is_written_and_the_step_is_saved(base_dir, monkeypatch):
+    model, optimizer, _ = saved_run()
+    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+    real, go, began = torch.save, threading.Event(), threading.Event()
+
+    def slow(value, file):
+        began.set()
+        assert go.wait(20)
+        real(value, file)
+
+    monkeypatch.setattr(torch, "save", slow)
+    metrics = {"loss": 2.0}
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    moments = [{k: v.clone() for k, v in unit.state.items()} for unit in optimizer.units]
+    folder = common.save_checkpoint(run, 2, model, optimizer, {"metrics": metrics})
+    assert began.wait(20) and not folder.exists()
+    metrics["loss"] = 1.0
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    go.set()
+    later = common.save_checkpoint(run, 4, model, optimizer, {"metrics": metrics})
+    assert folder.exists(), "a save waits for the one before"
+    run.wait_for_save()
+    for step, same in ((folder, True), (later, False)):
+        loaded = common.load_file(step, "model.pt", CPU)
+        assert loaded.keys() == weights.keys()
+        assert all(torch.equal(loaded[k], weights[k]) for k in weights) == same
+    state = common.load_file(folder, "optimizer-000.pt", CPU)["optimizer"]
+    assert state["steps"] == 0 and common.read_meta(folder)["metrics"] == {"loss": 2.0}
+    for a, b in zip(state["units"], moments):
+        assert all(torch.equal(a[k], b[k]) for k in b)
+
+
 def test_a_full_disk_while_saving_leaves_the_last_checkpoint(base_dir, monkeypatch):
     model, optimizer, folder = saved_run()
-    real = torch.save
-
-    def full(value, path):
-        real(value, path)
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr(torch, "save", full)
     run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
-    with pytest.raises(OSError):
-        common.save_checkpoint(run, 5, model, optimizer, {}, 1)
+    real = open
+
+    def full(path, *args, **options):
+        return real("/dev/full" if Path(path).name == "model.pt" else path, *args, **options)
+
+    monkeypatch.setattr(common, "open", full, raising=False)
+    common.save_checkpoint(run, 5, model, optimizer, {}, 1)
+    with pytest.raises(common.Stop, match="the disk is full .*free some space"):
+        run.wait_for_save()
+    assert run.stopping, "training ends after the step"
+    run.wait_for_save()  # said once
     monkeypatch.undo()
     os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)
     assert common.list_checkpoints("t", "base") == [folder]
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name], "and gives the room back"
     common.load_model(folder, CPU, torch.float32)
+
+
+def test_a_mount_that_is_gone_is_said_and_not_written_under(base_dir):
+    model, optimizer, folder = saved_run()
+    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+    base_dir.rename(base_dir.with_name("elsewhere"))
+    common.save_checkpoint(run, 5, model, optimizer, {}, 1)
+    with pytest.raises(common.Stop, match="runs/t/base: No such file"):
+        run.wait_for_save()
+    assert not base_dir.exists()
+    base_dir.with_name("elsewhere").rename(base_dir)
+    assert common.list_checkpoints("t", "base") == [folder]
 
 
 def test_bits_per_byte_by_documents_equal_one_document_at_a_time(tokenizer):
