@@ -1521,12 +1521,26 @@ class _Unit:
     chunk: int  # of it that a rank owns
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def join(self, tensors: list[Tensor], world_size: int) -> Tensor:
-        """Stack matrices, flatten the others, and pad so that the ranks' chunks are equal."""
-        muon = self.group["kind"] == "muon"
-        array = torch.stack(tensors) if muon else tensors[0].reshape(-1)
-        missing = self.chunk * world_size - self.length
+    def join(self, tensors: list[Tensor], chunks: slice) -> Tensor:
+        """Stack matrices, flatten the others; cut some chunks out, padded to their full length.
+
+        Tensors that are flattened and need no padding stay where they are.
+        """
+        cut = slice(chunks.start * self.chunk, chunks.stop * self.chunk)
+        if self.group["kind"] == "muon":
+            array = torch.stack(tensors[cut] or [torch.zeros_like(tensors[0])])
+        else:
+            array = tensors[0].reshape(-1)[cut]
+        missing = cut.stop - cut.start - len(array)
         return F.pad(array, [0, 0] * (array.dim() - 1) + [0, missing]) if missing else array
+
+    def split(self, array: Tensor) -> None:
+        """Copy an array of all chunks into the parameters."""
+        if self.group["kind"] == "muon":
+            for param, value in zip(self.params, array):
+                param.copy_(value)
+        elif array.data_ptr() != self.params[0].data_ptr():
+            self.params[0].view(-1).copy_(array[: self.length])
 
 
 class Optimizer:
@@ -1567,24 +1581,35 @@ class Optimizer:
     def step(self, lr_scale: float = 1.0) -> None:
         """Update all parameters from their gradients and clear these."""
         self.steps += 1
-        mine = slice(self.rank, self.rank + 1)
+        many, mine = self.world_size > 1, slice(self.rank, self.rank + 1)
+        # all sums are on their way before the first update, and all results before they are awaited
+        sums: collections.deque[tuple[Tensor, Any, Tensor]] = collections.deque()
         for unit in self.units:
             # a parameter that no token reached this step has no gradient: it counts as zero
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
-            g = all_sum(unit.join(grads, self.world_size))
-            p = unit.join([p.data for p in unit.params], self.world_size)
-            cut = slice(self.rank * unit.chunk, (self.rank + 1) * unit.chunk)
-            self._update(unit, p[cut], g[cut], lr_scale)
-            if self.world_size > 1:
-                parts = list(p.view(self.world_size, unit.chunk, *p.shape[1:]).unbind())
-                dist.all_gather(parts, parts[mine][0].clone())
-            if unit.group["kind"] == "muon":
-                for param, value in zip(unit.params, p):
-                    param.copy_(value)
-            elif p.data_ptr() != unit.params[0].data_ptr():
-                unit.params[0].copy_(p[: unit.length].view_as(unit.params[0]))
+            whole = unit.join(grads, slice(0, self.world_size))
             for param in unit.params:
                 param.grad = None
+            g = torch.empty_like(whole[: unit.chunk]) if many else whole
+            work: Any = dist.reduce_scatter_tensor(g, whole, async_op=True) if many else None
+            sums.append((g, work, whole))
+            del grads, g, whole
+        results = []
+        for unit in self.units:
+            g, work, _ = sums.popleft()
+            if many:
+                work.wait()
+            p = unit.join([p.data for p in unit.params], mine)
+            self._update(unit, p, g, lr_scale)
+            if many:
+                whole = p.new_empty(self.world_size * len(p), *p.shape[1:])
+                work = dist.all_gather_into_tensor(whole, p.clone(), async_op=True)
+                results.append((unit, whole, work))
+            else:
+                unit.split(p)
+        for unit, whole, work in results:
+            work.wait()
+            unit.split(whole)
 
     def _update(self, unit: _Unit, p: Tensor, g: Tensor, lr_scale: float) -> None:
         group, state = unit.group, unit.state
