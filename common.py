@@ -494,7 +494,14 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
         if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
             local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives its restarts: in it are the addresses of dead ranks
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            kept = dist.TCPStore(host, port, world_size, is_master=False)
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], kept)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
@@ -558,7 +565,7 @@ def alone_at_work(run: Run) -> Iterator[None]:
             return mark
 
         def see() -> None:
-            patience = time.monotonic() + 60  # of NFS, which may still know how it was before
+            patience = time.monotonic() + 20  # of NFS, which may still know how it was before
             while first and not (path.exists() and path.read_text("utf-8") == first):
                 if time.monotonic() > patience:
                     raise MissingInput(

@@ -4858,6 +4858,147 @@ def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
         assert loss == pytest.approx(a[step], abs=1e-3)
 
 
+def test_a_run_goes_on_with_1_2_3_and_1_ranks_as_if_unbroken(tiny_run):
+    pretrain.main(tiny_pretrain(tag="u", num_iterations=8))
+    options = dataclasses.asdict(tiny_pretrain(num_iterations=8))
+    pretrain.main(pretrain.Settings(**options))
+    for step, world_size in ((2, 2), (4, 3), (6, 1)):
+        for later in range(step + 2, 10, 2):
+            shutil.rmtree(common.find_checkpoint("t", "base", later))
+        run_ranks(world_size, f"pretrain.main(pretrain.Settings(**{options!r}))")
+        shards = len([*common.find_checkpoint("t", "base", 8).glob("optimizer-*.pt")])
+        assert shards == world_size
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() == set(range(1, 9))
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=1e-3)
+
+
+def torchrun(flags, settings, **environment):
+    """Start pretrain.py by torchrun with settings that differ from their defaults as flags."""
+    plain = dataclasses.asdict(pretrain.Settings())
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(settings).items()
+             if v != plain[k] and not isinstance(v, bool)]  # fmt: skip
+    words += [f"--{k}" for k in ("restart",) if getattr(settings, k)]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "pretrain.py", *words]
+    return [str(word) for word in command], {**os.environ, **environment}
+
+
+def ranks_of(agent):
+    """Return the process ids of the ranks that a torchrun process has started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+        for word in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            if word.startswith(b"RANK="):
+                found[int(word[5:])] = int(child)
+    return found
+
+
+def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
+    if not Path("/proc/self/task").exists():
+        pytest.skip("the ranks' process ids are read from /proc")
+    settings = tiny_pretrain(num_iterations=240, save_every=20, eval_every=0, keep=2, restart=True)
+    options = {**dataclasses.asdict(settings), "tag": "u"}
+    run_ranks(2, f"pretrain.main(pretrain.Settings(**{options!r}))")
+    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+    command, env = torchrun(flags, settings)
+    victims, said, killed = [(40, 1), (130, 0)], [], []
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
+        for line in agent.stdout:
+            said.append(line)
+            if victims and f"base {victims[0][0]:05d}/" in line:
+                killed.append(time.monotonic())
+                os.kill(ranks_of(agent)[victims.pop(0)[1]], signal.SIGKILL)
+            if "going on from" in line:
+                assert time.monotonic() - killed[-1] < 60
+    assert agent.returncode == 0 and not victims
+    assert sum("going on from" in line for line in said) == 2
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and len(a) == 240
+    assert max(abs(a[step] - b[step]) for step in a) < 1e-4
+    a, b = final_weights("u", 240), final_weights("t", 240)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
+
+
+def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_run, capfd):
+    options = dataclasses.asdict(tiny_pretrain(num_iterations=100_000, save_every=2, eval_every=0))
+    code = f"""
+    def full(path, *args, **options):
+        shard = "step-000004.partial" in str(path) and str(path).endswith("001.pt")
+        return open("/dev/full" if shard else path, *args, **options)
+    common.open = full
+    try:
+        pretrain.main(pretrain.Settings(**{options!r}))
+    except common.Stop as stop:
+        print("rank", rank, "said:", stop)
+    """
+    run_ranks(2, code)
+    out = capfd.readouterr().out
+    assert all(f"rank {rank} said: the disk is full" in out for rank in (0, 1)), out
+    assert [p.name for p in common.list_checkpoints("t", "base")] == ["step-000002"]
+    common.load_file(common.find_checkpoint("t", "base"), "optimizer-001.pt", CPU)
+
+
+@pytest.fixture
+def two_hosts():
+    """The words that run a command on either of two hosts, network namespaces joined by a cable."""
+    names = [f"nanochat-{os.getpid()}-{i}" for i in (0, 1)]
+    steps = [f"ip netns add {name}" for name in names]
+    steps += [f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}"]
+    for i, name in enumerate(names):
+        steps += [f"ip -n {name} addr add 10.99.0.{i + 1}/24 dev eth0"]
+        steps += [f"ip -n {name} link set {device} up" for device in ("eth0", "lo")]
+    try:
+        for step in steps:
+            try:
+                done = subprocess.run(step.split(), capture_output=True, text=True, check=False)
+            except FileNotFoundError:
+                pytest.skip("network namespaces need iproute2")
+            if done.returncode:
+                pytest.skip(f"network namespaces are not allowed here: {step}: {done.stderr}")
+        yield [["ip", "netns", "exec", name] for name in names]
+    finally:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shared, tmp_path):
+    pretrain.main(tiny_pretrain(tag="u", num_iterations=20))
+    shutil.rmtree(common.data_dir(tiny_run) / "tokens")
+    other = tmp_path / "other"  # the second host's disk: text of its own, without the token cache
+    shutil.copytree(base_dir / "data", other / "data")
+    if shared:
+        (other / "runs").symlink_to(base_dir / "runs")
+    else:
+        shutil.copytree(base_dir / "runs", other / "runs")
+    agents = []
+    for i, host in enumerate(two_hosts):
+        flags = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=test",
+                 "--rdzv_endpoint=10.99.0.1:29500", f"--rdzv_conf=is_host={1 - i}",
+                 f"--local_addr=10.99.0.{i + 1}"]  # fmt: skip
+        command, env = torchrun(
+            flags, tiny_pretrain(num_iterations=20), GLOO_SOCKET_IFNAME="eth0",
+            NANOCHAT_BASE_DIR=str((base_dir, other)[i]),
+        )  # fmt: skip
+        with open(tmp_path / f"host{i}.txt", "w") as out:
+            agents.append(subprocess.Popen(host + command, env=env, stdout=out, stderr=out))
+    codes = [agent.wait(240) for agent in agents]
+    said = [(tmp_path / f"host{i}.txt").read_text() for i in (0, 1)]
+    if not shared:
+        assert 0 not in codes and "must be a folder that all nodes share" in said[1], said
+        return
+    assert codes == [0, 0], said
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and len(a) == 20
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=1e-3)
+    rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
+    assert [path.read_bytes() for path in rows[0]] == [path.read_bytes() for path in rows[1]] != []
+
+
 def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
     settings = {**dataclasses.asdict(tiny_pretrain(num_iterations=100_000, eval_every=0,
                                                    save_every=0)), "keep": 2}  # fmt: skip
