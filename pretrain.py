@@ -262,6 +262,20 @@ def fit_micro_batch(config: GPTConfig, batch_rows: int, device: torch.device, it
     return rows
 
 
+def exchanged_bytes(config: GPTConfig, world_size: int) -> int:
+    """Return what a rank sends in a step: gradients summed by chunks, parameters gathered, fp32.
+
+    As much as it receives. Chunks are whole matrices, so many ranks send filling too.
+    """
+    with torch.device("meta"):
+        units = Optimizer(optimizer_groups(GPT(config), 1, 1, 1, 0), torch.float32).units
+    whole = 0
+    for unit in units:
+        size = unit.params[0].numel() if unit.group["kind"] == "muon" else 1
+        whole += -(-unit.length // world_size) * world_size * size
+    return 2 * 4 * whole * (world_size - 1) // world_size
+
+
 def print_plan(settings: Settings) -> dict[str, float]:
     """Print what a run would take, without touching data or a device; return the numbers."""
     config = model_config(settings, settings.plan_vocab_size)
@@ -287,7 +301,7 @@ def print_plan(settings: Settings) -> dict[str, float]:
     numbers = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
         "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
-        "flops": flops, "seconds": seconds, **{f"{k}_bytes": v for k, v in memory.items()},
+        "flops": flops, "seconds": seconds, "exchanged_bytes": exchanged_bytes(config, count), **{f"{k}_bytes": v for k, v in memory.items()},
     }  # fmt: skip
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
     print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
@@ -297,6 +311,8 @@ def print_plan(settings: Settings) -> dict[str, float]:
     split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
     print(f"memory       {sum(memory.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
+    print(f"exchanged    {numbers['exchanged_bytes'] / 1e9:.2f} GB sent and received by each a step of "
+          f"{1e3 * seconds / horizon.num_steps:,.0f} ms")  # fmt: skip
     print(f"time         {format_duration(seconds)} at {share:.0%} of the peak")
     if price := PRICE_PER_HOUR.get(name):
         numbers["cost_usd"] = price * count * seconds / 3600

@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -4801,8 +4802,10 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny_run):
     pretrain.main(tiny_pretrain())
     for step in (6, 4):  # as if killed after step 2, half of a later save written
         shutil.rmtree(common.find_checkpoint("t", "base", step))
-    (common.run_dir("t") / "base" / ".step-000004.partial").mkdir()
+    for step in (3, 4):
+        (common.run_dir("t") / "base" / f".step-00000{step}.partial").mkdir()
     pretrain.main(tiny_pretrain())
+    assert not list((common.run_dir("t") / "base").glob(".*")), "what was half written goes"
     a, b = final_weights("u", 6), final_weights("t", 6)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert base_losses("u") == base_losses("t")
@@ -4938,6 +4941,24 @@ def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_ru
     assert all(f"rank {rank} said: the disk is full" in out for rank in (0, 1)), out
     assert [p.name for p in common.list_checkpoints("t", "base")] == ["step-000002"]
     common.load_file(common.find_checkpoint("t", "base"), "optimizer-001.pt", CPU)
+
+
+def test_no_compiler_no_fork_and_no_shared_memory_are_needed(tiny_run, monkeypatch, capfd):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "/nonexistent")
+    for module, name in ((os, "fork"), (signal, "SIGALRM")):
+        monkeypatch.delattr(module, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    pretrain.main(tiny_pretrain(tag="u", compile="yes"))
+    assert "compile: off: it needs a C++ compiler" in capfd.readouterr().out
+    child = multiprocessing.get_context("spawn").Process(
+        target=pretrain.main, args=(tiny_pretrain(compile="yes"),)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    assert base_losses("t") == base_losses("u")
 
 
 @pytest.fixture
@@ -5101,8 +5122,11 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert numbers["parameters"] == (2 + 10) * 65536 * 1280 + blocks + 1280**2
     assert 11e9 < numbers["tokens"] < 11.5e9 and 2 * 3600 < numbers["seconds"] < 6 * 3600
     assert 50 < numbers["cost_usd"] < 150
-    for word in ("parameters", "FLOPs", "tokens", "memory", "time", "cost"):
+    for word in ("parameters", "FLOPs", "tokens", "memory", "exchanged", "time", "cost"):
         assert word in out
+    # 7/8 of 2 x 4 bytes; by eights go 20 matrices of a shape in 24 slots, 81 in 88, 10 in 16
+    slots = (2 * 24 * 4 + 88) * 1280**2 + 16 * 10 * 32 + 12 * 65536 * 1280 + 2 * 20
+    assert numbers["exchanged_bytes"] == 7 * slots
     assert not list(base_dir.iterdir())
 
 
