@@ -28,6 +28,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import gc
 import hashlib
 import importlib.util
 import itertools
@@ -58,6 +59,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # 1. Formats, paths, errors, log --------------------------------------------------------------
 
@@ -180,6 +182,7 @@ LOG_FORMATS: dict[str, Callable[[Any], str]] = {
     "train_bpb": lambda v: f"train_bpb {v:.4f}",
     "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
     "mfu": lambda v: f"mfu {100 * v:.1f} %",
+    "data": lambda v: f"data {100 * v:.1f} %",
     "left_s": lambda v: f"left {format_duration(v)}",
 }
 
@@ -323,15 +326,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache  # a second timing could choose otherwise on a busy machine
 def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
-    """Choose the compute dtype: the named one, else bf16 where it is fast, else fp32.
+    """Choose the compute dtype: the named one, else bf16 where it is fast, fp16 where that is.
 
-    On a CPU both are timed: without the instructions bf16 runs hundreds of times slower (so a
+    Elsewhere fp32. On a CPU bf16 and fp32 are timed: without the instructions bf16 runs hundreds of times slower (so a
     small product is asked first), and below twice fp32's rate the conversions eat the gain.
     """
     if name:
         return getattr(torch, name)
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        if (7, 0) <= capability < (8, 0):  # V100, T4: tensor cores, but no bf16
+            return torch.float16
+        fast = capability >= (8, 0)
     elif device.type == "cpu":
         fast = all(
             measure_matmul(device, torch.bfloat16, n)
@@ -373,11 +379,41 @@ def compile_or_not(
     return True
 
 
+def say(text: str) -> None:
+    """Print a line on rank 0."""
+    if world()[0] == 0:
+        print(text, flush=True)
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Sum a tensor over all ranks, in place; alone it is returned as it is."""
     if world()[1] > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Say whether it is so on any rank."""
+    if world()[1] == 1:  # without waiting for the device
+        return flag
+    return bool(all_sum(torch.tensor(float(flag), device=device)).item())
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the memory that this process may fill: what a GPU has free, a share of a machine's."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return math.inf
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Say whether memory ran out; not all of torch's allocators have a class for it."""
+    words = r"out of memory|can't allocate memory|ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
 def barrier() -> None:
@@ -945,6 +981,11 @@ class GPTConfig:
             seen += (w * (w + 1) / 2 + (T - w) * w) / T
         return 6 * weights + 12 * self.n_embd * seen
 
+    def cache_bytes(self, item: int) -> int:
+        """Count the bytes that one slot of the engine keeps, `item` a number."""
+        positions = sum(KVCache.slots_of(self, self.window(i)) for i in range(self.n_layer))
+        return 2 * positions * self.n_kv_head * self.head_dim * item
+
 
 class Linear(nn.Module):
     """A product without bias whose fp32 weight is cast to the input's dtype.
@@ -1068,7 +1109,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
         T = config.max_seq_len
         self.windows = [config.window(layer) for layer in range(config.n_layer)]
-        self.slots = {w: min(T, w + self.SPARE) for w in self.windows}
+        self.slots = {w: self.slots_of(config, w) for w in self.windows}
 
         def room() -> list[Tensor]:
             shape = config.n_kv_head, config.head_dim
@@ -1078,6 +1119,11 @@ class KVCache:
         self.k, self.v = room(), room()  # by layer: (rows, slots, K, D)
         self.ids = torch.zeros(rows, T, device=device, dtype=torch.long)
         self.lengths = [0] * rows  # positions filled
+
+    @classmethod
+    def slots_of(cls, config: GPTConfig, window: int) -> int:
+        """Return how many positions of a row a layer with this window keeps."""
+        return min(config.max_seq_len, window + cls.SPARE)
 
     def part(self, start: int, end: int) -> KVCache:
         """Return rows start to end; the storage is shared, the lengths are a copy."""
@@ -1281,6 +1327,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", torch.empty(shape), persistent=False)
         self.register_buffer("sin", torch.empty(shape), persistent=False)
         self.dtype = torch.float32  # of activations; weights stay fp32 while training
+        self.recompute = False  # keep only the blocks' inputs for the backward pass
 
     @classmethod
     def create(cls, config: GPTConfig, device: torch.device, dtype: torch.dtype) -> GPT:
@@ -1375,7 +1422,11 @@ class GPT(nn.Module):
                 x = self.mix[i, 0].to(x.dtype) * x + self.mix[i, 1].to(x.dtype) * first
             has_values = i in self.config.value_layers
             values = self.value_embeds[str(i)](ids).to(x.dtype) if has_values else None
-            x = block(x, values, cos, sin, past)
+            inputs = x, values, cos, sin, past
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(*inputs)
         return rms_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -1400,6 +1451,11 @@ class GPT(nn.Module):
         return HeadLoss.apply(flat, self.head.weight, targets.flatten(), mask, self.config)
 
 
+def logits_at_once(device: torch.device) -> int:
+    """Return how many the loss makes: 2 M stay in a CPU's cache, 64 M keep a GPU busy."""
+    return 1 << (21 if device.type == "cpu" else 26)
+
+
 class HeadLoss(torch.autograd.Function):
     """Head, softcap and cross-entropy over chunks of positions, gradients made on the way.
 
@@ -1410,15 +1466,13 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, mask, config):  # type: ignore[no-untyped-def]
         """Return the sum of mask x nats of targets (N,) given hidden (N, C), weight (V, C)."""
-        # 2 M logits stay in a CPU's cache, 64 M keep a GPU busy
-        budget = 1 << (21 if hidden.device.type == "cpu" else 26)
         V, W = config.vocab_size, weight.to(hidden.dtype)
         columns = torch.arange(W.size(0), device=hidden.device)
         real = (columns < V).float()  # padded ids take no probability
         loss = torch.zeros((), device=hidden.device)
         d_weight = torch.zeros_like(weight)
         d_hidden = []
-        chunk = max(1, budget // W.size(0))
+        chunk = logits_at_once(hidden.device) // W.size(0) or 1
         for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
             z = (h @ W.t()).float()
             t = t.clamp_min(0)[:, None]
@@ -1444,9 +1498,21 @@ class HeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
+def hidden_states(model: GPT, ids: Tensor) -> Tensor:
+    """Compute model.hidden(ids) (B, T, C) without gradients, in as many parts as memory asks for."""
+    try:
+        return model.hidden(ids)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    parts = ids.split(fewer_rows(len(ids), ids.device))
+    return torch.cat([hidden_states(model, part) for part in parts])
+
+
+@torch.no_grad()
 def token_losses(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """Compute the nats of each target (B, T) given ids (B, T); 0 where it is IGNORE."""
-    hidden, flat = model.hidden(ids).flatten(0, 1), targets.flatten()
+    hidden, flat = hidden_states(model, ids).flatten(0, 1), targets.flatten()
     chunk = max(1, (1 << 24) // model.config.padded_vocab_size)
     losses = [
         F.cross_entropy(model.logits(h), t, ignore_index=IGNORE, reduction="none")
@@ -1480,6 +1546,8 @@ def orthogonalize(g: Tensor, coefficients: list, dtype: torch.dtype) -> Tensor:
 
     g (..., m, n), any dtype; the products run in `dtype`, which is also returned.
     """
+    if dtype == torch.float16:  # whose range begins where small gradients are
+        g = g / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # the smaller side squared is the cheaper product
@@ -1550,6 +1618,43 @@ class _Unit:
             self.params[0].view(-1).copy_(array[: self.length])
 
 
+@dataclass
+class LossScaler:
+    """Multiplies fp16's loss, so that small gradients do not vanish (arXiv:1710.03740).
+
+    The factor halves when a gradient overflows and doubles after many steps in which none did.
+    """
+
+    scale: float = 2.0**16
+    steps: int = 0  # since it changed
+
+    def unscale(self, optimizer: Optimizer) -> bool:
+        """Divide the gradients by the factor and adapt it; say whether any rank's overflowed.
+
+        Raises Stop where no factor helps.
+        """
+        grads = [p.grad for u in optimizer.units for p in u.params if p.grad is not None]
+        finite = True
+        if grads:
+            torch._foreach_mul_(grads, 1 / self.scale)
+            finite = bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
+        overflow = any_rank(not finite, optimizer.units[0].params[0].device)
+        self.steps = 0 if overflow else self.steps + 1
+        if overflow:
+            self.scale /= 2
+        elif self.steps == GROW_AFTER:
+            self.scale, self.steps = self.scale * 2, 0
+        if self.scale < 2**-10:
+            raise Stop(
+                "gradients overflow fp16 whatever the loss is multiplied by: checkpoints on disk "
+                "are untouched; run again with --dtype=float32"
+            )
+        return overflow
+
+
+GROW_AFTER = 2000  # steps, as in torch's own
+
+
 class Optimizer:
     """Muon for matrices and AdamW for the rest, state and work shared out over the ranks.
 
@@ -1562,6 +1667,7 @@ class Optimizer:
     def __init__(self, groups: list[dict], dtype: torch.dtype, compiled: bool = False):
         self.rank, self.world_size = world()
         self.groups, self.dtype, self.steps = groups, dtype, 0
+        self.scaler: LossScaler | None = None  # where the activations are fp16
         self.muon, self.adamw = muon_update, adamw_update
         if compiled:
             self.muon = torch.compile(muon_update, dynamic=False)
@@ -1631,13 +1737,22 @@ class Optimizer:
             betas = group["betas"]
             self.adamw(p, g, state["m"], state["v"], lr, t, betas, group["eps"], decay)
 
+    def clear_gradients(self) -> None:
+        """Forget the gradients of all parameters."""
+        for unit in self.units:
+            for param in unit.params:
+                param.grad = None
+
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's shard of the state."""
-        return {"steps": self.steps, "units": [unit.state for unit in self.units]}
+        state = {"steps": self.steps, "units": [unit.state for unit in self.units]}
+        return {**state, "scaler": vars(self.scaler)} if self.scaler else state
 
     def load_state_dicts(self, shards: list[dict[str, Any]]) -> None:
         """Load the state from the shards of all ranks that saved it, cut anew for these ranks."""
         self.steps = shards[0]["steps"]
+        if self.scaler and "scaler" in shards[0]:
+            self.scaler = LossScaler(**shards[0]["scaler"])
         for i, unit in enumerate(self.units):
             for name, mine in unit.state.items():
                 whole = torch.cat([shard["units"][i][name] for shard in shards])[: unit.length]
@@ -1947,6 +2062,14 @@ def row_batches(
     return prefetch(make(), 2 * accum)
 
 
+def batch_parts(batch: Any, rows: int) -> Iterator[Any]:
+    """Cut a micro-batch in parts of at most `rows` rows; its count of targets stays the whole's."""
+    tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    for first in range(0, len(batch.ids), rows):
+        part = {k: v[first : first + rows] for k, v in tensors.items()}
+        yield dataclasses.replace(batch, **part)
+
+
 def accum_steps(batch_rows: int, micro_batch: int) -> int:
     """Return how many micro-batches a rank runs for its share of a step's rows."""
     return -(-batch_rows // (micro_batch * world()[1]))
@@ -2011,6 +2134,8 @@ class Step:
     lr: float = 0.0  # factor of the last update
     tok_per_s: float = 0.0  # of all that goes through the model, learned or not
     left_s: float = math.nan
+    data: float = 0.0  # share of the steps' time in which they waited for their rows
+    micro: int = 0  # rows of a forward pass: fewer once memory has run out
     stopping: bool = False  # the user asked to stop: this is the last one yielded
 
     def due(self, every: int, first: bool = False) -> bool:
@@ -2023,6 +2148,167 @@ class Step:
         return self.step % every == 0 or self.step == self.num_steps
 
 
+def fewer_rows(rows: int, device: torch.device) -> int:
+    """Return half of the rows, or of an odd number its largest divisor, after memory ran out.
+
+    Raises Stop where there is but one. Called when the error, and all that it holds, is gone.
+    """
+    if rows == 1:
+        raise Stop(
+            f"not even one row fits in the memory of {device.type}: free some, pretrain with "
+            "--recompute or with a smaller --max-seq-len or --depth"
+        )
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return max(n for n in range(1, rows // 2 + 1) if rows % n == 0)  # equal parts
+
+
+def accumulate(
+    compute_loss: Callable[[Any], Tensor], batches: Sequence[Any], rows: int, count: Tensor,
+    scale: float = 1.0,
+) -> Tensor | None:  # fmt: skip
+    """Add up the gradients of micro-batches, `rows` rows at a time; return their loss / count.
+
+    The gradients alone are multiplied by scale. None where memory ran out: the gradients are then
+    those of a part.
+    """
+    total = torch.zeros((), device=count.device)
+    try:
+        for batch in batches:
+            for part in batch_parts(batch, rows):
+                loss = compute_loss(part) / count
+                (loss * scale).backward()
+                total += loss.detach()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
+    return total
+
+
+def memory_bytes(
+    config: GPTConfig, rows: int, item: int, device: torch.device, *, world_size: int = 1,
+    recompute: bool = False, slots: int = 0,
+) -> dict[str, int]:  # fmt: skip
+    """Estimate a device's bytes at the peak of training in passes of `rows` rows, not compiled.
+
+    item is the bytes of an activation. "workspace" is what the backward pass of a block, or the
+    update, takes beyond the logits, which are gone by then.
+    """
+    C, L, N, V = config.n_embd, config.n_layer, rows * config.max_seq_len, config.padded_vocab_size
+    matrices, params = config.matrix_params(), config.num_params()
+    kv = config.n_kv_head / config.n_head
+    norm = 4 if device.type == "cpu" else item  # of the input that a norm keeps: not fused there
+    # kept for the backward pass, in bytes a channel and token: what the block's norms got and
+    # gave; q and k as their norms got them; q, k, v and what attention gave; the MLP's 4 C
+    # before and after the square; what the skip scales
+    block = 2 * norm + 2 * item + (1 + kv) * norm + (1 + 2 * kv + 1 + 8 + config.skip) * item
+    values = len(config.value_layers) * kv * item  # what the gates scale
+    ends = 2 * norm + (1 + config.smear) * item  # first and last norm, smear, the head's input
+    kept = (L * (1 + config.skip) * item if recompute else L * block) + values + ends
+    casts = item * matrices if item < 4 else 0  # of the weights
+    again = N * C * (block - config.skip * item) + casts / L if recompute else 0
+    casts = 0 if recompute else casts
+    parts = {
+        "weights": 4 * params + casts,
+        "gradients": 4 * params,
+        "optimizer": (4 * matrices + 8 * (params - matrices)) // world_size,
+        "activations": int(N * C * kept),
+        "logits": 24 * min(N * V, logits_at_once(device)) + 8 * V * C,
+        "cache": slots * config.cache_bytes(item),
+    }
+    backward = again + 10 * N * C * item + 4 * V * C
+    update = max(16 * V * C, (12.5 + 6.25 * item) * 4 * C * C * L) - parts["activations"] - casts
+    return {**parts, "workspace": max(0, int(max(backward, update)) - parts["logits"])}
+
+
+def fit_micro_batch(
+    config: GPTConfig, most: int, device: torch.device, item: int, recompute: bool
+) -> int:
+    """Estimate how many rows a forward pass may have on all ranks: `most`, halved until they fit.
+
+    Raises MissingInput where not even one does.
+    """
+    room = torch.tensor(0.9 * free_bytes(device), device=device)  # the rest: fragments
+    ranks = world()[1]
+    if ranks > 1:
+        dist.all_reduce(room, dist.ReduceOp.MIN)
+
+    def need(rows: int) -> int:
+        parts = memory_bytes(config, rows, item, device, world_size=ranks, recompute=recompute)
+        return sum(parts.values())
+
+    rows = most
+    while rows > 1 and need(rows) > room:
+        rows = -(-rows // 2)
+    if need(rows) > room:
+        raise MissingInput(
+            f"a model of depth {config.n_layer} and context {config.max_seq_len} needs about "
+            f"{need(1) / 1e9:.1f} GB and {device.type} has {room.item() / 1e9:.1f} GB for it: "
+            f"pretrain with {'' if recompute else '--recompute or with '}a smaller --depth or "
+            "--max-seq-len"
+        )
+    return rows
+
+
+def choose_micro_batch(
+    run: Run, config: GPTConfig, saved: dict[str, Any], share: int, most: int, item: int
+) -> int:
+    """Choose the rows of a forward pass, of the `share` that a rank has in a step.
+
+    When a run goes on they are what they were in the end, so that it is the unbroken one; else
+    what --device-batch-size says, or what fits, at most `most`.
+    """
+    asked = run.settings.device_batch_size
+    if "micro_batch" in saved and saved["settings"]["device_batch_size"] == asked:
+        return min(share, saved["micro_batch"])
+    if not asked:
+        asked = fit_micro_batch(config, min(share, most), run.device, item, recomputes(run))
+    return min(share, asked)
+
+
+def recomputes(run: Run) -> bool:
+    """Say whether the blocks of a run are computed again in the backward pass."""
+    if run.stage == "base":
+        return run.settings.recompute
+    return read_meta(find_checkpoint(run.tag, "base"))["settings"].get("recompute", False)
+
+
+def blank_batch(rows: int, config: GPTConfig, device: torch.device) -> Batch:
+    """Make a micro-batch of whole rows that say nothing, to try one."""
+    ids = torch.zeros(rows, config.max_seq_len, dtype=torch.long, device=device)
+    return Batch(ids, ids, ids.numel())
+
+
+def try_micro_batch(
+    rows: int, compute_loss: Callable[[Any], Tensor], optimizer: Optimizer,
+    make: Callable[[int], Batch],
+) -> int:  # fmt: skip
+    """Return rows, halved until a trial of make(rows), and an update's memory, fit on all ranks.
+
+    It takes two passes, the second with the gradients of the first at hand; nothing of the run
+    changes. Raises Stop where not even one row fits.
+    """
+    device = optimizer.units[0].params[0].device
+    largest = max(sum(p.numel() for p in unit.params) for unit in optimizer.units)
+
+    def fits() -> bool:
+        total = accumulate(compute_loss, [make(rows)] * 2, rows, torch.ones((), device=device))
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.empty(25 * largest, dtype=torch.uint8, device=device)
+            return total is not None
+        return False
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        while any_rank(not fits(), device):
+            optimizer.clear_gradients()
+            rows = fewer_rows(rows, device)
+            say(f"memory ran out in a trial step: passes of {rows} rows")
+    optimizer.clear_gradients()
+    return rows
+
+
 def training_steps(
     batches: Iterator[Any],
     compute_loss: Callable[[Any], Tensor],
@@ -2031,6 +2317,7 @@ def training_steps(
     num_steps: int,
     *,
     accum: int = 1,
+    micro: int = 0,
     start: int = 0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
@@ -2038,41 +2325,62 @@ def training_steps(
 
     compute_loss returns a micro-batch's loss summed over its targets; the update divides by the
     targets of the whole step, over micro-batches and ranks, so a batch without any counts zero.
-    stop() on any rank ends all after the step. Raises Stop where the loss is not finite.
+    Where fp16's gradients overflow the step makes no update.
+    Where memory runs out on any rank, all begin the step again in passes of half the rows; micro
+    is their number at first, 0 for that of the first batch. stop() on any rank ends all after the
+    step. Raises Stop where the loss is not finite or one row does not fit.
     """
     device = optimizer.units[0].params[0].device
-    s = Step(start, num_steps)
-    s.stopping = bool(all_sum(torch.tensor(float(stop()), device=device)).item())
-    times: collections.deque[tuple[float, float]] = collections.deque(maxlen=20)
-    while True:
-        yield s
-        if s.step == num_steps or s.stopping:
-            return
-        began = time.perf_counter()
-        micro = [next(batches) for _ in range(accum)]
-        counts = [[float(b.num_targets), float(b.ids.numel())] for b in micro]
-        count, num_tokens = all_sum(torch.tensor(counts, device=device).sum(0))
-        total = torch.zeros((), device=device)
-        for batch in micro:
-            loss = compute_loss(batch) / count.clamp_min(1)
-            loss.backward()
-            total += loss.detach()
-        s.lr = schedule(s.step)
-        optimizer.step(s.lr)
-        sums = all_sum(torch.stack([total, torch.tensor(float(stop()), device=device)]))
-        s.loss, stopping = sums.tolist()
-        s.step, s.stopping = s.step + 1, stopping > 0
-        if not math.isfinite(s.loss):
-            raise Stop(
-                f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; run again "
-                "with a lower --lr-scale or --dtype=float32, or look at the data of this step"
-            )
-        if s.step == start + 2:
-            times.clear()  # the first step compiled and warmed up
-        times.append((time.perf_counter() - began, num_tokens.item()))
-        seconds = sum(t for t, _ in times)
-        s.tok_per_s = sum(n for _, n in times) / seconds
-        s.left_s = seconds / len(times) * (num_steps - s.step)
+    s = Step(start, num_steps, micro=micro, stopping=any_rank(stop(), device))
+    times: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=20)
+    scaler, collecting = optimizer.scaler, gc.isenabled()
+    try:
+        while True:
+            yield s
+            if s.step == num_steps or s.stopping:
+                return
+            gc.disable()  # ranks would wait for each other's collections
+            began = time.perf_counter()
+            parts = [next(batches) for _ in range(accum)]
+            waited = time.perf_counter() - began
+            s.micro = s.micro or len(parts[0].ids)
+            counts = [[float(b.num_targets), float(b.ids.numel())] for b in parts]
+            count, num_tokens = all_sum(torch.tensor(counts, device=device).sum(0))
+            count = count.clamp_min(1)
+            scale = scaler.scale if scaler else 1.0
+            while True:
+                total = accumulate(compute_loss, parts, s.micro, count, scale)
+                if not any_rank(total is None, device):
+                    break
+                optimizer.clear_gradients()
+                s.micro = fewer_rows(s.micro, device)
+                say(f"memory ran out in step {s.step + 1}: on in passes of {s.micro} rows")
+            assert total is not None
+            s.lr = schedule(s.step)
+            if scaler and scaler.unscale(optimizer):
+                optimizer.clear_gradients()
+                say(f"fp16 overflowed in step {s.step + 1}: no update, scale {scaler.scale:g}")
+            else:
+                optimizer.step(s.lr)
+            sums = all_sum(torch.stack([total, torch.tensor(float(stop()), device=device)]))
+            s.loss, stopping = sums.tolist()
+            s.step, s.stopping = s.step + 1, stopping > 0
+            if not math.isfinite(s.loss):
+                raise Stop(
+                    f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; run "
+                    "again with a lower --lr-scale or --dtype=float32, or look at the data of this step"
+                )
+            if s.step == start + 2:
+                times.clear()  # the first step compiled and warmed up
+            times.append((time.perf_counter() - began, num_tokens.item(), waited))
+            seconds, tokens, waits = map(sum, zip(*times))
+            s.tok_per_s, s.data = tokens / seconds, waits / seconds
+            s.left_s = seconds / len(times) * (num_steps - s.step)
+            if collecting:
+                gc.enable()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 # 9. Checkpoints, bits per byte ---------------------------------------------------------------
@@ -2312,10 +2620,12 @@ def continue_stage(
     """
     model = load_model(newest or parent, run.device, dtype)
     base = read_meta(find_checkpoint(run.tag, "base"))
+    model.recompute = recomputes(run)
     names = ("matrix_lr", "embed_lr", "head_lr", "weight_decay")
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
     muon_dtype = pick_dtype(run.device, base["muon_dtype"])
     optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
+    optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
     if newest or warm:
         load_optimizer(newest or parent, optimizer)
@@ -2593,6 +2903,9 @@ def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
     return graph.replay, output
 
 
+SMALLEST_BUDGET = 128  # tokens of prompts that are computed at once
+
+
 class Engine:
     """Generates for many requests at once; they join and leave between steps.
 
@@ -2604,7 +2917,10 @@ class Engine:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, slots: int = 64, chunk: int = 512):
         self.model, self.tokenizer, self.chunk = model.cast_weights(), tokenizer, chunk
-        self.device = model.embed.weight.device
+        self.device, self.budget = model.embed.weight.device, 16384
+        slot_bytes = model.config.cache_bytes(model.dtype.itemsize)
+        while slots > 1 and slots * slot_bytes > free_bytes(self.device) / 2:
+            slots = -(-slots // 2)
         self.cache = KVCache(model.config, slots, self.device, model.dtype)
         self.rows = [_Row() for _ in range(slots)]
         self.waiting: collections.deque[Job] = collections.deque()
@@ -2830,7 +3146,7 @@ class Engine:
         if not self.prompts:
             return []
         context, slots = self.model.config.max_seq_len, len(self.rows)
-        budget = self.chunk if self.decoding else 16384  # tokens
+        budget = min(self.chunk, self.budget) if self.decoding else self.budget  # tokens
         count, width = 0, 0
         for prompt in self.prompts:
             width = max(width, len(prompt.ids) - self.cache.lengths[prompt.row])
@@ -2844,7 +3160,15 @@ class Engine:
         todo = [ids[:width] for ids in todo]
         padded = [[*ids, *[0] * (width - len(ids))] for ids in todo]
         counts = list(map(len, todo))
-        hidden = self.model.hidden(torch.tensor(padded, device=self.device), rows, counts)
+        try:
+            hidden = self.model.hidden(torch.tensor(padded, device=self.device), rows, counts)
+        except RuntimeError as error:
+            if not out_of_memory(error) or self.budget <= SMALLEST_BUDGET:
+                raise
+            self.budget //= 2
+            for prompt in part:  # where windows move on, what was written may have taken its place
+                self.cache.lengths[prompt.row], self.rows[prompt.row].ids = 0, []
+            return []
         for prompt, ids in zip(part, todo):  # what a padded position holds is never seen
             self.rows[prompt.row].ids += ids
             self.cache.lengths[prompt.row] += len(ids)

@@ -57,6 +57,7 @@ from common import (
     format_count,
     format_duration,
     grade,
+    hidden_states,
     list_checkpoints,
     list_shards,
     load_model,
@@ -124,7 +125,9 @@ class Settings:
     seed: int = setting(0, "of the samples")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
     dtype: str = setting(
-        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+        "",
+        "of activations; empty = bfloat16 or float16 where fast",
+        choices=("", "float32", "bfloat16", "float16"),
     )
     restart: bool = setting(False, "evaluate again what is already evaluated")
 
@@ -275,7 +278,7 @@ def continuation_logits(
         count = batch_rows(width, settings)
         part, order = order[:count], order[count:]
         padded = [inputs[i] + [0] * (width - len(inputs[i])) for i in part]
-        hidden = model.hidden(torch.tensor(padded, device=device))  # (rows, width, C)
+        hidden = hidden_states(model, torch.tensor(padded, device=device))  # (rows, width, C)
         for i, h in zip(part, hidden):
             end = len(inputs[i])
             yield i, model.logits(h[max(0, end - rows[i][1]) : end])
@@ -294,8 +297,7 @@ PROMPTS = (
 
 def make_engine(model: GPT, tokenizer: Tokenizer, settings: Settings) -> Engine:
     """Make an engine of 64 slots, or of as many as have room in 8 GiB."""
-    c = model.config
-    row_bytes = 2 * c.n_layer * c.max_seq_len * c.n_kv_head * c.head_dim * model.dtype.itemsize
+    row_bytes = model.config.cache_bytes(model.dtype.itemsize)
     slots = settings.device_batch_size or max(1, min(64, (8 << 30) // row_bytes))
     return Engine(model, tokenizer, slots)
 

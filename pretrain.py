@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -25,8 +24,10 @@ from torch import Tensor
 from common import (
     GPT,
     PEAK_FLOPS,
+    Batch,
     Engine,
     GPTConfig,
+    LossScaler,
     MissingInput,
     Optimizer,
     Rows,
@@ -35,7 +36,9 @@ from common import (
     Tokenizer,
     accum_steps,
     all_sum,
+    blank_batch,
     check_name,
+    choose_micro_batch,
     compile_or_not,
     evaluate_bpb,
     format_count,
@@ -43,6 +46,7 @@ from common import (
     list_shards,
     load_file,
     load_optimizer,
+    memory_bytes,
     newest_checkpoint,
     optimizer_groups,
     parse_settings,
@@ -58,6 +62,7 @@ from common import (
     token_rows,
     training_steps,
     trapezoid,
+    try_micro_batch,
     world,
 )
 
@@ -84,6 +89,7 @@ class Settings:
     target_param_data_ratio: float = setting(20.0, "tokens per parameter")
     total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = from the steps")
     device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
+    recompute: bool = setting(False, "keep less for the backward pass and compute it again")
     lr_scale: float = setting(1.0, "factor on all learning rates")
     matrix_lr: float = setting(0.02, "learning rate of the blocks' matrices (Muon)")
     embed_lr: float = setting(0.2, "learning rate of the embedding at width 768 (AdamW)")
@@ -101,7 +107,9 @@ class Settings:
     seed: int = setting(0, "of the initial weights and the order of rows")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
     dtype: str = setting(
-        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+        "",
+        "of activations; empty = bfloat16 or float16 where fast",
+        choices=("", "float32", "bfloat16", "float16"),
     )
     compile: str = setting(
         "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
@@ -115,9 +123,9 @@ class Settings:
 
     # what may change when a run is resumed: it alters no batch and no update
     may_differ: ClassVar[set[str]] = {
-        "device_batch_size", "eval_every", "eval_tokens", "sample_every", "save_every", "keep",
-        "log_every", "device", "dtype", "compile", "run", "restart", "source",
-        "plan", "plan_device", "plan_count", "plan_vocab_size",
+        "device_batch_size", "recompute", "eval_every", "eval_tokens", "sample_every",
+        "save_every", "keep", "log_every", "device", "dtype", "compile", "run", "restart",
+        "source", "plan", "plan_device", "plan_count", "plan_vocab_size",
     }  # fmt: skip
     derived: ClassVar[dict[str, str]] = {
         "model_dim": "the width is derived from --depth (64 channels a block)",
@@ -220,48 +228,6 @@ PRICE_PER_HOUR = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "A6000": 0.8, "RTX 4090
 MEMORY_GB = {"H200": 141, "H100": 80, "A100": 80, "A6000": 48, "RTX 4090": 24, "L4": 24}
 
 
-def memory_bytes(config: GPTConfig, micro_batch: int, world_size: int, item: int) -> dict[str, int]:
-    """Estimate a device's bytes while training; item is the bytes of an activation."""
-    C, L, T = config.n_embd, config.n_layer, config.max_seq_len
-    matrices, params = config.matrix_params(), config.num_params()
-    kv = config.n_kv_head / config.n_head
-    # kept for the backward pass, in widths a token: block input and its norm twice, attention
-    # q, k before and after rotation and norm, v, output; MLP 4 before and 4 after the square;
-    # what the skip scales; in every other layer what the gate scales
-    extra = config.skip + config.value_embeds * kv
-    per_token = (2 + 2 + 3 + 3 * kv + 2 * kv + 1 + 8 + extra) * C * item
-    return {
-        "weights": 4 * params + (item if item < 4 else 0) * params,
-        "gradients": 4 * params,
-        "optimizer": (4 * matrices + 8 * (params - matrices)) // world_size,
-        "activations": int(micro_batch * T * (L * per_token + 4 * C * item)),
-        "logits": min(micro_batch * T * config.padded_vocab_size, 1 << 26) * 3 * 4,
-    }
-
-
-def fit_micro_batch(config: GPTConfig, batch_rows: int, device: torch.device, item: int) -> int:
-    """Choose the rows of a forward pass: what fits the device, no more than a rank's share."""
-    rows = accum_steps(batch_rows, 1)  # a rank's share
-    if device.type == "cuda":
-        room = 0.8 * torch.cuda.mem_get_info(device)[0]  # the rest: fragments, workspaces
-    else:
-        rows = min(rows, max(1, 8192 // config.max_seq_len))  # more gains nothing in the caches
-        room = 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    ranks = world()[1]
-
-    def need(rows: int) -> int:
-        return sum(memory_bytes(config, rows, ranks, item).values())
-
-    while rows > 1 and need(rows) > room:
-        rows = -(-rows // 2)
-    if need(rows) > room:
-        raise MissingInput(
-            f"a model of --depth={config.n_layer} needs about {need(1) / 1e9:.0f} GB and "
-            f"{device.type} has {room / 1e9:.0f} GB for it: take a smaller --depth or --max-seq-len"
-        )
-    return rows
-
-
 def exchanged_bytes(config: GPTConfig, world_size: int) -> int:
     """Return what a rank sends in a step: gradients summed by chunks, parameters gathered, fp32.
 
@@ -292,24 +258,31 @@ def print_plan(settings: Settings) -> dict[str, float]:
     flops = tokens * config.flops_per_token()
     seconds = flops / (peak * count * share)
     rows = settings.device_batch_size or max(1, horizon.batch_rows // count)
-    room = MEMORY_GB.get(name, 0) * 1e9
+    room, kind = MEMORY_GB.get(name, 0) * 1e9, torch.device("cuda") if name else device
+
+    def memory(rows: int) -> dict[str, int]:
+        options = {"world_size": count, "recompute": settings.recompute, "slots": 1}
+        return memory_bytes(config, rows, dtype.itemsize, kind, **options)
+
     while room and rows > 1 and not settings.device_batch_size:
-        if sum(memory_bytes(config, rows, count, dtype.itemsize).values()) < 0.9 * room:
+        if sum(memory(rows).values()) < 0.9 * room:
             break
         rows = -(-rows // 2)
-    memory = memory_bytes(config, rows, count, dtype.itemsize)
     numbers = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
         "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
-        "flops": flops, "seconds": seconds, "exchanged_bytes": exchanged_bytes(config, count), **{f"{k}_bytes": v for k, v in memory.items()},
+        "flops": flops, "seconds": seconds, "exchanged_bytes": exchanged_bytes(config, count),
+        **{f"{k}_bytes": v for k, v in memory(rows).items()},
     }  # fmt: skip
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
     print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
     print(f"FLOPs        {format_count(flops)}, {format_count(config.flops_per_token())} a token")
     print(f"tokens       {format_count(tokens)} ({horizon.reasons[0]})")
     print(f"steps        {horizon.num_steps:,} of {horizon.batch_rows * T:,} tokens")
-    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory.items())
-    print(f"memory       {sum(memory.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
+    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory(rows).items())
+    print(
+        f"memory       {sum(memory(rows).values()) / 1e9:.1f} GB a device at {rows} rows: {split}"
+    )
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
     print(f"exchanged    {numbers['exchanged_bytes'] / 1e9:.2f} GB sent and received by each a step of "
           f"{1e3 * seconds / horizon.num_steps:,.0f} ms")  # fmt: skip
@@ -317,7 +290,36 @@ def print_plan(settings: Settings) -> dict[str, float]:
     if price := PRICE_PER_HOUR.get(name):
         numbers["cost_usd"] = price * count * seconds / 3600
         print(f"cost         {numbers['cost_usd']:,.0f} USD at {price} USD a GPU and hour")
+    for gb in CARDS_GB:
+        plain, recomputed, context = card_limits(gb, settings)
+        print(f"card         {gb} GB: depth {plain}, with --recompute {recomputed}; at depth {plain} "
+              f"with --recompute a context of {context:,}")  # fmt: skip
     return numbers
+
+
+CARDS_GB = (6, 12, 24, 48, 80, 141)
+
+
+def card_limits(gb: int, settings: Settings) -> tuple[int, int, int]:
+    """Return a card's largest depth in bf16, that with recomputation, the first's largest context.
+
+    Depths are even and have room for 8 rows of --max-seq-len in a pass, which keeps a card busy;
+    contexts are powers of 2 and have room for one row, with recomputation.
+    """
+    plain = replace(settings, n_kv_head=0, head_dim=0, total_batch_size=0)
+
+    def fits(depth: int, T: int, rows: int, recompute: bool) -> bool:
+        config = model_config(replace(plain, depth=depth, max_seq_len=T), plain.plan_vocab_size)
+        parts = memory_bytes(config, rows, 2, torch.device("cuda"), recompute=recompute)
+        return sum(parts.values()) < 0.9 * gb * 1e9
+
+    T = settings.max_seq_len
+    depths = [
+        max((d for d in range(2, 129, 2) if fits(d, T, 8, recompute)), default=0)
+        for recompute in (False, True)
+    ]
+    contexts = (2**n for n in range(8, 24) if fits(depths[0] or 2, 2**n, 1, True))
+    return depths[0], depths[1], max(contexts, default=0)
 
 
 # 4. Events -----------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ def print_samples(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
         return
     copy = GPT.create(model.config, run.device, model.dtype)
     copy.load_state_dict(model.state_dict())
-    engine = Engine(copy, tokenizer)
+    engine = Engine(copy, tokenizer, slots=1)
     for prompt in PROMPTS:
         pieces = engine.complete(prompt, Sampling(max_tokens=24, temperature=0))
         run.say(f"sample: {prompt}|{''.join(pieces)!r}")
@@ -443,8 +445,10 @@ def main(settings: Settings) -> dict:
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        micro = settings.device_batch_size or saved.get("micro_batch", 0)
-        micro = micro or fit_micro_batch(config, batch_rows, run.device, dtype.itemsize)
+        share = accum_steps(batch_rows, 1)
+        # on a CPU more gains nothing in the caches
+        most = max(1, 8192 // T) if run.device.type == "cpu" else share
+        micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
         peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
         describe(run, config, horizon, micro, dtype, peak)
@@ -452,12 +456,14 @@ def main(settings: Settings) -> dict:
         compiled = compile_or_not(choice, seconds, run.device, run.say)
 
         model = GPT.create(config, run.device, dtype)
+        model.recompute = settings.recompute
         groups = optimizer_groups(
             model, settings.matrix_lr, settings.embed_lr, settings.head_lr, settings.weight_decay
         )
         # Muon's products may be bf16 where that is fast, also in fp32 training (as torch's own)
         muon_dtype = pick_dtype(run.device, saved.get("muon_dtype", ""))
         optimizer = Optimizer(groups, muon_dtype, compiled)
+        optimizer.scaler = LossScaler() if dtype == torch.float16 else None
         optimizer.scale_lr(settings.lr_scale)
         if newest:
             model.load_state_dict(load_file(newest, "model.pt", run.device))
@@ -472,16 +478,25 @@ def main(settings: Settings) -> dict:
             nats = fit_bigrams(model, rows, pairs)
             run.say(f"bigrams: {pairs} steps over counts of pairs, loss {nats:.3f}")
         forward = torch.compile(model, dynamic=False) if compiled else model
+
+        def compute_loss(batch: Batch) -> Tensor:
+            return forward(batch.ids, batch.targets)
+
+        if run.device.type == "cuda":
+            micro = try_micro_batch(
+                micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
+            )
         began, best = time.time(), saved.get("best_val_bpb", math.inf)
         for s in training_steps(
             run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),
-            lambda batch: forward(batch.ids, batch.targets),
+            compute_loss,
             optimizer,
             lambda step: trapezoid(
                 step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
             ),
             num_steps,
             accum=accum_steps(batch_rows, micro),
+            micro=micro,
             start=start,
             stop=lambda: run.stopping,
         ):
@@ -489,11 +504,12 @@ def main(settings: Settings) -> dict:
             if new and (last or s.due(settings.log_every)):
                 mfu = s.tok_per_s * flops / (peak * run.world_size)
                 run.log(
-                    s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, left_s=s.left_s
-                )
+                    s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, data=s.data,
+                    left_s=s.left_s,
+                )  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:], "compiled": compiled, "micro_batch": micro,
+                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "best_val_bpb": best, "source": source, "metrics": run.metrics,
                     "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
@@ -503,7 +519,7 @@ def main(settings: Settings) -> dict:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
             if s.due(settings.eval_every, first=True) and (new or not start):
-                val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, micro)
+                val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 best = min(best, val_bpb)
                 run.log(s.step, val_bpb=val_bpb)
             if s.due(settings.sample_every):

@@ -31,6 +31,7 @@ from common import (
     IGNORE,
     Batch,
     Engine,
+    GPTConfig,
     MissingInput,
     Reply,
     Request,
@@ -39,6 +40,7 @@ from common import (
     Tokenizer,
     all_sum,
     check_name,
+    choose_micro_batch,
     continue_stage,
     data_dir,
     find_checkpoint,
@@ -58,6 +60,7 @@ from common import (
     start_run,
     training_steps,
     trapezoid,
+    try_micro_batch,
     world,
 )
 
@@ -77,7 +80,7 @@ class Settings:
     temperature: float = setting(1.0, "of the answers; more explores more")
     top_k: int = setting(0, "sample among the k likeliest tokens; 0 = all")
     slots: int = setting(128, "answers that are written at once")
-    device_batch_size: int = setting(32, "rows of one forward pass in training")
+    device_batch_size: int = setting(0, "rows of one forward pass in training; 0 = what fits")
     lr_scale: float = setting(0.1, "factor on all learning rates")
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
@@ -95,7 +98,9 @@ class Settings:
     seed: int = setting(0, "of the order of problems and of the samples")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
     dtype: str = setting(
-        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+        "",
+        "of activations; empty = bfloat16 or float16 where fast",
+        choices=("", "float32", "bfloat16", "float16"),
     )
     run: str = setting("", "name of a wandb run, where wandb is installed")
     restart: bool = setting(False, "delete this run's rl checkpoints and begin anew")
@@ -108,9 +113,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
-        for name in ("epochs", "problems_per_step", "max_tokens", "device_batch_size", "slots"):
+        for name in ("epochs", "problems_per_step", "max_tokens", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
+        if self.device_batch_size < 0:
+            raise ValueError("--device-batch-size must be 0 or more")
         if self.num_samples < 2:
             raise ValueError("--num-samples must be 2 or more: answers are compared in their group")
         if self.temperature <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
@@ -229,6 +236,7 @@ class Sampler:
     model: GPT
     engine: Engine
     problems: list[dict[str, Any]]
+    micro: int  # rows of a micro-batch
     accum: int
     stats: dict[str, float] = field(default_factory=dict)  # of the last step
 
@@ -257,8 +265,7 @@ class Sampler:
             self.stats = pass_rates(groups, self.run.device)
             self.stats["sampling_s"] = time.perf_counter() - began
             yield from group_batches(
-                groups, settings.device_batch_size, self.accum, self.engine.tokenizer.bos,
-                self.run.device,
+                groups, self.micro, self.accum, self.engine.tokenizer.bos, self.run.device
             )  # fmt: skip
 
 
@@ -320,23 +327,36 @@ def main(settings: Settings) -> dict:
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
+        config = GPTConfig(**before["config"])
+        most = -(-settings.problems_per_step // run.world_size) * settings.num_samples
+        micro = choose_micro_batch(run, config, saved, most, 32, dtype.itemsize)
         model, optimizer = continue_stage(run, parent, newest, False, dtype, settings.warm_start)
         copy = GPT.create(model.config, run.device, dtype)
         copy.load_state_dict(model.state_dict())
         engine = Engine(copy, tokenizer, settings.slots)
-        most = -(-settings.problems_per_step // run.world_size) * settings.num_samples
-        accum = -(-most // settings.device_batch_size)
-        sampler = Sampler(run, model, engine, problems, accum)
+
+        def compute_loss(batch: WeightedBatch) -> Tensor:
+            return model(batch.ids, batch.targets, batch.weights)
+
+        if run.device.type == "cuda":
+            longest = [0] * (config.max_seq_len + 1)
+            micro = try_micro_batch(
+                micro, compute_loss, optimizer,
+                lambda n: make_batch([(longest, longest, 1.0)] * n, 0, run.device),
+            )  # fmt: skip
+        accum = -(-most // micro)
+        sampler = Sampler(run, model, engine, problems, micro, accum)
         began = time.time()
         for s in training_steps(
             sampler.batches(start),
-            lambda batch: model(batch.ids, batch.targets, batch.weights),
+            compute_loss,
             optimizer,
             lambda step: trapezoid(
                 step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
             ),
             num_steps,
             accum=accum,
+            micro=micro,
             start=start,
             stop=lambda: run.stopping,
         ):
@@ -346,7 +366,7 @@ def main(settings: Settings) -> dict:
                         left_s=s.left_s)  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "parent": parent_key(parent),
+                    "dtype": str(dtype)[6:], "micro_batch": s.micro, "parent": parent_key(parent),
                     "source": before["source"], "chats": chats, "metrics": run.metrics,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip

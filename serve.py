@@ -101,7 +101,9 @@ class Settings:
     log_content: bool = setting(False, "log what is asked and answered too")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
     dtype: str = setting(
-        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+        "",
+        "of activations; empty = bfloat16 or float16 where fast",
+        choices=("", "float32", "bfloat16", "float16"),
     )
     int8: bool = setting(False, "weights of 8 bits: less memory, on a CPU sooner answers")
     compile: str = setting(

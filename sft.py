@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from common import (
+    Batch,
     GPTConfig,
     Tokenizer,
     accum_steps,
+    blank_batch,
     check_name,
+    choose_micro_batch,
     compile_or_not,
     continue_stage,
     conversation_rows,
@@ -41,6 +45,7 @@ from common import (
     start_run,
     training_steps,
     trapezoid,
+    try_micro_batch,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
@@ -71,7 +76,9 @@ class Settings:
     seed: int = setting(0, "of the order of rows")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
     dtype: str = setting(
-        "", "of activations; empty = bfloat16 where fast", choices=("", "float32", "bfloat16")
+        "",
+        "of activations; empty = bfloat16 or float16 where fast",
+        choices=("", "float32", "bfloat16", "float16"),
     )
     compile: str = setting(
         "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
@@ -129,36 +136,47 @@ def main(settings: Settings) -> dict:
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        micro = settings.device_batch_size or saved.get("micro_batch", before["micro_batch"])
-        micro = min(micro, accum_steps(batch_rows, 1))
+        config, share = GPTConfig(**before["config"]), accum_steps(batch_rows, 1)
+        most = before["micro_batch"]
+        micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
         peak = peak_flops(run.device, dtype)
-        flops = GPTConfig(**before["config"]).flops_per_token()
+        flops = config.flops_per_token()
         seconds = num_steps * batch_rows * T * flops / (peak * run.world_size * 0.3)
         compiled = compile_or_not(choice, seconds, run.device, run.say)
         model, optimizer = continue_stage(run, parent, newest, compiled, dtype, settings.warm_start)
         forward = torch.compile(model, dynamic=False) if compiled else model
+
+        def compute_loss(batch: Batch) -> Tensor:
+            return forward(batch.ids, batch.targets)
+
+        if run.device.type == "cuda":
+            micro = try_micro_batch(
+                micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
+            )
         began, best = time.time(), saved.get("best_val_loss", math.inf)
         for s in training_steps(
             run.closing(
                 row_batches(rows, batch_rows, micro, settings.seed, start, run.device, total)
             ),
-            lambda batch: forward(batch.ids, batch.targets),
+            compute_loss,
             optimizer,
             lambda step: trapezoid(
                 step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
             ),
             num_steps,
             accum=accum_steps(batch_rows, micro),
+            micro=micro,
             start=start,
             stop=lambda: run.stopping,
         ):
             new, last = s.step > start, s.step == num_steps
             if new and (last or s.due(settings.log_every)):
-                run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, left_s=s.left_s)
+                run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, data=s.data,
+                        left_s=s.left_s)  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": micro,
+                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "parent": parent_key(parent), "source": before["source"], "chats": chats,
                     "batch_tokens": batch_rows * T, "best_val_loss": best, "metrics": run.metrics,
                     "mixture": mixed.used,
@@ -169,7 +187,7 @@ def main(settings: Settings) -> dict:
                 run.say(f"sft: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
             if s.due(settings.eval_every, first=True) and (new or not start):
-                val_loss = evaluate_loss(model, val_rows, micro)
+                val_loss = evaluate_loss(model, val_rows, s.micro)
                 best = min(best, val_loss)
                 run.log(s.step, val_loss=val_loss)
     return run.metrics

@@ -15,6 +15,7 @@ import dataclasses
 import email.utils
 import errno
 import functools
+import gc
 import gzip
 import hashlib
 import html.parser
@@ -42,6 +43,7 @@ import threading
 import time
 import tracemalloc
 import unittest.mock
+import weakref
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -741,6 +743,11 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
     assert common.pick_dtype(CPU) == torch.bfloat16, "asked once, so that two runs are equal"
     common.pick_dtype.cache_clear()
     assert common.pick_dtype(CPU, "float32") == torch.float32
+    for card, dtype in (((6, 1), "float32"), ((7, 5), "float16"), ((9, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, card=card: card)
+        common.pick_dtype.cache_clear()
+        assert str(common.pick_dtype(torch.device("cuda"))) == f"torch.{dtype}"
+    common.pick_dtype.cache_clear()
 
 
 def test_an_absent_device_is_said(monkeypatch):
@@ -1196,6 +1203,90 @@ def test_a_shape_that_does_not_fit_is_a_value_error(wrong):
         random_model(**wrong)
 
 
+class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
+    """Follows the bytes of all tensors that operations make, as long as anything holds them."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.seen = {x.untyped_storage().data_ptr() for x in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).data_ptr():
+                key, size = storage.data_ptr(), storage.nbytes()
+                if key not in self.seen:
+                    self.seen.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.gone, key, size)
+        return out
+
+    def gone(self, key, size):
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_layer": 4},
+        {"n_layer": 6, "n_embd": 384, "n_head": 3, "n_kv_head": 3},
+        {"n_layer": 4, "n_kv_head": 1, "vocab_size": 8192},
+        {"n_layer": 3, "smear": False, "value_embeds": False, "skip": False},
+    ],
+)
+def test_the_estimate_of_memory_is_what_training_takes(changes, dtype, recompute):
+    shape = {"vocab_size": 512, "n_embd": 256, "max_seq_len": 128, "n_layer": 4}
+    model = random_model(dtype, **{**shape, **changes})
+    model.recompute = recompute
+    ids = torch.randint(0, 512, (8, 128))
+    optimizer = common.Optimizer(common.optimizer_groups(model, 0.01, 0.01, 0.01, 0), dtype)
+    kept, keep = {}, []
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        keep.append(x)  # else another might take its place
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(ids, ids)
+    loss.backward()  # the gradients are there from now on
+    params = list(model.parameters())
+    known = [*params, *model.buffers(), ids, *(p.grad for p in params if p.grad is not None)]
+    known += [x for unit in optimizer.units for x in unit.state.values()]
+    with LiveBytes(known) as passes:
+        model(ids, ids).backward()
+    with LiveBytes(known) as update:
+        optimizer.step()
+
+    parts = common.memory_bytes(model.config, 8, dtype.itemsize, CPU, recompute=recompute)
+    assert parts["gradients"] == sum(p.numel() * 4 for p in params)
+    assert parts["optimizer"] == sum(
+        x.nbytes for unit in optimizer.units for x in unit.state.values()
+    )
+    saved = sum(n for at, n in kept.items() if at not in {p.data_ptr() for p in params})
+    saved -= 4 * model.head.weight.numel()  # its gradient, which the loss makes: of the logits
+    casts = parts["weights"] - parts["gradients"]
+    assert parts["activations"] + casts == pytest.approx(saved, rel=0.03)
+    peak = casts + sum(parts[name] for name in ("activations", "logits", "workspace"))
+    assert peak == pytest.approx(max(passes.peak, update.peak), rel=0.1)
+
+
+def test_recomputing_activations_gives_the_same_gradients():
+    ids = torch.randint(0, 100, (2, 32))
+    grads = []
+    for recompute in (False, True):
+        model = random_model(n_layer=4, window_pattern="SL")
+        model.recompute = recompute
+        model(ids, ids.roll(1)).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert all(torch.equal(grads[0][name], grads[1][name]) for name in grads[0])
+
+
 # 6. Optimizer --------------------------------------------------------------------------------
 
 
@@ -1476,6 +1567,183 @@ def test_a_loss_that_is_not_finite_stops_with_a_remedy():
         list(common.training_steps(
             batches, lambda b: one.loss(b) * math.nan, one.optimizer, lambda s: 1.0, 3
         ))  # fmt: skip
+
+
+def scarce(function, rows, first=0):
+    """Return a method of GPT that runs out of memory over `rows` rows from call `first` on."""
+    calls = itertools.count()
+
+    def limited(model, ids, *args):
+        if next(calls) >= first and len(ids) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate")
+        return function(model, ids, *args)
+
+    return limited
+
+
+def test_the_rows_that_fit_are_estimated(monkeypatch):
+    config = random_model(n_layer=3).config
+
+    def need(rows):
+        return sum(common.memory_bytes(config, rows, 4, CPU).values())
+
+    for rows, room in ((16, 1.01 * need(16)), (8, 0.99 * need(16)), (4, 1.01 * need(4))):
+        monkeypatch.setattr(common, "free_bytes", lambda device, room=room: room / 0.9)
+        assert common.fit_micro_batch(config, 16, CPU, 4, False) == rows
+    monkeypatch.setattr(common, "free_bytes", lambda device: need(1))
+    with pytest.raises(common.MissingInput, match="--recompute"):
+        common.fit_micro_batch(config, 16, CPU, 4, False)
+
+
+def test_a_trial_step_halves_the_rows_and_changes_nothing(monkeypatch):
+    model = random_model()
+    optimizer = common.Optimizer(common.optimizer_groups(model, 1, 1, 1, 0), torch.float32)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    rng = torch.get_rng_state()
+
+    def rows_that_fit(rows, limit):
+        monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, limit))
+        return common.try_micro_batch(
+            rows, lambda b: model(b.ids, b.targets), optimizer,
+            lambda n: common.blank_batch(n, model.config, CPU),
+        )  # fmt: skip
+
+    assert [rows_that_fit(*x) for x in ((16, 99), (16, 5), (9, 4), (7, 6))] == [16, 4, 3, 1]
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters()) and optimizer.steps == 0
+    assert torch.equal(torch.get_rng_state(), rng)
+    with pytest.raises(common.Stop, match="not even one row"):
+        rows_that_fit(4, 0)
+
+
+FORWARD, HIDDEN = common.GPT.forward, common.GPT.hidden
+
+
+def test_another_error_than_of_memory_is_passed_on():
+    one = OneWeight()
+
+    def broken(batch):
+        raise RuntimeError("shapes do not fit")
+
+    for error in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
+        assert common.out_of_memory(RuntimeError(error))
+    with pytest.raises(RuntimeError, match="shapes"):
+        list(common.training_steps(iter([make_batch(1)]), broken, one.optimizer, lambda s: 1.0, 1))
+
+
+def test_evaluation_and_the_engine_go_in_parts_where_memory_asks_for_it(monkeypatch, tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    ids = torch.randint(0, 256, (6, 20))
+    requests = [common.Request([tokenizer.bos, *row[: 4 + i]], common.Sampling(5, 0))
+                for i, row in enumerate(ids.tolist())]  # fmt: skip
+    expected = common.token_losses(model, ids, ids)
+    replies = sorted((i, r.ids) for i, r in common.Engine(model, tokenizer).run(requests))
+    monkeypatch.setattr(common.GPT, "hidden", scarce(HIDDEN, 2))
+    torch.testing.assert_close(common.token_losses(model, ids, ids), expected)
+    engine = common.Engine(model, tokenizer, 2)
+    engine.budget = 16384
+    assert sorted((i, r.ids) for i, r in engine.run(requests)) == replies
+
+    def small(model, ids, *args):
+        if ids.size(1) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return HIDDEN(model, ids, *args)
+
+    monkeypatch.setattr(common.GPT, "hidden", small)
+    monkeypatch.setattr(common, "SMALLEST_BUDGET", 4)
+    assert sorted((i, r.ids) for i, r in common.Engine(model, tokenizer).run(requests)) == replies
+    slot = model.config.cache_bytes(4)
+    monkeypatch.setattr(common, "free_bytes", lambda device: 9 * slot)
+    assert len(common.Engine(model, tokenizer, 64).rows) == 4
+
+
+def test_the_collector_rests_in_steps_alone():
+    one = OneWeight()
+    seen = []
+
+    def loss(batch):
+        seen.append(gc.isenabled())
+        if len(seen) == 3:
+            raise RuntimeError("broken")
+        return one.loss(batch)
+
+    batches = itertools.repeat(make_batch(1))
+    steps = common.training_steps(batches, loss, one.optimizer, lambda s: 1.0, 9)
+    with pytest.raises(RuntimeError, match="broken"):
+        for _ in steps:
+            assert gc.isenabled()
+    assert seen == [False] * 3 and gc.isenabled()
+
+
+def fp16_steps(broken=(), num_steps=6, one=None):
+    """Train with a loss scale; return (loss, weight, scale) after steps, in `broken` with an inf."""
+    one = one or OneWeight()
+    one.optimizer.scaler = common.LossScaler()
+    calls = itertools.count(1)
+
+    def loss(batch):
+        overflow = math.inf if next(calls) in broken else 1.0
+        one.weight.grad = torch.full_like(one.weight, overflow - 1.0)
+        return one.loss(batch)
+
+    steps = common.training_steps(
+        itertools.repeat(make_batch(1, 3)), loss, one.optimizer, lambda s: 1.0, num_steps
+    )
+    return [(s.loss, one.weight.item(), one.optimizer.scaler.scale) for s in steps]
+
+
+def test_a_step_whose_gradients_overflow_fp16_is_skipped_and_the_scale_adapts(monkeypatch, capsys):
+    plain = OneWeight()
+    batches = itertools.repeat(make_batch(1, 3))
+    expected = [
+        (s.loss, plain.weight.item())
+        for s in common.training_steps(batches, plain.loss, plain.optimizer, lambda s: 1.0, 5)
+    ]
+    got = fp16_steps(broken={3})
+    assert got[3][1] == got[2][1] and got[3][0] == pytest.approx(expected[3][0]), "loss is logged"
+    assert [x[1] for x in got[:3] + got[4:]] == pytest.approx([x[1] for x in expected])
+    assert [x[2] for x in got[1:]] == [2.0**16] * 2 + [2.0**15] * 4
+    assert "overflowed in step 3: no update" in capsys.readouterr().out
+    monkeypatch.setattr(common, "GROW_AFTER", 3)
+    got = fp16_steps(broken={1}, num_steps=5)
+    assert [x[2] for x in got[1:]] == [2.0**15] * 3 + [2.0**16] * 2
+    with pytest.raises(common.Stop, match="--dtype=float32"):
+        fp16_steps(broken=range(99), num_steps=99)
+
+
+def test_ranks_skip_a_step_together(tmp_path):
+    run_ranks(
+        2,
+        f"""
+    got = test_all.fp16_steps(broken={{3}} if rank == 1 else ())
+    torch.save(got, {str(tmp_path)!r} + f"/{{rank}}.pt")
+    """,
+    )
+    a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert a[1:] == b[1:] and a[3][1] == a[2][1] and a[4][1] != a[3][1] and a[3][2] == 2.0**15
+
+
+def test_gradients_of_fp16_are_near_those_of_fp32():
+    ids = torch.randint(0, 100, (4, 32))
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        model = random_model(dtype)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.5)
+        optimizer = common.Optimizer(common.optimizer_groups(model, 1, 1, 1, 0), torch.float32)
+        scaler = common.LossScaler()
+        loss = model(ids, ids.roll(1)) / 1e6  # gradients below fp16's range
+        (loss * scaler.scale).backward()
+        assert not scaler.unscale(optimizer)
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
+    plain = torch.randn(8, 16)
+    small = 1e-9 * plain
+    want = common.orthogonalize(plain, common.NEWTON_SCHULZ, torch.float32)
+    got = common.orthogonalize(small, common.NEWTON_SCHULZ, torch.float16)
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0)
+    assert not common.orthogonalize(0 * small, common.NEWTON_SCHULZ, torch.float16).any()
 
 
 def test_a_request_to_stop_ends_after_the_step():
@@ -4845,6 +5113,60 @@ def test_micro_batches_change_nothing_but_rounding(tiny_run):
         assert a[step] == pytest.approx(b[step], abs=2e-4)
 
 
+def test_a_run_whose_memory_runs_out_goes_on_with_the_same_losses(tiny_run, monkeypatch, capsys):
+    sizes = {"total_batch_size": 8 * 32, "device_batch_size": 4}
+    pretrain.main(tiny_pretrain(tag="u", **sizes))
+    # in the second pass of the second step, when the gradients of the first are there
+    monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 2, first=3))
+    pretrain.main(tiny_pretrain(**sizes))
+    assert capsys.readouterr().out.count("memory ran out in step 2: on in passes of 2 rows") == 1
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=2e-4) for i in a)
+    assert (
+        a[1] == b[1] and common.read_meta(common.find_checkpoint("t", "base"))["micro_batch"] == 2
+    )
+    whole = final_weights("t", 6)
+    for step in (4, 6):  # what goes on with memory enough is the same run bit for bit
+        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    monkeypatch.setattr(common.GPT, "forward", FORWARD)
+    pretrain.main(tiny_pretrain(**sizes))
+    assert all(torch.equal(x, whole[name]) for name, x in final_weights("t", 6).items())
+    assert base_losses() == b
+    monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 0))
+    with pytest.raises(common.Stop, match="not even one row fits"):
+        pretrain.main(tiny_pretrain(restart=True, **sizes))
+
+
+def test_all_ranks_take_fewer_rows_when_one_ranks_memory_runs_out(tiny_run):
+    sizes = {"total_batch_size": 8 * 32, "device_batch_size": 4}
+    pretrain.main(tiny_pretrain(tag="u", **sizes))
+    options = dataclasses.asdict(tiny_pretrain(**sizes))
+    run_ranks(
+        2,
+        f"""
+    if rank == 1:
+        common.GPT.forward = test_all.scarce(common.GPT.forward, 2, first=3)
+    pretrain.main(pretrain.Settings(**{options!r}))
+    """,
+    )
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=1e-3) for i in a)
+    metas = [common.read_meta(path) for path in common.list_checkpoints("t", "base")]
+    assert [meta["micro_batch"] for meta in metas] == [4, 2, 2]
+
+
+def test_an_fp16_run_resumes_bit_for_bit_and_recomputing_changes_nothing(tiny_run):
+    pretrain.main(tiny_pretrain(tag="u", dtype="float16"))
+    pretrain.main(tiny_pretrain(dtype="float16"))
+    for step in (4, 6):
+        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    pretrain.main(tiny_pretrain(dtype="float16", recompute=True))
+    a, b = final_weights("u", 6), final_weights("t", 6)
+    assert all(torch.equal(a[name], b[name]) for name in a) and base_losses("u") == base_losses("t")
+    shard = common.load_file(common.find_checkpoint("t", "base"), "optimizer-000.pt", CPU)
+    assert shard["optimizer"]["scaler"] == {"scale": 2.0**16, "steps": 6}
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
     pretrain.main(tiny_pretrain(tag="u"))
@@ -5127,6 +5449,9 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     # 7/8 of 2 x 4 bytes; by eights go 20 matrices of a shape in 24 slots, 81 in 88, 10 in 16
     slots = (2 * 24 * 4 + 88) * 1280**2 + 16 * 10 * 32 + 12 * 65536 * 1280 + 2 * 20
     assert numbers["exchanged_bytes"] == 7 * slots
+    limits = [pretrain.card_limits(gb, pretrain.Settings()) for gb in (6, 24, 141)]
+    assert limits == sorted(limits, key=lambda x: x[:2]) and limits[0][0] >= 4
+    assert all(plain < recomputed for plain, recomputed, _ in limits)
     assert not list(base_dir.iterdir())
 
 
@@ -5257,6 +5582,14 @@ def rl_step(tokenizer, groups):
     )  # fmt: skip
     list(steps)
     return model.state_dict()
+
+
+def test_the_rl_step_is_the_same_where_memory_runs_out(tokenizer, monkeypatch):
+    groups = rl_groups(tokenizer)
+    expected = rl_step(tokenizer, groups)
+    monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 1, first=1))
+    for name, weight in rl_step(tokenizer, groups).items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
 
 
 def test_the_rl_gradient_is_the_plain_policy_gradient(tokenizer):
