@@ -328,8 +328,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
     """Choose the compute dtype: the named one, else bf16 where it is fast, fp16 where that is.
 
-    Elsewhere fp32. On a CPU bf16 and fp32 are timed: without the instructions bf16 runs hundreds of times slower (so a
-    small product is asked first), and below twice fp32's rate the conversions eat the gain.
+    Elsewhere fp32. On a CPU bf16 and fp32 are timed: without the instructions bf16 runs hundreds of
+    times slower (so a small product is asked first), and below twice fp32's rate the conversions
+    eat the gain.
     """
     if name:
         return getattr(torch, name)
@@ -1499,7 +1500,7 @@ class HeadLoss(torch.autograd.Function):
 
 @torch.no_grad()
 def hidden_states(model: GPT, ids: Tensor) -> Tensor:
-    """Compute model.hidden(ids) (B, T, C) without gradients, in as many parts as memory asks for."""
+    """Compute model.hidden(ids) (B, T, C) without gradients, in parts where memory asks for it."""
     try:
         return model.hidden(ids)
     except RuntimeError as error:

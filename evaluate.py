@@ -4,7 +4,7 @@ Usage:   python evaluate.py -i base                         # every task that ha
          python evaluate.py -i sft -a GSM8K,ARC-Easy --max-items=200
          python evaluate.py -i sft -a HumanEval --run-code  # runs what the model wrote
          torchrun --nproc_per_node=8 evaluate.py -i base -a CORE
-         python evaluate.py --bench --tag=bench             # the table of `bash run.sh bench`
+         python evaluate.py --bench=speed --tag=bench       # the table of `bash run.sh bench`
          python evaluate.py --report                        # of all stages, and their training
 Reads:   runs/TAG/{tokenizer,STAGE}/, data/SOURCE/, data/eval/  # the stages, prepare.py
 Writes:  runs/TAG/eval/STAGE.json; bench.json with --bench; report.md, report.html with --report
@@ -24,7 +24,11 @@ import os
 import platform
 import random
 import re
+import shlex
+import shutil
 import string
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +49,7 @@ from common import (
     Request,
     Run,
     Sampling,
+    Stop,
     Tokenizer,
     all_sum,
     barrier,
@@ -119,7 +124,14 @@ class Settings:
         False, "HumanEval too: runs programs that the model wrote, in common.py's sandbox"
     )
     device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
-    bench: bool = setting(False, "measure decoding and print the table of the tag's runs")
+    bench: str = setting(
+        "",
+        "speed: measure decoding and print the table of the tag's runs; learn: train models for "
+        "equal times with and without each choice",
+        choices=("", "speed", "learn"),
+    )
+    bench_seconds: int = setting(480, "of training in the comparisons of --bench=learn")
+    bench_seeds: int = setting(3, "runs of each depth; 1 with one choice left out, a quarter long")
     report: bool = setting(False, "write the run's report.md and report.html from what is on disk")
     cost_per_hour: float = setting(0.0, "price of the machine in USD, for the report; 0 = free")
     seed: int = setting(0, "of the samples")
@@ -680,9 +692,86 @@ def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
         cells += [f"{1e3 * m[key]:,.0f} ms" for key in ("turn 1", "turn 10")]
         run.say(f"| {name} | {' | '.join(cells)} |")
     report = {"machine": machine, "torch": torch.__version__, **rows, "decoding": decoding}
-    write_json(base_dir() / "bench.json", report)
-    run.say(f"written: {base_dir() / 'bench.json'}")
+    update_bench(run, report)
     return rows
+
+
+def update_bench(run: Run, report: dict[str, Any]) -> None:
+    """Put measures into bench.json, beside what it holds of other kinds."""
+    path = base_dir() / "bench.json"
+    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    write_json(path, old | report)
+    run.say(f"written: {path}")
+
+
+LEFT_OUT = {  # choices of pretrain.py, and how each is switched off
+    "the fit to pairs of tokens": ["--bigram-steps=0"],
+    "value embeddings": ["--no-value-embeds"],
+    "smear": ["--no-smear"],
+    "skip": ["--no-skip"],
+    "scaled queries and keys": ["--qk-scale=1"],
+}
+PACE_STEPS = 40
+
+
+def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]) -> dict:
+    """Pretrain a small model, or find it trained; return its last measures and its pace."""
+    (run_dir(tag) / "tokenizer").mkdir(parents=True, exist_ok=True)
+    name = Path("tokenizer", "tokenizer.json")
+    shutil.copy(run_dir(run.tag) / name, run_dir(tag) / name)
+    command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), f"--tag={tag}",
+               f"--depth={depth}", "--max-seq-len=512", "--total-batch-size=2048",
+               "--dtype=float32", "--compile=yes", "--eval-tokens=300000", "--save-every=0",
+               f"--num-iterations={steps}", f"--eval-every={steps}",
+               f"--device={run.device}", "--restart", *flags]  # fmt: skip
+    run.say(f"learning: {tag}, {steps} steps")
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
+    if done.returncode:
+        raise Stop(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}")
+    lines = (run_dir(tag) / "metrics.jsonl").read_text("utf-8").splitlines()
+    logged = [json.loads(line) for line in lines]
+    times = [(line["step"], line["time"]) for line in logged if "loss" in line]
+    (first, began), (last, ended) = times[1], times[-1]  # the first is of a step that compiled
+    return {
+        "steps": steps,
+        "tokens": steps * 2048,
+        "seconds": (ended - began) / (last - first) * steps,
+        "bpb": [line["val_bpb"] for line in logged if "val_bpb" in line][-1],
+    }
+
+
+def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
+    """Train depths 4 and 6 for equal times, with and without each choice; compare bits per byte.
+
+    The pace of each is measured first; vocabulary and text are those of the run's tokenizer.
+    """
+    table: dict[str, list[dict]] = {}
+
+    def measure(depth: int, name: str, seconds: float, flags: list[str], seeds: int) -> None:
+        tag = f"{run.tag}-d{depth}-{re.sub('[^a-z]+', '-', name)}"
+        pace = train_for_bench(run, f"{tag}-pace", depth, PACE_STEPS, flags)
+        steps = max(PACE_STEPS, round(seconds / pace["seconds"] * PACE_STEPS))
+        for seed in range(seeds):
+            seeded = [*flags, f"--seed={seed}"]
+            measures = train_for_bench(run, f"{tag}-{seed}", depth, steps, seeded)
+            table.setdefault(f"depth {depth}, {seconds:.0f} s, {name}", []).append(measures)
+
+    for depth in (4, 6):
+        measure(depth, "all choices", settings.bench_seconds, [], settings.bench_seeds)
+        for name, flags in {"all choices": [], **LEFT_OUT}.items():
+            name = name if name == "all choices" else f"without {name}"
+            measure(depth, name, settings.bench_seconds / 4, flags, 1)
+    run.say(
+        "| training | runs | tokens | seconds | bits per byte |\n| --- | ---: | ---: | ---: | ---: |"
+    )
+    for name, runs in table.items():
+        bpb = [one["bpb"] for one in runs]
+        mean = {key: sum(one[key] for one in runs) / len(runs) for key in runs[0]}
+        spread = f" ({min(bpb):.3f} to {max(bpb):.3f})" if len(runs) > 1 else ""
+        run.say(f"| {name} | {len(runs)} | {mean['tokens']:,.0f} | {mean['seconds']:.0f} | "
+                f"{mean['bpb']:.3f}{spread} |")  # fmt: skip
+    update_bench(run, {"learning": table})
+    return table
 
 
 # 8. Report -----------------------------------------------------------------------------------
@@ -1251,7 +1340,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Run the tasks that are not done for this checkpoint yet; return all its results."""
     with start_run("eval", settings) as run:
         if settings.bench:
-            return print_bench(run, settings)
+            bench = {"speed": print_bench, "learn": bench_learning}[settings.bench]
+            return bench(run, settings)
         if settings.report:
             return write_report(run, settings)
         folder = find_checkpoint(settings.tag, settings.stage, settings.step)

@@ -509,7 +509,8 @@ def main(settings: Settings) -> dict:
                 )  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
+                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:],
+                    "compiled": compiled, "micro_batch": s.micro,
                     "best_val_bpb": best, "source": source, "metrics": run.metrics,
                     "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,

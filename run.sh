@@ -6,6 +6,8 @@
 #         setup   make .venv, install the locked packages, build the Rust extension
 #         test    set up, then pytest; the words after `test` go to pytest
 #         bench   set up, then measure this machine: a table and bench.json
+#         bench learn  train small models for equal times with and without each choice of
+#                 pretrain.py, on the world's text or --data; two hours
 #         lock    renew requirements.lock from pyproject.toml
 # --tier  cpu cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
@@ -319,7 +321,16 @@ bench() {
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
     "${tokenizer[@]}"
   launch pretrain pretrain.py --tag="$tag-fp32" --source="$source" "${train[@]}" --dtype=float32
-  stage evaluate "$python" evaluate.py --bench --tag="$tag"
+  stage evaluate "$python" evaluate.py --bench=speed --tag="$tag"
+}
+
+learn() {
+  case $data in world | hub | climbmix) ;; *) source=learn prepare+=(--doc-chars=6000) ;; esac
+  stage prepare "$python" prepare.py --data="$data" --source="$source" \
+    ${prepare[@]+"${prepare[@]}"}
+  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
+    --vocab-size=4096
+  stage evaluate "$python" evaluate.py --bench=learn --tag="$tag"
 }
 
 # 5. Main -------------------------------------------------------------------------------------
@@ -348,6 +359,8 @@ while [ $# -gt 0 ]; do
     mid:--* | sft:--* | rl:--* | --*) flags+=("$word") ;;
     test) action=test pytest=("$@") && break ;;
     all | setup | bench | lock) action=$word ;;
+    learn) [ "$action" = bench ] || fail 2 "learn follows bench: bash run.sh bench learn"
+      action=learn ;;
     *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
   esac
 done
@@ -360,6 +373,7 @@ fi
 
 find_tier
 load_tier
+if [ "$action" = learn ]; then wanted=${wanted:-world} tag=learn; fi
 if [ "$action" = bench ]; then # fixed, so that tables compare
   wanted=${wanted:-world} tag=bench
   train=(--depth=4 --head-dim=128 --max-seq-len=512 --device-batch-size=2)
@@ -411,6 +425,9 @@ case $action in
     set_up
     run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/"bench{,-fp32}
     bench ;;
+  learn)
+    set_up
+    learn ;;
   all)
     set_up
     main_job

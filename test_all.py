@@ -243,7 +243,13 @@ def test_every_action_and_tier_of_run_sh_prints_its_commands():
     if bash is None:
         pytest.skip("no bash")
     tiers = ["cpu", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
-    for words in [["test"], ["bench"], ["setup"], *([f"--tier={tier}"] for tier in tiers)]:
+    for words in [
+        ["test"],
+        ["bench"],
+        ["bench", "learn"],
+        ["setup"],
+        *([f"--tier={tier}"] for tier in tiers),
+    ]:
         done = subprocess.run(
             [bash, "run.sh", "--dry-run", *words], cwd=HERE, capture_output=True, text=True,
             check=False,
@@ -2161,6 +2167,43 @@ def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
     assert fast.graphs
 
 
+def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatch, capsys):
+    asked = []
+
+    def train(run, tag, depth, steps, flags):
+        """Stand in for training: smears cost time, values gain a tenth, seeds differ a little."""
+        asked.append((tag, depth, steps, flags))
+        pace = 0.5 if "--no-smear" in flags else 1.0
+        seed = next((int(f[-1]) for f in flags if f.startswith("--seed")), 0)
+        bpb = 2 + 0.1 * ("--no-value-embeds" in flags) + seed / 100
+        return {"steps": steps, "tokens": steps * 2048, "seconds": pace * steps, "bpb": bpb}
+
+    monkeypatch.setattr(evaluate, "train_for_bench", train)
+    settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
+    table = evaluate.main(settings)
+    out = capsys.readouterr().out
+    assert "| depth 6, 480 s, all choices | 3 | 983,040 | 480 | 2.010 (2.000 to 2.020) |" in out
+    assert "| depth 4, 120 s, without smear | 1 | 491,520 | 120 | 2.000 |" in out
+    assert "| depth 4, 120 s, without value embeddings | 1 | 245,760 | 120 | 2.100 |" in out
+    assert len({tag for tag, *_ in asked}) == len(asked), "no run takes another's place"
+    assert json.loads((common.base_dir() / "bench.json").read_text())["learning"] == table
+    left_out = {flag for *_, flags in asked for flag in flags if "--seed" not in flag}
+    fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
+    assert {re.sub("^--(no-)?|=.*", "", flag) for flag in left_out} < fields
+    assert len(left_out) == len(evaluate.LEFT_OUT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+def test_a_model_is_trained_for_the_comparison(tiny_run):
+    run = common.Run("eval", "t", None, CPU, 0, 1)
+    measures = evaluate.train_for_bench(run, "t-one", 1, 40, ["--smear"])
+    assert measures["tokens"] == 40 * 2048 and 0 < measures["seconds"] < 60
+    assert 0 < measures["bpb"] < 8
+    with pytest.raises(common.Stop, match="--no-such-flag"):
+        evaluate.train_for_bench(run, "t-two", 1, 40, ["--no-such-flag"])
+
+
 def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
     tokenizer.info["measures"] = {"train_chars_per_s": 1e6, "encode_tokens_per_s": 1e6}
     tokenizer.save(common.run_dir("t") / "tokenizer")
@@ -2177,7 +2220,7 @@ def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monk
     monkeypatch.setattr(
         evaluate, "training_rates", lambda tag: {f"{tag} pretraining, tokens/s": 5.0}
     )
-    evaluate.main(evaluate.Settings(tag="t", bench=True, device="cpu", dtype="float32"))
+    evaluate.main(evaluate.Settings(tag="t", bench="speed", device="cpu", dtype="float32"))
     assert seen == [(depth, vocab, int8) for depth, vocab in ((4, 4096), (12, 32768))
                     for int8 in (False, True)]  # fmt: skip
     report = json.loads((common.base_dir() / "bench.json").read_text())
