@@ -630,11 +630,16 @@ def _start_wandb(run: Run) -> Any:
 
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
-    """Turn Ctrl-C and a disk's errors into one sentence and a non-zero exit."""
+    """Turn Ctrl-C, full memory and a disk's errors into one sentence and a non-zero exit."""
     try:
         yield
     except KeyboardInterrupt:
         raise Stop(f"{what}: stopped; run the same command again to go on") from None
+    except torch.OutOfMemoryError:  # not in a pass, which would have been halved
+        raise Stop(
+            f"{what}: memory ran out; run the same command again with a smaller "
+            "--device-batch-size, or with fewer --slots where it has them"
+        ) from None
     except OSError as error:
         raise Stop(disk_sentence(error)) from None
 

@@ -1625,6 +1625,18 @@ def test_a_trial_step_halves_the_rows_and_changes_nothing(monkeypatch):
 FORWARD, HIDDEN = common.GPT.forward, common.GPT.hidden
 
 
+def test_memory_that_runs_out_in_an_update_is_one_sentence(base_dir, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    one = OneWeight()
+    monkeypatch.setattr(one.optimizer, "step", full)
+    steps = common.training_steps(iter([make_batch(1)]), one.loss, one.optimizer, lambda s: 1.0, 1)
+    words = "smaller --device-batch-size"
+    with pytest.raises(common.Stop, match=words), common.start_run("base", tiny_pretrain()):
+        list(steps)
+
+
 def test_another_error_than_of_memory_is_passed_on():
     one = OneWeight()
 
