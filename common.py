@@ -21,7 +21,6 @@ import ast
 import bisect
 import codecs
 import collections
-import concurrent.futures
 import contextlib
 import copy
 import dataclasses
@@ -437,7 +436,8 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     stopping: bool = False
     group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
-    saving: concurrent.futures.Future | None = None  # the write of a checkpoint that is under way
+    saving: threading.Thread | None = None  # writes a checkpoint
+    save_error: BaseException | None = None
     wandb: Any = None
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -451,23 +451,23 @@ class Run:
 
     def in_background(self, work: Callable[[], None]) -> None:
         """Run work in a thread; where it fails, training stops after the step."""
-        saving = self.saving = concurrent.futures.Future()
 
         def body() -> None:
             try:
                 work()
-                saving.set_result(None)
             except BaseException as error:  # noqa: BLE001  wait_for_save raises it
-                saving.set_exception(error)
-                self.stopping = True
+                self.save_error, self.stopping = error, True
 
-        threading.Thread(target=body, daemon=True).start()  # a hung disk can be left by Ctrl-C
+        self.saving = threading.Thread(target=body, daemon=True)  # Ctrl-C leaves a hung disk
+        self.saving.start()
 
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
-        saving, self.saving = self.saving, None
-        if saving is not None:
-            saving.result()
+        if self.saving is not None:
+            self.saving.join()  # to its end: see prefetch
+        error, self.saving, self.save_error = self.save_error, None, None
+        if error is not None:
+            raise error
 
     def together(self, work: Callable[[], Any]) -> list:
         """Do a part of the work on files on each rank, wait for all, return every rank's result.

@@ -5320,7 +5320,7 @@ def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_ru
     common.load_file(common.find_checkpoint("t", "base"), "optimizer-001.pt", CPU)
 
 
-def test_no_compiler_no_fork_and_no_shared_memory_are_needed(tiny_run, monkeypatch, capfd):
+def test_no_compiler_no_fork_and_no_locks_are_needed(tiny_run, monkeypatch, capfd):
     monkeypatch.setenv("PATH", "/nonexistent")
     for name in ("CC", "CXX"):
         monkeypatch.setenv(name, "/nonexistent")
