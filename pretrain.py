@@ -354,6 +354,7 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
 
 BIGRAM_PAIRS = 12_000_000  # counted at most
 BIGRAM_SHARE = 0.06  # of the run's FLOPs that the fit may take
+FITTED_HEAD_LR = 0.25  # factor on the rate of a head that was fitted: much of it is there
 
 
 def bigram_steps(settings: Settings, config: GPTConfig, tokens: int) -> int:
@@ -457,8 +458,10 @@ def main(settings: Settings) -> dict:
 
         model = GPT.create(config, run.device, dtype)
         model.recompute = settings.recompute
+        pairs = bigram_steps(settings, config, horizon.tokens(T))
+        head_lr = settings.head_lr * (FITTED_HEAD_LR if pairs else 1)
         groups = optimizer_groups(
-            model, settings.matrix_lr, settings.embed_lr, settings.head_lr, settings.weight_decay
+            model, settings.matrix_lr, settings.embed_lr, head_lr, settings.weight_decay
         )
         # Muon's products may be bf16 where that is fast, also in fp32 training (as torch's own)
         muon_dtype = pick_dtype(run.device, saved.get("muon_dtype", ""))
@@ -474,7 +477,7 @@ def main(settings: Settings) -> dict:
         epochs = num_steps * batch_rows / len(rows)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
         val_texts = validation_texts(source, settings.eval_tokens)
-        if not newest and (pairs := bigram_steps(settings, config, horizon.tokens(T))):
+        if pairs and not newest:
             nats = fit_bigrams(model, rows, pairs)
             run.say(f"bigrams: {pairs} steps over counts of pairs, loss {nats:.3f}")
         forward = torch.compile(model, dynamic=False) if compiled else model
