@@ -2225,7 +2225,9 @@ def memory_bytes(
         "cache": slots * config.cache_bytes(item),
     }
     backward = again + 10 * N * C * item + 4 * V * C
-    update = max(16 * V * C, (12.5 + 6.25 * item) * 4 * C * C * L) - parts["activations"] - casts
+    # the largest array is of the attention's matrices: its copy, and what makes it orthogonal
+    update = max(16 * V * C, (8 + 6 * item) * (4 * L + config.smear) * C * C)
+    update -= parts["activations"] + casts
     return {**parts, "workspace": max(0, int(max(backward, update)) - parts["logits"])}
 
 

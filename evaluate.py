@@ -748,7 +748,7 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
     table: dict[str, list[dict]] = {}
 
     def measure(depth: int, name: str, seconds: float, flags: list[str], seeds: int) -> None:
-        tag = f"{run.tag}-d{depth}-{re.sub('[^a-z]+', '-', name)}"
+        tag = f"{run.tag}-d{depth}-{seconds:.0f}s-{re.sub('[^a-z]+', '-', name)}"
         pace = train_for_bench(run, f"{tag}-pace", depth, PACE_STEPS, flags)
         steps = max(PACE_STEPS, round(seconds / pace["seconds"] * PACE_STEPS))
         for seed in range(seeds):

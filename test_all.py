@@ -1210,24 +1210,29 @@ def test_a_shape_that_does_not_fit_is_a_value_error(wrong):
 
 
 class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
-    """Follows the bytes of all tensors that operations make, as long as anything holds them."""
+    """Follows the bytes of tensors beyond those known at first, as long as anything holds them."""
 
     def __init__(self, known):
         super().__init__()
-        self.live, self.peak = 0, 0
-        self.seen = {x.untyped_storage().data_ptr() for x in known}
+        self.live, self.peak, self.seen = 0, 0, set()
+        for x in known:
+            self.follow(x.untyped_storage())
+        self.live = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, torch.Tensor) and (storage := x.untyped_storage()).data_ptr():
-                key, size = storage.data_ptr(), storage.nbytes()
-                if key not in self.seen:
-                    self.seen.add(key)
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self.gone, key, size)
+                self.follow(storage)
+                self.peak = max(self.peak, self.live)
         return out
+
+    def follow(self, storage):
+        key, size = storage.data_ptr(), storage.nbytes()
+        if key not in self.seen:
+            self.seen.add(key)
+            self.live += size
+            weakref.finalize(storage, self.gone, key, size)
 
     def gone(self, key, size):
         self.seen.discard(key)
@@ -1262,11 +1267,15 @@ def test_the_estimate_of_memory_is_what_training_takes(changes, dtype, recompute
         loss = model(ids, ids)
     loss.backward()  # the gradients are there from now on
     params = list(model.parameters())
-    known = [*params, *model.buffers(), ids, *(p.grad for p in params if p.grad is not None)]
-    known += [x for unit in optimizer.units for x in unit.state.values()]
-    with LiveBytes(known) as passes:
+
+    def known():  # and held by nothing else
+        yield from (*params, *model.buffers(), ids)
+        yield from (p.grad for p in params if p.grad is not None)
+        yield from (x for unit in optimizer.units for x in unit.state.values())
+
+    with LiveBytes(known()) as passes:
         model(ids, ids).backward()
-    with LiveBytes(known) as update:
+    with LiveBytes(known()) as update:
         optimizer.step()
 
     parts = common.memory_bytes(model.config, 8, dtype.itemsize, CPU, recompute=recompute)
@@ -2292,7 +2301,7 @@ def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     engine, counts = common.Engine(model, tokenizer, 2), []
     engine.stops.clear()
     hidden = model.hidden
-    model.hidden = lambda ids, cache: counts.append(ids.numel()) or hidden(ids, cache)
+    model.hidden = lambda ids, *rest: counts.append(ids.numel()) or hidden(ids, *rest)
     prompt = [tokenizer.bos, *range(100)]
     for turn in range(5):
         job = engine.submit(greedy(prompt, 10))
@@ -5311,7 +5320,7 @@ def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_ru
     try:
         pretrain.main(pretrain.Settings(**{options!r}))
     except common.Stop as stop:
-        print("rank", rank, "said:", stop)
+        print(f"rank {{rank}} said: {{stop}}\\n", end="", flush=True)  # in one piece
     """
     run_ranks(2, code)
     out = capfd.readouterr().out
