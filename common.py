@@ -1004,8 +1004,13 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.scale: Tensor | None = None  # of the rows of a weight rounded to int8
+        self.fp8 = False  # products are made in 8 bits while training
 
     def forward(self, x: Tensor) -> Tensor:
+        rows = x.numel() // x.size(-1)
+        if self.fp8 and torch.is_grad_enabled() and rows % 16 == 0:  # as its kernel asks
+            y = Float8Product.apply(x.flatten(0, -2), self.weight)
+            return y.view(*x.shape[:-1], -1)
         return product(x, self.weight, self.scale)
 
     @torch.no_grad()
@@ -1014,6 +1019,42 @@ class Linear(nn.Module):
         self.scale = row_sizes(self.weight)[:, 0]
         rounded = (self.weight / self.scale[:, None]).round().to(torch.int8)
         self.weight = nn.Parameter(rounded, requires_grad=False)
+
+
+class Float8Product(torch.autograd.Function):
+    """The product of rows and a weight, each rounded to fp8 with one scale (arXiv:2209.05433).
+
+    Rows and weight have 4 bits of exponent, gradients have 5, sums are made in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
+        """Return x (N, n_in) @ weight (n_out, n_in) turned, in x's dtype; all multiples of 16."""
+        x8, w8 = (to_float8(a, torch.float8_e4m3fn) for a in (x, weight))
+        ctx.save_for_backward(*x8, *w8)
+        return float8_matmul(x8, (w8[0].t(), w8[1]), x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        g, g_scale = to_float8(dy, torch.float8_e5m2)
+        # the kernel wants its second factor stored by columns
+        dx = float8_matmul((g, g_scale), (w.t().contiguous().t(), w_scale), dy.dtype)
+        turned = g.t().contiguous(), g_scale
+        dw = float8_matmul(turned, (x.t().contiguous().t(), x_scale), torch.float32)
+        return dx, dw
+
+
+def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round x to an 8-bit float; return it and its scale, which brings the largest to the end."""
+    top = torch.finfo(dtype).max
+    scale = x.float().abs().amax().clamp_min(1e-12) / top
+    return (x.float() / scale).clamp(-top, top).to(dtype), scale
+
+
+def float8_matmul(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """Multiply two matrices in fp8, each with its scale."""
+    return torch._scaled_mm(a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype)
 
 
 def row_sizes(x: Tensor) -> Tensor:
@@ -1078,19 +1119,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = N
     T, S = q.size(1), k.size(1)
     if T == 1 and torch.compiler.is_compiling():
         return attend_once(q, k, v, mask)
+    if mask is None and window < T == S:
+        return attend_in_blocks(q, k, v, window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
     grouped = q.size(1) != k.size(1)
     if mask is not None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
     elif T == 1:  # the caller gives the keys in the window only
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
-    elif T == S and window >= S:
+    elif T == S:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
         back = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
         mask = (back >= 0) & (back < window)  # (T, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend as attend() does, T = S > window, without scores that no window holds.
+
+    Blocks of `window` queries see their own keys and those of the block before.
+    """
+    B, T = q.shape[:2]
+    first = attend(q[:, :window], k[:, :window], v[:, :window], window)
+    missing = -T % window
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+    q, k, v = (x.view(B, -1, window, *x.shape[2:]) for x in (q, k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 2).flatten(0, 1) for x in (k, v))
+    at = torch.arange(-window, window, device=q.device)
+    back = at[window:, None] - at
+    mask = ((back >= 0) & (back < window))[None]  # (1, window, 2 window), of every block
+    rest = attend(q[:, 1:].flatten(0, 1), k, v, window, mask)
+    return torch.cat((first, rest.view(B, -1, *rest.shape[2:])), 1)[:, :T]
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -1385,6 +1446,19 @@ class GPT(nn.Module):
             if isinstance(module, Attention):
                 module.join()
         return self
+
+    def train_in_fp8(self) -> None:
+        """Make the blocks' products in 8 bits while training; gates and head keep the dtype.
+
+        Raises Stop where the device has no such products.
+        """
+        device = self.embed.weight.device
+        cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        if not cuda and device.type != "cpu":  # a CPU makes them too, to look at
+            raise Stop("--fp8 needs an H100 or a newer GPU: leave it out")
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, Linear) and not name.endswith("gate"):
+                module.fp8 = all(n % 16 == 0 for n in module.weight.shape)
 
     def quantize(self) -> GPT:
         """Round the weights of all products but the gates' to 8 bits, for use without training."""

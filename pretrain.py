@@ -89,6 +89,7 @@ class Settings:
     target_param_data_ratio: float = setting(20.0, "tokens per parameter")
     total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = from the steps")
     device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
+    fp8: bool = setting(False, "products of the blocks in 8 bits: H100 and newer")
     recompute: bool = setting(False, "keep less for the backward pass and compute it again")
     lr_scale: float = setting(1.0, "factor on all learning rates")
     matrix_lr: float = setting(0.02, "learning rate of the blocks' matrices (Muon)")
@@ -458,6 +459,8 @@ def main(settings: Settings) -> dict:
 
         model = GPT.create(config, run.device, dtype)
         model.recompute = settings.recompute
+        if settings.fp8:
+            model.train_in_fp8()
         pairs = bigram_steps(settings, config, horizon.tokens(T))
         head_lr = settings.head_lr * (FITTED_HEAD_LR if pairs else 1)
         groups = optimizer_groups(

@@ -97,6 +97,7 @@ class Settings:
     timeout_s: float = setting(30.0, "seconds that a request may take to arrive, a client to read")
     drain_s: float = setting(60.0, "seconds in which running answers may end after SIGTERM")
     blocklist: str = setting("", "file of what is refused and masked: a regular expression a line")
+    page: str = setting("", "file to serve as the page, read at each request, to edit it live")
     export: str = setting("", "write the model to this folder in Hugging Face's format, and end")
     log_content: bool = setting(False, "log what is asked and answered too")
     device: str = setting("", "cuda, mps or cpu; empty = the best present")
@@ -125,6 +126,10 @@ class Settings:
             raise ValueError("--export writes whole weights: leave --int8 out")
         if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
             raise ValueError("--cors-origin must be like https://a.example, without a path")
+        try:
+            read_page(self.page)
+        except Refusal as error:
+            raise ValueError(str(error)) from None
         self.blocked = read_blocklist(Path(self.blocklist)) if self.blocklist else None
 
 
@@ -949,8 +954,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
     # what is answered
 
     def get_page(self) -> None:
-        policy = {"Content-Security-Policy": content_policy(PAGE), "Referrer-Policy": "no-referrer"}
-        self.send(200, PAGE.encode(), "text/html; charset=utf-8", **policy)
+        page = read_page(self.settings.page)
+        policy = {"Content-Security-Policy": content_policy(page), "Referrer-Policy": "no-referrer"}
+        self.send(200, page.encode(), "text/html; charset=utf-8", **policy)
 
     def get_models(self) -> None:
         model = self.ready()
@@ -1302,6 +1308,14 @@ def main(settings: Settings) -> None:
 
 
 # 9. The page --------------------------------------------------------------------------------
+
+
+def read_page(path: str) -> str:
+    """Return the page, or that in a file of one's own. Raises Refusal where it cannot be read."""
+    try:
+        return Path(path).read_text("utf-8") if path else PAGE
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(503, f"--page={path} cannot be read: {error}") from None
 
 
 @functools.cache

@@ -1090,6 +1090,54 @@ def test_products_of_few_rows_and_of_int8_equal_the_plain_ones(rows, dtype):
     assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
+def test_products_in_fp8_are_those_of_rounded_factors():
+    x, weight = torch.randn(32, 48).bfloat16(), torch.randn(80, 48)
+    x.requires_grad_(), weight.requires_grad_()
+    dy = torch.randn(32, 80).bfloat16()
+
+    def rounded(a, bits, top):  # of a mantissa, implied one included
+        scale = a.detach().abs().double().max() / top
+        fraction, exponent = torch.frexp(a.detach().double() / scale)
+        low = {4: -5, 3: -13}[bits]  # the least normal exponent: below it steps stay alike
+        step = 2.0 ** (exponent.clamp_min(low) - bits)
+        return (torch.ldexp(fraction, exponent) / step).round() * step * scale
+
+    y = common.Float8Product.apply(x, weight)
+    dx, dw = torch.autograd.grad(y, (x, weight), dy)
+    x8, w8, g8 = rounded(x, 4, 448), rounded(weight, 4, 448), rounded(dy, 3, 57344)
+    for mine, plain in ((y, x8 @ w8.t()), (dx, g8 @ w8), (dw, g8.t() @ x8)):
+        close = (
+            {"rtol": 1e-2, "atol": 1e-2}
+            if mine.dtype == torch.bfloat16
+            else {"rtol": 1e-3, "atol": 1e-3}
+        )
+        torch.testing.assert_close(mine.double(), plain, **close)
+    assert (y.double() - x.double() @ weight.double().t()).abs().max() > 0.1, "it was rounded"
+
+
+def test_a_model_trained_in_fp8_learns_as_one_in_bf16():
+    losses = {}
+    for fp8 in (False, True):
+        torch.manual_seed(0)
+        model = common.GPT.create(random_model(n_layer=2).config, CPU, torch.bfloat16)
+        if fp8:
+            model.train_in_fp8()
+        eight = [name for name, m in model.named_modules() if getattr(m, "fp8", False)]
+        assert len(eight) == 12 * fp8 and not any("gate" in n or "head" in n for n in eight)
+        optimizer = common.Optimizer(
+            common.optimizer_groups(model, 0.02, 0.2, 0.004, 0), torch.float32
+        )
+        ids = torch.randint(0, 20, (4, 8)).repeat(1, 4)  # what can be copied
+        for _ in range(30):
+            loss = model(ids[:, :-1][:, :16], ids[:, 1:17]) / 64
+            loss.backward()
+            optimizer.step()
+        losses[fp8] = loss.item()
+        with torch.no_grad():  # not while it answers
+            assert torch.equal(model(ids), model.cast_weights()(ids))
+    assert losses[True] < 1 and losses[True] == pytest.approx(losses[False], abs=0.1)
+
+
 def test_weights_laid_side_by_side_and_in_8_bits_give_the_same_model():
     for changes in CONFIGS.values():
         model, cast = random_model(**changes), random_model(**changes).cast_weights()
@@ -1138,15 +1186,18 @@ def test_the_cache_is_never_overwritten_at_the_contexts_end():
 
 
 def test_a_window_matters_and_attention_equals_the_plain_formula():
-    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
     back = torch.arange(9)[:, None] - torch.arange(9)
-    for window in (3, 9):
+    for window in (1, 2, 3, 5, 9):
         mask = (back >= 0) & (back < window)
         keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
         scores = torch.einsum("bthd,bshd->bhts", q, keys) / 8**0.5
         weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
         expected = torch.einsum("bhts,bshd->bthd", weights, values)
-        torch.testing.assert_close(common.attend(q, k, v, window), expected)
+        y, d_y = common.attend(q, k, v, window), torch.randn(2, 9, 4, 8)
+        torch.testing.assert_close(y, expected)
+        for mine, plain in zip(*(torch.autograd.grad(x, (q, k, v), d_y) for x in (y, expected))):
+            torch.testing.assert_close(mine, plain)
 
 
 @pytest.mark.parametrize("cap", [0.0, 15.0])
@@ -7763,6 +7814,23 @@ def test_the_page_runs_its_own_script_alone(served):
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page)
     assert not re.findall(r"(?:src|href)=.?(?:https?:)?//", page)
     assert set(re.findall(r"https?://[a-z0-9.]+", page)) == {"http://www.w3.org"}  # SVG's name
+
+
+def test_a_page_of_ones_own_is_read_at_each_request(tmp_path, tokenizer):
+    path = tmp_path / "page.html"
+    path.write_text("<script>one()</script>\u00e9", "utf-8")
+    with serving(tokenizer, page=str(path)) as (_, url):
+        for text in ("<script>one()</script>\u00e9", "<script>two()</script>"):
+            path.write_text(text, "utf-8")
+            response = requests.get(url)
+            assert response.content.decode() == text
+            digest = base64.b64encode(hashlib.sha256(text[8:13].encode()).digest()).decode()
+            assert f"script-src 'sha256-{digest}'" in response.headers["Content-Security-Policy"]
+        path.unlink()
+        response = requests.get(url)
+        assert response.status_code == 503 and "cannot be read" in response.text
+    with pytest.raises(ValueError, match="cannot be read"):
+        serve.Settings(page=str(path))
 
 
 def test_the_training_view_reads_what_a_run_has_written(served, base_dir):
