@@ -435,6 +435,7 @@ class Run:
     num_steps: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
     stopping: bool = False
+    again: bool = False  # torchrun began it again after a fault
     group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
     saving: threading.Thread | None = None  # writes a checkpoint
     save_error: BaseException | None = None
@@ -525,7 +526,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
     read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
     """
-    device = pick_device(settings.device)
+    device, attempt = pick_device(settings.device), 1
     rank, world_size = world()
     if world_size > 1:
         if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
@@ -533,16 +534,18 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
         store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives its restarts: in it are the addresses of dead ranks
+            # torchrun's store outlives its restarts: in it are the addresses of dead ranks. Its own
+            # count of restarts differs between nodes: one that follows another's fault counts none
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             kept = dist.TCPStore(host, port, world_size, is_master=False)
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], kept)
+            attempt = kept.add(f"starts/{rank}", 1)
+            store = dist.PrefixStore(str(attempt), kept)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(settings.seed)
-    run = Run(stage, settings.tag, settings, device, rank, world_size)
+    run = Run(stage, settings.tag, settings, device, rank, world_size, again=attempt > 1)
     run.group = dist.new_group(backend="gloo") if world_size > 1 else None
 
     def stop(number: int, frame: Any) -> None:
@@ -1151,7 +1154,7 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     back = at[window:, None] - at
     mask = ((back >= 0) & (back < window))[None]  # (1, window, 2 window), of every block
     rest = attend(q[:, 1:].flatten(0, 1), k, v, window, mask)
-    return torch.cat((first, rest.view(B, -1, *rest.shape[2:])), 1)[:, :T]
+    return torch.cat((first, rest.reshape(B, -1, *rest.shape[2:])), 1)[:, :T]
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -1186,6 +1189,7 @@ class KVCache:
         self.k, self.v = room(), room()  # by layer: (rows, slots, K, D)
         self.ids = torch.zeros(rows, T, device=device, dtype=torch.long)
         self.lengths = [0] * rows  # positions filled
+        self.reached = [0] * rows  # positions ever written, those since cut off included
 
     @classmethod
     def slots_of(cls, config: GPTConfig, window: int) -> int:
@@ -1201,8 +1205,14 @@ class KVCache:
 
     def holds(self, row: int, n: int) -> bool:
         """Say whether a row still has all that goes on from its first n positions asks for."""
-        lost = self.lengths[row] - n + 1  # slots that later positions may have taken, or padding
-        return all(self.lengths[row] < s or lost <= s - w + 1 for w, s in self.slots.items())
+        reached = max(self.reached[row], self.lengths[row])
+        lost = reached - n + 1  # slots that later positions may have taken, or padding
+        return all(reached < s or lost <= s - w + 1 for w, s in self.slots.items())
+
+    def cut_row(self, row: int, n: int) -> None:
+        """Let a row end after its first n positions."""
+        self.reached[row] = max(self.reached[row], self.lengths[row]) if n else 0
+        self.lengths[row] = n
 
     def copy_row(self, source: int, target: int, n: int) -> None:
         """Make the first n positions of a row, which holds them, equal to another's."""
@@ -1210,13 +1220,15 @@ class KVCache:
             x[target, :n] = x[source, :n]
         self.ids[target, :n] = self.ids[source, :n]
         self.lengths[target] = n
+        self.reached[target] = max(self.reached[source], self.lengths[source])
 
     def swap_rows(self, a: int, b: int) -> None:
         """Let two rows change places."""
         n = max(self.lengths[a], self.lengths[b])
         for x in (*self.k, *self.v, self.ids):
             x[[a, b], :n] = x[[b, a], :n]
-        self.lengths[a], self.lengths[b] = self.lengths[b], self.lengths[a]
+        for xs in (self.lengths, self.reached):
+            xs[a], xs[b] = xs[b], xs[a]
 
     def begin(self, ids: Tensor, counts: list[int] | None = None) -> Past:
         """Prepare to append ids (B, T) to the rows; of row b the first counts[b], or all, count."""
@@ -1255,7 +1267,7 @@ class KVCache:
             # the last that counts of the positions that share a slot; what is older stays
             last = ends - 1 - (ends - 1 - slot) % slots
             source = torch.where(last >= lengths, last - lengths, -1)
-            seen[window] = Seen(source, mask, old % slots)
+            seen[window] = Seen(source, mask, old.clamp_min(0) % slots)
         used = [slice(min(self.slots[window], high + T)) for window in self.windows]
         k, v = ([x[:, part] for x, part in zip(xs, used)] for xs in (self.k, self.v))
         return Past(positions, before, k, v, seen)
@@ -1974,13 +1986,14 @@ def conversation_rows(
     name = f"{path.stem}-{learned}-{path.stat().st_size}-{_crc32(path):08x}.npy"
     out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
     counts = out.with_suffix(".json")
-    if world()[0] == 0 and not (out.exists() and counts.exists()):
-        mixed = Mixed()
-        documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
-        rows = pack_rows(documents, T, whole=True)
-        write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
-        write_json(counts, dataclasses.asdict(mixed))
-    barrier()
+    for maker in (world()[0], int(os.environ.get("LOCAL_RANK", "0"))):  # then on other nodes' disks
+        if maker == 0 and not (out.exists() and counts.exists()):
+            mixed = Mixed()
+            documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
+            rows = pack_rows(documents, T, whole=True)
+            write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
+            write_json(counts, dataclasses.asdict(mixed))
+        barrier()
     return Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
 
 
@@ -2071,9 +2084,10 @@ def token_rows(
             encode_shard(wave[rank], tokenizer, T, wave_outs[rank])
             say(f"tokenized in {format_duration(time.perf_counter() - start)}")
         barrier()
-        for i, out in enumerate(wave_outs):
-            if not out.exists() and i % local[1] == local[0]:  # made on another node's disk
-                encode_shard(wave[i], tokenizer, T, out)
+        for path, out in list(zip(wave, wave_outs))[local[0] :: local[1]]:
+            if not out.exists():  # made on another node's disk
+                encode_shard(path, tokenizer, T, out)
+        for out in wave_outs:
             while not out.exists():  # another rank makes it; torchrun ends us if that one dies
                 time.sleep(0.1)
             outs.append(out)
@@ -2669,8 +2683,7 @@ def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None
     where the run there has other settings, or began from another model than parent holds.
     """
     settings = run.settings
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun, after a fault
-    if settings.restart and run.rank == 0 and not again:
+    if settings.restart and run.rank == 0 and not run.again:
         shutil.rmtree(run.dir, ignore_errors=True)
     barrier()
     found = list_checkpoints(run.tag, run.stage)
@@ -2971,8 +2984,13 @@ class _Row:
 GRAPH_KEYS = 256  # a recorded step reads whole blocks of so many positions
 
 
-def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record what a step launches on a GPU; return what launches it again, and its output."""
+def record(
+    step: Callable[[], Tensor], device: torch.device, pool: Any
+) -> tuple[Callable[[], None], Tensor]:
+    """Record what a step launches on a GPU; return what launches it again, and its output.
+
+    Records of one pool share memory: an output holds until the next of them is launched.
+    """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):  # libraries and compilers set up what a record cannot hold
@@ -2980,7 +2998,7 @@ def record(step: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
             step()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         output = step()
     return graph.replay, output
 
@@ -3011,9 +3029,9 @@ class Engine:
         self.steps = 0
         self.stops = {tokenizer.bos, tokenizer.specials["<|assistant_end|>"]}
         self.next_logits: Callable[[Tensor, Past], Tensor] | None = None
-        self.graphs: dict[tuple[int, int], tuple] | None = (
-            {} if self.device.type == "cuda" else None
-        )
+        cuda = self.device.type == "cuda"
+        self.graphs: dict[tuple[int, int], tuple] | None = {} if cuda else None
+        self.pool = torch.cuda.graph_pool_handle() if cuda else None
 
     @torch.inference_mode()
     def compile(self) -> None:
@@ -3059,6 +3077,7 @@ class Engine:
         self.prompts, self.decoding = [], []
         self.rows = [_Row() for _ in self.rows]
         self.cache.lengths = [0] * len(self.rows)
+        self.cache.reached = [0] * len(self.rows)
 
     @property
     def load(self) -> int:
@@ -3122,9 +3141,6 @@ class Engine:
         assert self.graphs is not None
         n, context = len(last_ids), self.model.config.max_seq_len
         rows = min(len(self.rows), 1 << (n - 1).bit_length())
-        for row in range(n, rows):
-            if self.cache.lengths[row] == context:  # there is no place past its end
-                self.rows[row].ids, self.cache.lengths[row] = [], 0
         lengths = self.cache.lengths[:rows]
         assert max(lengths) < context, f"cache of {context} positions is full: {lengths}"
         end = min(context, -(-(max(lengths) + 1) // GRAPH_KEYS) * GRAPH_KEYS)
@@ -3137,7 +3153,7 @@ class Engine:
                 return compute(fed[0], part.past(fed[0], fed[1], fed[1] + 1, end - 1, False))
 
             fed[1] = torch.tensor(lengths, device=self.device)[:, None]
-            self.graphs[rows, end] = fed, *record(step, self.device)
+            self.graphs[rows, end] = fed, *record(step, self.device, self.pool)
         fed, replay, logits = self.graphs[rows, end]
         fed.copy_(torch.tensor([[*last_ids, *[0] * (rows - n)], lengths])[..., None])
         replay()
@@ -3207,7 +3223,7 @@ class Engine:
         elif found:
             self.cache.copy_row(source, taken, found)
         self._swap(taken, target)
-        self.cache.lengths[target] = found
+        self.cache.cut_row(target, found)
         self.rows[target] = _Row(prompt.ids[:found], prompt)
         prompt.row = target
         for job in prompt.jobs:
@@ -3249,7 +3265,8 @@ class Engine:
                 raise
             self.budget //= 2
             for prompt in part:  # where windows move on, what was written may have taken its place
-                self.cache.lengths[prompt.row], self.rows[prompt.row].ids = 0, []
+                self.cache.cut_row(prompt.row, 0)
+                self.rows[prompt.row].ids = []
             return []
         for prompt, ids in zip(part, todo):  # what a padded position holds is never seen
             self.rows[prompt.row].ids += ids

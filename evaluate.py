@@ -715,7 +715,7 @@ PACE_STEPS = 40
 
 
 def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]) -> dict:
-    """Pretrain a small model, or find it trained; return its last measures and its pace."""
+    """Pretrain a small model anew; return its last measures and its pace."""
     (run_dir(tag) / "tokenizer").mkdir(parents=True, exist_ok=True)
     name = Path("tokenizer", "tokenizer.json")
     shutil.copy(run_dir(run.tag) / name, run_dir(tag) / name)
@@ -723,7 +723,7 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
                f"--depth={depth}", "--max-seq-len=512", "--total-batch-size=2048",
                "--dtype=float32", "--compile=yes", "--eval-tokens=300000", "--save-every=0",
                f"--num-iterations={steps}", f"--eval-every={steps}",
-               f"--device={run.device}", "--restart", *flags]  # fmt: skip
+               f"--device={run.device.type}", "--restart", *flags]  # fmt: skip
     run.say(f"learning: {tag}, {steps} steps")
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
@@ -746,6 +746,7 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
     The pace of each is measured first; vocabulary and text are those of the run's tokenizer.
     """
     table: dict[str, list[dict]] = {}
+    Tokenizer.load(run_dir(run.tag) / "tokenizer")  # raises where there is none
 
     def measure(depth: int, name: str, seconds: float, flags: list[str], seeds: int) -> None:
         tag = f"{run.tag}-d{depth}-{seconds:.0f}s-{re.sub('[^a-z]+', '-', name)}"

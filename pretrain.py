@@ -355,7 +355,8 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
 
 BIGRAM_PAIRS = 12_000_000  # counted at most
 BIGRAM_SHARE = 0.06  # of the run's FLOPs that the fit may take
-FITTED_HEAD_LR = 0.25  # factor on the rate of a head that was fitted: much of it is there
+# factor on the rate of a head that was fitted, in pretraining alone: much of it is there
+FITTED_HEAD_LR = 0.25
 
 
 def bigram_steps(settings: Settings, config: GPTConfig, tokens: int) -> int:
@@ -392,13 +393,15 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
                           torch.float32)  # fmt: skip
     size = max(1, (1 << (21 if device.type == "cpu" else 26)) // V)  # ids whose logits fit a cache
     starts = range(rank * size, V, world_size * size)
+    chunks = [torch.tensor([start, min(start + size, V)], device=device) for start in starts]
+    bounds = [torch.searchsorted(before, chunk).tolist() for chunk in chunks]
     total = torch.zeros((), device=device)
     for step in range(num_steps):
         total.zero_()
-        for start in starts:
+        for start, (first, last) in zip(starts, bounds):
             end = min(start + size, V)
-            ends = torch.searchsorted(before, torch.tensor([start, end], device=device))
-            source, target, share = (x[slice(*ends)] for x in (before - start, after, shares))
+            source, target, share = (x[first:last] for x in (before, after, shares))
+            source = source - start
             logits = model.logits(rms_norm(embed[start:end]))
             weights = torch.zeros(end - start, device=device).index_add(0, source, share)
             loss = (weights * logits.logsumexp(1)).sum() - (share * logits[source, target]).sum()

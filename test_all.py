@@ -1176,6 +1176,36 @@ def test_a_layer_with_a_window_keeps_that_and_a_prefix_is_used_where_it_is_held(
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_unequal_length_go_on_by_several_positions(spare):
+    model = random_model(window_pattern="SL", max_seq_len=64)
+    cache = common.KVCache(model.config, 2, CPU, torch.float32)
+    ids, lengths = torch.randint(100, (2, 40)), (3, 29)
+    for row, n in enumerate(lengths):
+        part = cache.part(row, row + 1)
+        model.hidden(ids[row : row + 1, :n], part)
+        cache.lengths[row] = n
+    more = torch.stack([ids[row, n : n + 9] for row, n in enumerate(lengths)])
+    logits = model.logits(model.hidden(more, cache, [9, 5]))
+    for row, (n, count) in enumerate(zip(lengths, (9, 5))):
+        whole = model(ids[row : row + 1, : n + count])[0, n:]
+        torch.testing.assert_close(logits[row, :count], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_cut_short_remembers_what_it_has_lost(monkeypatch):
+    monkeypatch.setattr(common.KVCache, "SPARE", 5)
+    config = random_model(window_pattern="SL", max_seq_len=64).config
+    cache = common.KVCache(config, 3, CPU, torch.float32)
+    cache.lengths[0] = 50
+    cache.cut_row(0, 47)
+    assert cache.holds(0, 46) and not cache.holds(0, 44), "lost to what came up to 50"
+    cache.copy_row(0, 1, 46)
+    cache.swap_rows(1, 2)
+    assert cache.holds(2, 46) and not cache.holds(2, 44)
+    cache.cut_row(2, 0)
+    cache.lengths[2] = 21
+    assert cache.holds(2, 18)
+
+
 def test_the_cache_is_never_overwritten_at_the_contexts_end():
     model = random_model()
     cache = common.KVCache(model.config, 1, CPU, torch.float32)
@@ -2183,7 +2213,7 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, monkeyp
 
 @pytest.mark.parametrize("window", ["L", "SL"])
 def test_recorded_steps_say_what_plain_ones_say(tokenizer, window, monkeypatch):
-    def record(step, device):
+    def record(step, device, pool):
         """Stand in for a GPU's recorder: the step runs on the tensors that it was recorded with."""
         output, steps = step(), []
         recorded.append((step, steps))
