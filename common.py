@@ -278,6 +278,11 @@ def world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world() -> tuple[int, int]:
+    """Return (rank, world_size) among the processes of this node: (0, 1) without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def pick_device(name: str = "") -> torch.device:
     """Choose cuda, mps or cpu, best first, or the named one; under torchrun the rank's own GPU.
 
@@ -291,7 +296,7 @@ def pick_device(name: str = "") -> torch.device:
     kind = name or present[0]
     if kind != "cuda":
         return torch.device(kind)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = local_world()[0]
     if local_rank >= torch.cuda.device_count():
         raise MissingInput(
             f"local rank {local_rank} has no GPU of its own: start torchrun with "
@@ -406,8 +411,7 @@ def free_bytes(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + held
     if not hasattr(os, "sysconf"):  # Windows does not say
         return math.inf
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world()[1]
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -492,8 +496,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
-        if self.rank == 0:
-            print(text, flush=True)
+        say(text)
 
     def log(self, step: int, **values: Any) -> None:
         """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
@@ -530,8 +533,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     rank, world_size = world()
     if world_size > 1:
         if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world()[1]))
         store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives its restarts: in it are the addresses of dead ranks. Its own
@@ -1010,10 +1012,10 @@ class Linear(nn.Module):
         self.fp8 = False  # products are made in 8 bits while training
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.size(-1)
-        if self.fp8 and torch.is_grad_enabled() and rows % 16 == 0:  # as its kernel asks
-            y = Float8Product.apply(x.flatten(0, -2), self.weight)
-            return y.view(*x.shape[:-1], -1)
+        if self.fp8 and torch.is_grad_enabled():
+            rows = x.flatten(0, -2)
+            if rows.size(0) % 16 == 0:  # as its kernel asks
+                return Float8Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
         return product(x, self.weight, self.scale)
 
     @torch.no_grad()
@@ -1236,14 +1238,15 @@ class KVCache:
         low, high = min(self.lengths), max(self.lengths)
         assert high + T <= context, f"cache of {context} positions cannot hold {high + T}"
         lengths = torch.tensor(self.lengths, device=device)[:, None]
-        ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
         alike = low == high and (T > 1 or B == 1)  # steps of many have one form, for a compiler
-        return self.past(ids, lengths, ends, high, alike)
+        return self.past(ids, lengths, counts, high, alike)
 
-    def past(self, ids: Tensor, lengths: Tensor, ends: Tensor, high: int, alike: bool) -> Past:
+    def past(
+        self, ids: Tensor, lengths: Tensor, counts: list[int] | None, high: int, alike: bool
+    ) -> Past:
         """Do what begin() does with the lengths (B, 1) on the device, none of them above `high`.
 
-        `alike` says that they are equal; ends (B, 1) are the lengths afterwards.
+        `alike` says that they are equal.
         """
         T, device, context = ids.size(1), ids.device, self.ids.size(1)
         positions = lengths + torch.arange(T, device=device)  # (B, T)
@@ -1265,6 +1268,7 @@ class KVCache:
             back = positions[:, :, None] - keys
             mask = (back >= 0) & (back < window) & (keys >= 0) if high else None
             # the last that counts of the positions that share a slot; what is older stays
+            ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
             last = ends - 1 - (ends - 1 - slot) % slots
             source = torch.where(last >= lengths, last - lengths, -1)
             seen[window] = Seen(source, mask, old.clamp_min(0) % slots)
@@ -1701,6 +1705,11 @@ class _Unit:
         missing = cut.stop - cut.start - len(array)
         return F.pad(array, [0, 0] * (array.dim() - 1) + [0, missing]) if missing else array
 
+    def clear_gradients(self) -> None:
+        """Forget the gradients of the parameters."""
+        for param in self.params:
+            param.grad = None
+
     def split(self, array: Tensor) -> None:
         """Copy an array of all chunks into the parameters."""
         if self.group["kind"] == "muon":
@@ -1708,6 +1717,9 @@ class _Unit:
                 param.copy_(value)
         elif array.data_ptr() != self.params[0].data_ptr():
             self.params[0].view(-1).copy_(array[: self.length])
+
+
+GROW_AFTER = 2000  # steps, as in torch's own
 
 
 @dataclass
@@ -1742,9 +1754,6 @@ class LossScaler:
                 "are untouched; run again with --dtype=float32"
             )
         return overflow
-
-
-GROW_AFTER = 2000  # steps, as in torch's own
 
 
 class Optimizer:
@@ -1793,8 +1802,7 @@ class Optimizer:
             # a parameter that no token reached this step has no gradient: it counts as zero
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in unit.params]
             whole = unit.join(grads, slice(0, self.world_size))
-            for param in unit.params:
-                param.grad = None
+            unit.clear_gradients()
             g = torch.empty_like(whole[: unit.chunk]) if many else whole
             work: Any = dist.reduce_scatter_tensor(g, whole, async_op=True) if many else None
             sums.append((g, work, whole))
@@ -1832,8 +1840,7 @@ class Optimizer:
     def clear_gradients(self) -> None:
         """Forget the gradients of all parameters."""
         for unit in self.units:
-            for param in unit.params:
-                param.grad = None
+            unit.clear_gradients()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's shard of the state."""
@@ -1857,6 +1864,7 @@ class Optimizer:
             group["lr"] *= factor
 
 
+ADAMW = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 MIX_LR = 0.02  # of the scalars that mix a block's input
 
 
@@ -1869,17 +1877,16 @@ def optimizer_groups(
     arXiv:2203.03466). weight_decay is that of the matrices.
     """
     width = (model.config.n_embd / 768) ** -0.5
-    adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
     matrices = list(model.blocks.parameters())
     matrices += [] if model.smear is None else [model.smear.weight]
     tables = [model.embed.weight, *model.value_embeds.parameters()]
     groups = [
         {"kind": "muon", "params": matrices, "lr": matrix_lr,
          "momentum": 0.95, "weight_decay": weight_decay, "coefficients": POLAR_EXPRESS},
-        {**adamw, "params": tables, "lr": embed_lr * width},
-        {**adamw, "params": [model.head.weight], "lr": head_lr * width},
+        {**ADAMW, "params": tables, "lr": embed_lr * width},
+        {**ADAMW, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip
-    return groups + ([{**adamw, "params": [model.mix], "lr": MIX_LR}] if model.config.skip else [])
+    return groups + ([{**ADAMW, "params": [model.mix], "lr": MIX_LR}] if model.config.skip else [])
 
 
 # 7. Rows -------------------------------------------------------------------------------------
@@ -1986,7 +1993,7 @@ def conversation_rows(
     name = f"{path.stem}-{learned}-{path.stat().st_size}-{_crc32(path):08x}.npy"
     out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
     counts = out.with_suffix(".json")
-    for maker in (world()[0], int(os.environ.get("LOCAL_RANK", "0"))):  # then on other nodes' disks
+    for maker in (world()[0], local_world()[0]):  # then on other nodes' disks
         if maker == 0 and not (out.exists() and counts.exists()):
             mixed = Mixed()
             documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
@@ -2070,7 +2077,7 @@ def token_rows(
     of that.
     """
     rank, world_size = world()
-    local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_size = local_world()
     shards = list_shards(source, "train")
     folder = data_dir(source) / "tokens" / f"{tokenizer.fingerprint}-{T}"
     outs: list[Path] = []
@@ -2084,7 +2091,7 @@ def token_rows(
             encode_shard(wave[rank], tokenizer, T, wave_outs[rank])
             say(f"tokenized in {format_duration(time.perf_counter() - start)}")
         barrier()
-        for path, out in list(zip(wave, wave_outs))[local[0] :: local[1]]:
+        for path, out in list(zip(wave, wave_outs))[local_rank::local_size]:
             if not out.exists():  # made on another node's disk
                 encode_shard(path, tokenizer, T, out)
         for out in wave_outs:
@@ -3150,7 +3157,7 @@ class Engine:
             compute = self.next_logits or self.model.next_logits
 
             def step() -> Tensor:
-                return compute(fed[0], part.past(fed[0], fed[1], fed[1] + 1, end - 1, False))
+                return compute(fed[0], part.past(fed[0], fed[1], None, end - 1, False))
 
             fed[1] = torch.tensor(lengths, device=self.device)[:, None]
             self.graphs[rows, end] = fed, *record(step, self.device, self.pool)

@@ -632,13 +632,18 @@ def bench_decoding(
     return measured
 
 
-def training_rates(tag: str) -> dict[str, float]:
-    """Return the median training rate and MFU of a run, from its later log lines."""
+def pretraining_log(tag: str) -> list[dict[str, Any]]:
+    """Read what a run's pretraining has logged."""
     path = run_dir(tag) / "metrics.jsonl"
     if not path.exists():
         raise MissingInput(f"{path} is missing: `bash run.sh bench` makes it")
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    lines = [line for line in lines if line["stage"] == "base" and "tok_per_s" in line]
+    return [line for line in lines if line["stage"] == "base"]
+
+
+def training_rates(tag: str) -> dict[str, float]:
+    """Return the median training rate and MFU of a run, from its later log lines."""
+    lines = [line for line in pretraining_log(tag) if "tok_per_s" in line]
     lines = lines[len(lines) // 2 :]
     config = read_meta(find_checkpoint(tag, "base"))
     name = f"pretraining d{config['config']['n_layer']} {config['dtype']}"
@@ -711,7 +716,7 @@ LEFT_OUT = {  # choices of pretrain.py, and how each is switched off
     "skip": ["--no-skip"],
     "scaled queries and keys": ["--qk-scale=1"],
 }
-PACE_STEPS = 40
+PACE_STEPS, BATCH_TOKENS = 40, 2048
 
 
 def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]) -> dict:
@@ -720,7 +725,7 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
     name = Path("tokenizer", "tokenizer.json")
     shutil.copy(run_dir(run.tag) / name, run_dir(tag) / name)
     command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), f"--tag={tag}",
-               f"--depth={depth}", "--max-seq-len=512", "--total-batch-size=2048",
+               f"--depth={depth}", "--max-seq-len=512", f"--total-batch-size={BATCH_TOKENS}",
                "--dtype=float32", "--compile=yes", "--eval-tokens=300000", "--save-every=0",
                f"--num-iterations={steps}", f"--eval-every={steps}",
                f"--device={run.device.type}", "--restart", *flags]  # fmt: skip
@@ -728,13 +733,12 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         raise Stop(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}")
-    lines = (run_dir(tag) / "metrics.jsonl").read_text("utf-8").splitlines()
-    logged = [json.loads(line) for line in lines]
+    logged = pretraining_log(tag)
     times = [(line["step"], line["time"]) for line in logged if "loss" in line]
     (first, began), (last, ended) = times[1], times[-1]  # the first is of a step that compiled
     return {
         "steps": steps,
-        "tokens": steps * 2048,
+        "tokens": steps * BATCH_TOKENS,
         "seconds": (ended - began) / (last - first) * steps,
         "bpb": [line["val_bpb"] for line in logged if "val_bpb" in line][-1],
     }
@@ -759,9 +763,9 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
 
     for depth in (4, 6):
         measure(depth, "all choices", settings.bench_seconds, [], settings.bench_seeds)
-        for name, flags in {"all choices": [], **LEFT_OUT}.items():
-            name = name if name == "all choices" else f"without {name}"
-            measure(depth, name, settings.bench_seconds / 4, flags, 1)
+        measure(depth, "all choices", settings.bench_seconds / 4, [], 1)
+        for name, flags in LEFT_OUT.items():
+            measure(depth, f"without {name}", settings.bench_seconds / 4, flags, 1)
     run.say(
         "| training | runs | tokens | seconds | bits per byte |\n| --- | ---: | ---: | ---: | ---: |"
     )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common import (
+    ADAMW,
     GPT,
     PEAK_FLOPS,
     Batch,
@@ -46,6 +47,7 @@ from common import (
     list_shards,
     load_file,
     load_optimizer,
+    logits_at_once,
     memory_bytes,
     newest_checkpoint,
     optimizer_groups,
@@ -269,21 +271,20 @@ def print_plan(settings: Settings) -> dict[str, float]:
         if sum(memory(rows).values()) < 0.9 * room:
             break
         rows = -(-rows // 2)
+    parts = memory(rows)
     numbers = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
         "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
         "flops": flops, "seconds": seconds, "exchanged_bytes": exchanged_bytes(config, count),
-        **{f"{k}_bytes": v for k, v in memory(rows).items()},
+        **{f"{k}_bytes": v for k, v in parts.items()},
     }  # fmt: skip
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
     print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
     print(f"FLOPs        {format_count(flops)}, {format_count(config.flops_per_token())} a token")
     print(f"tokens       {format_count(tokens)} ({horizon.reasons[0]})")
     print(f"steps        {horizon.num_steps:,} of {horizon.batch_rows * T:,} tokens")
-    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in memory(rows).items())
-    print(
-        f"memory       {sum(memory(rows).values()) / 1e9:.1f} GB a device at {rows} rows: {split}"
-    )
+    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
+    print(f"memory       {sum(parts.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
     print(f"exchanged    {numbers['exchanged_bytes'] / 1e9:.2f} GB sent and received by each a step of "
           f"{1e3 * seconds / horizon.num_steps:,.0f} ms")  # fmt: skip
@@ -386,12 +387,11 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
     rank, world_size = world()
     V, device = model.config.vocab_size, model.embed.weight.device
     before, after, shares = (x.to(device) for x in count_pairs(rows, V))
-    adamw = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
     embed, head = model.embed.weight, model.head.weight
     rates = {embed: 0.3, head: 0.012 * (model.config.n_embd / 768) ** -0.5}
-    optimizer = Optimizer([{**adamw, "params": [p], "lr": lr} for p, lr in rates.items()],
+    optimizer = Optimizer([{**ADAMW, "params": [p], "lr": lr} for p, lr in rates.items()],
                           torch.float32)  # fmt: skip
-    size = max(1, (1 << (21 if device.type == "cpu" else 26)) // V)  # ids whose logits fit a cache
+    size = logits_at_once(device) // V or 1  # ids
     starts = range(rank * size, V, world_size * size)
     chunks = [torch.tensor([start, min(start + size, V)], device=device) for start in starts]
     bounds = [torch.searchsorted(before, chunk).tolist() for chunk in chunks]
