@@ -4777,7 +4777,8 @@ class Asker:
         wrong = [choice for choice in brief_replies(fact.relation, forward) if choice != right]
         choices = self.rng.sample(wrong, 3)
         choices.insert("ABCD".index(letter), right)
-        told = self.reply(card, 0)
+        turned = not self.test and self.rng.random() < 0.3  # the line looks for what is offered,
+        told = self.reply((fact, forward != turned), 0)  # wherever the sentence has it
         texts = [lay_out(self.rng, question, choices), f"{told}\n- {right} {letter}"]
         return conversation("letters", texts, grade="letter", answer=letter, choices=choices)
 
