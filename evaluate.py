@@ -788,7 +788,7 @@ FIGURES = (  # title, unit, whether the axis begins at 0, logged value: its name
     ("Validation loss", "nats a token", False, {"val_loss": "conversations"}),
     ("Reward", "share of right answers", True,
      {"reward": "reward", "pass_at_1": "pass@1", "pass_at_k": "pass@k",
-      "val_pass_at_1": "held out, pass@1", "val_pass_at_k": "held out, pass@k"}),
+      "val_pass_at_1": "kept apart, pass@1", "val_pass_at_k": "kept apart, pass@k"}),
     ("Length of answers", "tokens", True, {"answer_tokens": "answers"}),
     ("Learning rate", "times its peak", True, {"lr": "factor"}),
     ("Speed", "tokens/s", True, {"tok_per_s": "training"}),
@@ -1082,7 +1082,11 @@ def report_sections(record: Record, settings: Settings, machine: str) -> dict[st
         folds.append(fold("What was taught", "kind", mixtures))
     missing = ", ".join(stage for stage in STAGES if stage not in record.metas)
     price = settings.cost_per_hour
-    where = f"On a machine for {price:g} USD an hour." if price else "On a machine of one's own."
+    where = (
+        f"On a machine for {price:g} USD an hour."
+        if price
+        else "No price is set (--cost-per-hour)."
+    )
     sections = {
         "": [f"Not trained yet: {missing}."] if missing else [],
         "Set-up": [setup_table(record, settings.tag, machine), *folds],

@@ -152,12 +152,6 @@ def answer_problems(
     """Answer each problem num_samples times, sample j of problem i by seeds[i] and j."""
     tokenizer, n = engine.tokenizer, settings.num_samples
     prompts = [render_prompt(tokenizer, problem["messages"]) for problem in problems]
-    context = engine.model.config.max_seq_len
-    if too_long := [p for p in prompts if len(p) >= context]:
-        raise MissingInput(
-            f"{len(too_long)} problems do not fit in the context of {context} tokens: take them "
-            "out of rl.jsonl, or pretrain with a larger --max-seq-len"
-        )
     requests = [
         Request(prompt, Sampling(settings.max_tokens, settings.temperature, settings.top_k,
                                  seed=sample_seed(seed, j)))
@@ -270,26 +264,26 @@ class Sampler:
 
 
 def pass_rates(groups: list[Group], device: torch.device) -> dict[str, float]:
-    """Return pass@1, pass@k and the mean length of answers, over all ranks."""
-    sums = torch.zeros(5, device=device)
-    for group in groups:
-        lengths = [len(reply.ids) for reply in group.replies]
-        sums += torch.tensor(
-            [sum(group.rewards), len(group.rewards), any(group.rewards), 1, sum(lengths)],
-            device=device,
-        )
-    right, answers, solved, problems, tokens = all_sum(sums).tolist()
+    """Return pass@1, pass@k, the mean length of answers and the share cut off, over all ranks."""
+    sums = torch.zeros(6, device=device)
+    for g in groups:
+        tokens = sum(len(reply.ids) for reply in g.replies)
+        cut = sum(reply.reason == "length" for reply in g.replies)
+        mine = [sum(g.rewards), len(g.rewards), any(g.rewards), 1, tokens, cut]
+        sums += torch.tensor(mine, device=device)
+    right, answers, solved, problems, tokens, cut = all_sum(sums).tolist()
     return {
         "pass_at_1": right / max(1, answers),
         "pass_at_k": solved / max(1, problems),
         "answer_tokens": tokens / max(1, answers),
+        "cut_off": cut / max(1, answers),  # without reward, however right so far
     }
 
 
 def validate(
     engine: Engine, problems: list[dict[str, Any]], settings: Settings, device: torch.device
 ) -> dict[str, float]:
-    """Return pass@1 and pass@k on problems that are not trained on, with the same samples."""
+    """Return pass@1 and pass@k on problems that rl keeps apart, always with the same seeds."""
     rank, world_size = world()
     mine = list(enumerate(problems))[rank::world_size]
     seeds = [sample_seed(settings.seed, 1 << 32, i) for i, _ in mine]
@@ -309,11 +303,20 @@ def main(settings: Settings) -> dict:
         chats = settings.chats or before["chats"]
         newest, saved = newest_checkpoint(run, parent)
         start = saved.get("step", 0)
-        problems = list(read_conversations(data_dir(chats) / "rl.jsonl"))
+        path = data_dir(chats) / "rl.jsonl"
+        config = GPTConfig(**before["config"])
+        every, longest = list(read_conversations(path)), config.max_seq_len * 3 // 4
+        problems = [
+            p for p in every if len(render_prompt(tokenizer, p["messages"])) <= longest
+        ]  # fmt: skip
+        too_long = len(every) - len(problems)
         kept = min(settings.val_problems, len(problems) // 10)
         val_problems, problems = problems[:kept], problems[kept:]
         if not problems:
-            raise MissingInput(f"{data_dir(chats) / 'rl.jsonl'} has no problems to train on")
+            raise MissingInput(
+                f"{path} has no problems to train on, beside {too_long} that leave no room for an "
+                f"answer in a context of {config.max_seq_len} tokens"
+            )
         total = settings.epochs * len(problems)
         num_steps = settings.num_iterations or math.ceil(total / settings.problems_per_step)
         run.num_steps = num_steps
@@ -321,13 +324,13 @@ def main(settings: Settings) -> dict:
             run.say(f"rl: {newest} is there, finished")
             return saved["metrics"]
         why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
-        run.say(f"problems: {len(problems):,}, and {kept} for validation")
+        run.say(f"problems: {len(problems):,}, and {kept} for validation; too long and left out: "
+                f"{too_long:,}")  # fmt: skip
         run.say(f"steps: {num_steps:,} ({why}) of {settings.problems_per_step} problems x "
                 f"{settings.num_samples} answers")  # fmt: skip
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        config = GPTConfig(**before["config"])
         most = -(-settings.problems_per_step // run.world_size) * settings.num_samples
         micro = choose_micro_batch(run, config, saved, most, 32, dtype.itemsize)
         model, optimizer = continue_stage(run, parent, newest, False, dtype, settings.warm_start)

@@ -5793,6 +5793,27 @@ def test_rl_learns_what_is_rewarded(chat_run):
     assert sum(rates[-5:]) / 5 > sum(rates[:5]) / 5 + 0.1
 
 
+def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
+    path = common.data_dir(chat_run) / "rl.jsonl"
+    lines = [json.loads(line) for line in path.open()]
+    user = {"role": "user", "content": "word " * 40}
+    huge = {**lines[0], "messages": [user]}
+    write_lines(path, [huge, *lines, huge])
+    run_stage("rl", "t", num_iterations=30 // 3 + 1)  # an epoch and more: none is met
+    assert "problems: 27, and 3 for validation; too long and left out: 2" in capsys.readouterr().out
+    write_lines(path, [huge])
+    with pytest.raises(common.MissingInput, match="beside 1 that leave no room"):
+        run_stage("rl", "u")
+
+
+def test_answers_that_were_cut_off_are_counted():
+    replies = [common.Reply([5], [1], reason) for reason in ("stop", "length", "stop", "length")]
+    groups = [rl.Group([1], replies, [1.0, 0.0, 0.0, 0.0]), rl.Group([1], replies[:2], [0.0, 0.0])]
+    rates = rl.pass_rates(groups, CPU)
+    assert rates["cut_off"] == 0.5 and rates["pass_at_1"] == pytest.approx(1 / 6)
+    assert rates["pass_at_k"] == 0.5 and rates["answer_tokens"] == 1
+
+
 def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learned(
     chat_run, tokenizer
 ):
