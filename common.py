@@ -37,6 +37,7 @@ import operator
 import os
 import queue
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -49,6 +50,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -540,7 +542,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             # count of restarts differs between nodes: one that follows another's fault counts none
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             kept = dist.TCPStore(host, port, world_size, is_master=False)
-            attempt = kept.add(f"starts/{rank}", 1)
+            attempt = agree_on_attempt(kept, rank, world_size)
             store = dist.PrefixStore(str(attempt), kept)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
@@ -575,6 +577,26 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> int:
+    """Return the number of this start of all ranks, in a store that knows of former ones.
+
+    Rank 0 counts; who reads the count too early, of a start whose rank 0 is dead, gets no answer
+    and reads it again.
+    """
+    if rank == 0:
+        attempt = store.add("attempt", 1)
+        for other in range(1, world_size):
+            store.set(f"welcome/{store.get(f'here/{attempt}/{other}').decode()}", "yes")
+        return attempt
+    me = secrets.token_hex(8)
+    while True:
+        attempt = store.add("attempt", 0)
+        store.set(f"here/{attempt}/{rank}", me)
+        with contextlib.suppress(RuntimeError):  # in time, or not
+            store.wait([f"welcome/{me}"], timedelta(seconds=1))
+            return attempt
 
 
 @contextlib.contextmanager
@@ -1029,7 +1051,7 @@ class Linear(nn.Module):
 class Float8Product(torch.autograd.Function):
     """The product of rows and a weight, each rounded to fp8 with one scale (arXiv:2209.05433).
 
-    Rows and weight have 4 bits of exponent, gradients have 5, sums are made in fp32.
+    Rows and weight have 4 bits of exponent, gradients have 5 and are summed in fp32.
     """
 
     @staticmethod
@@ -1037,7 +1059,7 @@ class Float8Product(torch.autograd.Function):
         """Return x (N, n_in) @ weight (n_out, n_in) turned, in x's dtype; all multiples of 16."""
         x8, w8 = (to_float8(a, torch.float8_e4m3fn) for a in (x, weight))
         ctx.save_for_backward(*x8, *w8)
-        return float8_matmul(x8, (w8[0].t(), w8[1]), x.dtype)
+        return float8_matmul(x8, (w8[0].t(), w8[1]), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, dy):  # type: ignore[no-untyped-def]
@@ -1057,9 +1079,13 @@ def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-top, top).to(dtype), scale
 
 
-def float8_matmul(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """Multiply two matrices in fp8, each with its scale."""
-    return torch._scaled_mm(a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype)
+def float8_matmul(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False
+) -> Tensor:
+    """Multiply two matrices in fp8, each with its scale; fast sums are of fewer bits."""
+    return torch._scaled_mm(
+        a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype, use_fast_accum=fast
+    )
 
 
 def row_sizes(x: Tensor) -> Tensor:
@@ -1115,6 +1141,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
+QUERIES = 1024  # that have a mask of their own at once
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = None) -> Tensor:
     """Attend causally: the last query sees the last key, each at most `window` keys back.
 
@@ -1126,6 +1155,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = N
         return attend_once(q, k, v, mask)
     if mask is None and window < T == S:
         return attend_in_blocks(q, k, v, window)
+    if mask is None and QUERIES < T < S:  # the mask of all would be T x S
+        ends = [min(i + QUERIES, T) for i in range(0, T, QUERIES)]
+        parts = zip(q.split(QUERIES, 1), [S - T + end for end in ends])
+        return torch.cat([attend(x, k[:, :end], v[:, :end], window) for x, end in parts], 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
     grouped = q.size(1) != k.size(1)
     if mask is not None:
@@ -1826,9 +1859,9 @@ class Optimizer:
 
     def _update(self, unit: _Unit, p: Tensor, g: Tensor, lr_scale: float) -> None:
         group, state = unit.group, unit.state
-        # as tensors, a rate and a count that change every step do not compile anew
-        lr = torch.tensor(group["lr"] * lr_scale, device=p.device)
-        t = torch.tensor(float(self.steps), device=p.device)
+        # as tensors, a rate and a count that change every step do not compile anew; filled, not
+        # copied, they do not wait for the device
+        lr, t = (torch.full((), x, device=p.device) for x in (group["lr"] * lr_scale, self.steps))
         decay = group["weight_decay"]
         if group["kind"] == "muon":
             coefficients = group["coefficients"]
@@ -1853,10 +1886,16 @@ class Optimizer:
         if self.scaler and "scaler" in shards[0]:
             self.scaler = LossScaler(**shards[0]["scaler"])
         for i, unit in enumerate(self.units):
+            first, end = self.rank * unit.chunk, min((self.rank + 1) * unit.chunk, unit.length)
             for name, mine in unit.state.items():
-                whole = torch.cat([shard["units"][i][name] for shard in shards])[: unit.length]
-                part = whole[self.rank * unit.chunk : (self.rank + 1) * unit.chunk]
-                mine.zero_()[: len(part)].copy_(part)
+                mine.zero_()
+                at = 0
+                for shard in shards:
+                    part = shard["units"][i][name]
+                    a, b = max(at, first), min(at + len(part), end)
+                    if a < b:
+                        mine[a - first : b - first].copy_(part[a - at : b - at])
+                    at += len(part)
 
     def scale_lr(self, factor: float) -> None:
         """Multiply every group's learning rate."""
@@ -2603,14 +2642,22 @@ def load_file(folder: Path, name: str, device: torch.device) -> Any:
 
     Raises MissingInput where it is truncated or altered.
     """
-    path = folder / name
-    size, crc = read_meta(folder)["files"][name]
+    check_file(folder, name)
     try:
-        if path.stat().st_size != size or _crc32(path) != crc:
-            raise MissingInput(_damaged(folder, f"{name} is not what was saved"))
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(folder / name, map_location=device, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise MissingInput(_damaged(folder, str(error).splitlines()[0]))
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Raise MissingInput unless a checkpoint's file has the size and CRC-32 that were noted."""
+    path, (size, crc) = folder / name, read_meta(folder)["files"][name]
+    try:
+        good = path.stat().st_size == size and _crc32(path) == crc
+    except OSError as error:
+        raise MissingInput(_damaged(folder, str(error)))
+    if not good:
+        raise MissingInput(_damaged(folder, f"{name} is not what was saved"))
 
 
 def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
@@ -2663,12 +2710,24 @@ def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
     return model.quantize() if settings.int8 else model, tokenizer, folder
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
-    """Load a checkpoint's optimizer state, by however many ranks it was saved."""
-    names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
-    shards = [load_file(folder, name, torch.device("cpu")) for name in sorted(names)]
+def load_optimizer(run: Run, folder: Path, optimizer: Optimizer) -> None:
+    """Load a checkpoint's optimizer state, by however many ranks it was saved.
+
+    A rank checks its share of the files, and reads of all of them only what it keeps.
+    """
+    names = sorted(name for name in read_meta(folder)["files"] if name.startswith("optimizer-"))
+
+    def check() -> None:
+        for name in names[run.rank :: run.world_size]:
+            check_file(folder, name)
+
+    run.together(check)
+    shards = [
+        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        for name in names
+    ]  # fmt: skip
     optimizer.load_state_dicts([shard["optimizer"] for shard in shards])
-    torch.set_rng_state(shards[0]["rng"])
+    torch.set_rng_state(shards[0]["rng"].clone())
 
 
 def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
@@ -2730,7 +2789,7 @@ def continue_stage(
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
     if newest or warm:
-        load_optimizer(newest or parent, optimizer)
+        load_optimizer(run, newest or parent, optimizer)
     if newest:
         run.rewind_log(read_meta(newest)["step"])
         run.say(f"{run.stage}: going on from {newest}")

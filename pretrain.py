@@ -476,7 +476,7 @@ def main(settings: Settings) -> dict:
         optimizer.scale_lr(settings.lr_scale)
         if newest:
             model.load_state_dict(load_file(newest, "model.pt", run.device))
-            load_optimizer(newest, optimizer)
+            load_optimizer(run, newest, optimizer)
             run.rewind_log(start)
             run.say(f"base: going on from {newest}")
         rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run.say)

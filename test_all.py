@@ -62,6 +62,7 @@ import regex
 import requests
 import tiktoken
 import torch
+import torch.distributed as dist
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -1204,6 +1205,21 @@ def test_a_row_cut_short_remembers_what_it_has_lost(monkeypatch):
     cache.cut_row(2, 0)
     cache.lengths[2] = 21
     assert cache.holds(2, 18)
+
+
+@pytest.mark.parametrize("window", [3, 7, 40])
+def test_a_long_prompt_after_a_prefix_attends_in_parts_as_at_once(monkeypatch, window):
+    q, k, v = torch.randn(2, 17, 4, 8), torch.randn(2, 29, 2, 8), torch.randn(2, 29, 2, 8)
+    whole, sizes, plain = common.attend(q, k, v, window), [], F.scaled_dot_product_attention
+
+    def watched(q, k, v, attn_mask, **options):
+        sizes.append(attn_mask.numel())
+        return plain(q, k, v, attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(common, "QUERIES", 5)
+    torch.testing.assert_close(common.attend(q, k, v, window), whole)
+    assert len(sizes) == 4 and max(sizes) <= 5 * 29
 
 
 def test_the_cache_is_never_overwritten_at_the_contexts_end():
@@ -5362,6 +5378,26 @@ def ranks_of(agent):
             if word.startswith(b"RANK="):
                 found[int(word[5:])] = int(child)
     return found
+
+
+def test_all_ranks_agree_on_the_number_of_their_start():
+    store = dist.HashStore()
+    assert common.agree_on_attempt(store, 0, 1) == 1
+    # of the start that was then counted one rank died before it came here, and one after
+    store.add("attempt", 1)
+    store.set("here/2/1", "dead")
+    agreed = {}
+
+    def begin(rank):
+        agreed[rank] = common.agree_on_attempt(store, rank, 3)
+
+    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in (2, 1, 0)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.3)  # rank 0 comes last: the others read the count of the start before
+    for thread in threads:
+        thread.join(20)
+    assert agreed == {0: 3, 1: 3, 2: 3}
 
 
 def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
