@@ -127,8 +127,8 @@ class Settings:
     bench: str = setting(
         "",
         "speed: measure decoding and print the table of the tag's runs; learn: train models for "
-        "equal times with and without each choice",
-        choices=("", "speed", "learn"),
+        "equal times with and without each choice; gpu: train for some steps what a GPU is for",
+        choices=("", "speed", "learn", "gpu"),
     )
     bench_seconds: int = setting(480, "of training in the comparisons of --bench=learn")
     bench_seeds: int = setting(3, "runs of each depth; 1 with one choice left out, a quarter long")
@@ -558,8 +558,11 @@ def core_mean(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Measure how fast memory is read, in bytes/s: the median of several sums of 256 MiB."""
-    numbers, times = torch.ones(1 << 26, device=device), []
+    """Measure how fast memory is read, in bytes/s: the median of several sums of 256 MiB.
+
+    Of 2 GiB on a GPU, whose caches and launches would count else.
+    """
+    numbers, times = torch.ones(1 << (26 if device.type == "cpu" else 29), device=device), []
     for _ in range(7):
         start = time.perf_counter()
         numbers.sum().item()
@@ -621,7 +624,7 @@ def bench_decoding(
 
     n, flops = 512, config.flops_per_token(512) / 3  # two thirds of it are the backward pass
     seconds = sorted(first_token(ids(n)) for _ in range(3))[1]
-    rate = measure_matmul(run.device, dtype, 1024, 20)
+    rate = measure_matmul(run.device, dtype, 1024 if run.device.type == "cpu" else 8192, 20)
     measured |= {"prefill": n / seconds, "prefill of bound": n * flops / rate / seconds}
     said: list[int] = []
     for turn in range(1, 11):
@@ -632,18 +635,18 @@ def bench_decoding(
     return measured
 
 
-def pretraining_log(tag: str) -> list[dict[str, Any]]:
-    """Read what a run's pretraining has logged."""
+def training_log(tag: str, stage: str = "base") -> list[dict[str, Any]]:
+    """Read what a stage of a run has logged."""
     path = run_dir(tag) / "metrics.jsonl"
     if not path.exists():
         raise MissingInput(f"{path} is missing: `bash run.sh bench` makes it")
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [line for line in lines if line["stage"] == "base"]
+    return [line for line in lines if line["stage"] == stage]
 
 
 def training_rates(tag: str) -> dict[str, float]:
     """Return the median training rate and MFU of a run, from its later log lines."""
-    lines = [line for line in pretraining_log(tag) if "tok_per_s" in line]
+    lines = [line for line in training_log(tag) if "tok_per_s" in line]
     lines = lines[len(lines) // 2 :]
     config = read_meta(find_checkpoint(tag, "base"))
     name = f"pretraining d{config['config']['n_layer']} {config['dtype']}"
@@ -719,21 +722,28 @@ LEFT_OUT = {  # choices of pretrain.py, and how each is switched off
 PACE_STEPS, BATCH_TOKENS = 40, 2048
 
 
-def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]) -> dict:
-    """Pretrain a small model anew; return its last measures and its pace."""
+def run_stage(run: Run, stage: str, tag: str, *flags: str) -> list[dict[str, Any]]:
+    """Run a stage's file anew with the run's tokenizer; return the lines that it logged."""
     (run_dir(tag) / "tokenizer").mkdir(parents=True, exist_ok=True)
     name = Path("tokenizer", "tokenizer.json")
     shutil.copy(run_dir(run.tag) / name, run_dir(tag) / name)
-    command = [sys.executable, str(Path(__file__).with_name("pretrain.py")), f"--tag={tag}",
-               f"--depth={depth}", "--max-seq-len=512", f"--total-batch-size={BATCH_TOKENS}",
-               "--dtype=float32", "--compile=yes", "--eval-tokens=300000", "--save-every=0",
-               f"--num-iterations={steps}", f"--eval-every={steps}",
-               f"--device={run.device.type}", "--restart", *flags]  # fmt: skip
-    run.say(f"learning: {tag}, {steps} steps")
+    script = Path(__file__).with_name(f"{stage}.py")
+    command = [sys.executable, str(script), f"--tag={tag}", f"--device={run.device.type}",
+               "--save-every=0", "--restart", *flags]  # fmt: skip
+    run.say(f"bench: {shlex.join(command[1:])}")
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         raise Stop(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}")
-    logged = pretraining_log(tag)
+    return training_log(tag, "base" if stage == "pretrain" else stage)
+
+
+def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]) -> dict:
+    """Pretrain a small model anew; return its last measures and its pace."""
+    logged = run_stage(
+        run, "pretrain", tag, f"--depth={depth}", "--max-seq-len=512",
+        f"--total-batch-size={BATCH_TOKENS}", "--dtype=float32", "--compile=yes",
+        "--eval-tokens=300000", f"--num-iterations={steps}", f"--eval-every={steps}", *flags,
+    )  # fmt: skip
     times = [(line["step"], line["time"]) for line in logged if "loss" in line]
     (first, began), (last, ended) = times[1], times[-1]  # the first is of a step that compiled
     return {
@@ -742,6 +752,65 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
         "seconds": (ended - began) / (last - first) * steps,
         "bpb": [line["val_bpb"] for line in logged if "val_bpb" in line][-1],
     }
+
+
+GPU_RUNS = {  # what is trained for some steps on one GPU: its flags
+    "d12 bfloat16": ["--depth=12"],
+    "d20 bfloat16, passes of 32 rows": ["--depth=20", "--device-batch-size=32"],
+    "d24 bfloat16": ["--depth=24"],
+    "d26 bfloat16": ["--depth=26"],
+    "d26 fp8": ["--depth=26", "--fp8"],
+}
+GPU_FLAGS = "--max-seq-len=2048 --total-batch-size=524288 --dtype=bfloat16 --compile=yes".split()
+GPU_STEPS = 20
+LOG_NAMES = {"tok_per_s": "tokens/s", "mfu": "MFU", "data": "share of waiting for data",
+             "memory": "GB at the peak"}  # fmt: skip
+
+
+def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
+    """Train some steps of each of GPU_RUNS, then sft and rl; print rates, MFU, memory, shares.
+
+    rl is idle while it neither samples nor trains.
+    """
+    rows: dict[str, dict[str, float]] = {}
+    steps = [f"--num-iterations={GPU_STEPS}", "--log-every=1"]
+
+    def steady(lines: list[dict], *names: str) -> dict[str, float]:
+        """Return the medians of the last half's values."""
+        lines = [line for line in lines if "loss" in line][-(GPU_STEPS // 2) :]
+        return {name: sorted(line.get(name, 0.0) for line in lines)[len(lines) // 2]
+                for name in names}  # fmt: skip
+
+    first = f"{run.tag}-{next(iter(GPU_RUNS)).split()[0]}"
+    for name, flags in GPU_RUNS.items():
+        tag = f"{run.tag}-{name.split()[0]}"
+        flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-steps=0"]
+        lines = run_stage(run, "pretrain", tag, *flags)
+        rows[name] = steady(lines, "tok_per_s", "mfu", "data", "memory")
+        if tag != first:
+            shutil.rmtree(run_dir(tag))  # some ten gigabytes
+    conversations = [*steps, f"--chats={settings.source or 'world'}", "--eval-every=0"]
+    lines = run_stage(
+        run, "sft", first, "--start-from=base", *conversations, *GPU_FLAGS[1:]
+    )  # fmt: skip
+    rows["sft"] = steady(lines, "tok_per_s", "data", "memory")
+    rows["sft"]["of pretraining"] = (
+        rows["sft"]["tok_per_s"] / next(iter(rows.values()))["tok_per_s"]
+    )
+    lines = [x for x in run_stage(run, "rl", first, *conversations) if "loss" in x]
+    one, last = lines[1], lines[-2]  # the first steps warm up, the last says no time left
+    n = last["step"] - one["step"]
+    sampling = sum(line["sampling_s"] for line in lines[2:-1]) / n
+    training = (1 - last["data"]) * last["left_s"] / (GPU_STEPS - last["step"])
+    wall = (last["time"] - one["time"]) / n
+    rows["rl"] = {"sampling": sampling / wall, "training": training / wall,
+                  "idle": 1 - (sampling + training) / wall}  # fmt: skip
+    run.say("| one GPU | |\n| --- | ---: |")
+    for name, row in rows.items():
+        for key, value in row.items():
+            run.say(f"| {name}, {LOG_NAMES.get(key, key)} | {value:,.3g} |")
+    update_bench(run, {"gpu": rows})
+    return rows
 
 
 def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
@@ -1349,8 +1418,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Run the tasks that are not done for this checkpoint yet; return all its results."""
     with start_run("eval", settings) as run:
         if settings.bench:
-            bench = {"speed": print_bench, "learn": bench_learning}[settings.bench]
-            return bench(run, settings)
+            benches = {"speed": print_bench, "learn": bench_learning, "gpu": bench_gpu}
+            return benches[settings.bench](run, settings)
         if settings.report:
             return write_report(run, settings)
         folder = find_checkpoint(settings.tag, settings.stage, settings.step)

@@ -44,6 +44,7 @@ from common import (
     evaluate_bpb,
     format_count,
     format_duration,
+    free_bytes,
     list_shards,
     load_file,
     load_optimizer,
@@ -261,7 +262,8 @@ def print_plan(settings: Settings) -> dict[str, float]:
     flops = tokens * config.flops_per_token()
     seconds = flops / (peak * count * share)
     rows = settings.device_batch_size or max(1, horizon.batch_rows // count)
-    room, kind = MEMORY_GB.get(name, 0) * 1e9, torch.device("cuda") if name else device
+    room = MEMORY_GB.get(name, 0) * 1e9 if name else free_bytes(device)
+    kind = torch.device("cuda") if name else device
 
     def memory(rows: int) -> dict[str, int]:
         options = {"world_size": count, "recompute": settings.recompute, "slots": 1}

@@ -365,8 +365,8 @@ def main(settings: Settings) -> dict:
         ):
             new, last = s.step > start, s.step == num_steps
             if new and (last or s.due(settings.log_every)):
-                run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, **sampler.stats,
-                        left_s=s.left_s)  # fmt: skip
+                run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, data=s.data,
+                        **sampler.stats, left_s=s.left_s)  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
                     "dtype": str(dtype)[6:], "micro_batch": s.micro, "parent": parent_key(parent),

@@ -2269,8 +2269,80 @@ def test_recorded_steps_say_what_plain_ones_say(tokenizer, window, monkeypatch):
     assert len(recorded) == len(engine.graphs) < sum(len(steps) for _, steps in recorded) / 5
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = torch.device("cuda")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
+def test_products_in_fp8_on_a_gpu_are_those_of_the_rounded_factors():
+    if torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no fp8")
+    x, w = torch.randn(64, 96, device=CUDA), torch.randn(48, 96, device=CUDA)
+    x, w, dy = x.bfloat16().requires_grad_(), w.requires_grad_(), torch.randn(64, 48, device=CUDA)
+    y = common.Float8Product.apply(x, w)
+    dx, dw = torch.autograd.grad(y, (x, w), dy.bfloat16())
+
+    def rounded(a, dtype):
+        eight, scale = common.to_float8(a, dtype)
+        return eight.float() * scale
+
+    x8, w8 = (rounded(a.detach(), torch.float8_e4m3fn) for a in (x, w))
+    g8 = rounded(dy.bfloat16(), torch.float8_e5m2)
+    for mine, plain in ((y, x8 @ w8.t()), (dx, g8 @ w8), (dw, g8.t() @ x8)):
+        assert (mine.float() - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimated_memory_is_a_gpus(recompute):
+    config = common.GPTConfig(32768, 6, 384, 3, 3, 1024)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    model = common.GPT.create(config, CUDA, torch.bfloat16)
+    model.recompute = recompute
+    optimizer = common.Optimizer(
+        common.optimizer_groups(model, 0.02, 0.2, 0.004, 0), torch.bfloat16
+    )
+    batch = common.blank_batch(16, config, CUDA)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        (model(batch.ids, batch.targets) / batch.num_targets).backward()
+        optimizer.step()
+    peak = torch.cuda.max_memory_allocated() - before
+    estimate = sum(common.memory_bytes(config, 16, 2, CUDA, recompute=recompute).values())
+    assert peak == pytest.approx(estimate, rel=0.1)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("compiled", ["no", "yes"])
+def test_a_few_steps_on_a_gpu_are_those_on_a_cpu(tiny_run, dtype, compiled):
+    pretrain.main(tiny_pretrain(tag="u"))
+    pretrain.main(tiny_pretrain(dtype=dtype, device="cuda", compile=compiled))
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys()
+    assert max(abs(a[step] - b[step]) for step in a) < (5e-3 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_gpu_that_is_too_small_takes_fewer_rows(tiny_run, capsys):
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.6e9 / total)
+        flags = {"max_seq_len": 512, "total_batch_size": 65536, "device_batch_size": 128}
+        pretrain.main(tiny_pretrain(device="cuda", dtype="bfloat16", depth=6, **flags))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "memory ran out in a trial step" in capsys.readouterr().out
+    assert len(base_losses("t")) == 6
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
     cuda, bf16 = torch.device("cuda"), torch.bfloat16
     config = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL").config
@@ -2283,6 +2355,44 @@ def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
     requests = [greedy([tokenizer.bos, *range(n)], 20) for n in (3, 9, 1, 12, 7, 2, 5)]
     assert dict(fast.run(requests)) == dict(plain.run(requests))
     assert fast.graphs
+
+
+def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_dir, monkeypatch):
+    asked = []
+
+    def logged(run, stage, tag, *flags):
+        """Stand in for a stage: log lines of a run with a slow start."""
+        cls = importlib.import_module(stage).Settings
+        asked.append((stage, tag, common.parse_settings(cls, "", list(flags))))
+        (common.run_dir(tag) / "base").mkdir(parents=True, exist_ok=True)
+        rate = 900.0 if stage == "sft" else 1000.0
+        lines = [{"val_bpb": 9.9, "step": 0}]
+        for step in range(1, 21):
+            slow = 50 * (step < 3)
+            lines.append({
+                "step": step, "loss": 1.0, "tok_per_s": rate - slow, "mfu": 0.5, "memory": 7.0,
+                "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
+                "data": 1.25 / 1.95, "left_s": (20 - step) * 1.95,
+            })  # fmt: skip
+            lines[-1]["time"] -= 50 * (step == 2)  # only the very first is slow to be there
+        return lines
+
+    monkeypatch.setattr(evaluate, "run_stage", logged)
+    settings = evaluate.Settings(tag="t", bench="gpu", device="cpu")
+    with common.start_run("eval", settings) as run:
+        rows = evaluate.bench_gpu(run, settings)
+    assert [stage for stage, _, _ in asked] == ["pretrain"] * len(evaluate.GPU_RUNS) + ["sft", "rl"]
+    assert len({tag for stage, tag, _ in asked if stage != "pretrain"} | {asked[0][1]}) == 1
+    by_name = {name: one for name, (_, _, one) in zip(evaluate.GPU_RUNS, asked)}
+    assert by_name["d26 fp8"].fp8 and not by_name["d26 bfloat16"].fp8
+    assert all(one.max_seq_len == 2048 and one.depth == int(name[1:3])
+               for name, one in by_name.items())  # fmt: skip
+    first = rows["d12 bfloat16"]
+    assert (first["tok_per_s"], first["mfu"], first["memory"]) == (1000, 0.5, 7)
+    assert rows["sft"]["of pretraining"] == pytest.approx(0.9)
+    assert rows["rl"] == pytest.approx({"sampling": 0.6, "training": 0.35, "idle": 0.05})
+    assert json.loads((base_dir / "bench.json").read_text())["gpu"] == rows
+    assert list(common.run_dir("").iterdir()) == [common.run_dir(asked[0][1])]
 
 
 def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatch, capsys):
@@ -5614,6 +5724,18 @@ def test_the_fit_to_pairs_costs_a_small_share_or_is_left_out():
     }
     assert steps == {10**5: 0, 10**6: 60, 10**8: 60, 2 * 10**9: 0}
     assert pretrain.bigram_steps(dataclasses.replace(settings, bigram_steps=0), config, 10**8) == 0
+
+
+def test_the_tiers_fit_the_cards_that_they_name():
+    cards = {"gpu1": (24, 1), "8xa6000": (48, 8), "8xh100": (80, 8), "8xh200": (141, 8)}
+    table = (HERE / "run.sh").read_text().split('TIERS="')[1].split('\n"')[0]
+    depths = dict(re.findall(r"^(\S+) .*?--depth=(\d+)", table, re.MULTILINE))
+    assert cards.keys() <= depths.keys()
+    for tier, (gb, count) in cards.items():
+        settings = pretrain.Settings(depth=int(depths[tier]))
+        config = pretrain.model_config(settings, 65536)
+        parts = common.memory_bytes(config, 4, 2, torch.device("cuda"), world_size=count)
+        assert sum(parts.values()) < 0.9 * gb * 1e9, (tier, parts)
 
 
 def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
