@@ -5438,6 +5438,18 @@ def test_an_fp16_run_resumes_bit_for_bit_and_recomputing_changes_nothing(tiny_ru
     assert shard["optimizer"]["scaler"] == {"scale": 2.0**16, "steps": 6}
 
 
+@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"fp8": True}], ids=str)
+def test_a_compiled_run_follows_a_plain_one(tiny_run, changes):
+    if not common.can_compile(CPU):
+        pytest.skip("no C++ compiler")
+    for tag, choice in (("u", "no"), ("t", "yes")):
+        pretrain.main(tiny_pretrain(tag=tag, compile=choice, **changes))
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and len(a) == 6
+    assert max(abs(a[step] - b[step]) for step in a) < (0.02 if "fp8" in changes else 2e-4)
+    assert common.read_meta(common.find_checkpoint("t", "base"))["compiled"]
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
     pretrain.main(tiny_pretrain(tag="u"))
