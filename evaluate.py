@@ -88,7 +88,7 @@ from common import (
 
 FACT_SETS = ("facts_trained", "facts_unseen")
 # Sets of conversations, and the tokens that a reply to one may take; at 1, and from a base model,
-# which does not reply, the likeliest of the letters counts
+# which does not reply, the likeliest of the letters counts, and of "letters" the likeliest line
 WORLD_SETS = {
     "letters": 64, "facts": 64, "never_asked": 64, "stories": 64, "problems_numbers": 192,
     "problems_combinations": 192, "problems_practised": 192, "problems_new": 192,
@@ -402,6 +402,36 @@ def write_replies(
         yield Graded(i, right, question_of(item), shown, expected, len(prompts[i]) > room)
 
 
+def choose_lines(
+    engine: Engine, items: list[dict], written: list[Graded], s: Settings
+) -> Iterator[Graded]:
+    """Answer by the likeliest of the lines that may end a reply: each choice with its letter.
+
+    What a written reply says before its last line stays.
+    """
+    t = engine.tokenizer
+    rows: list[tuple[list[int], int]] = []
+    owners = []
+    for number, reply in enumerate(written):
+        item = items[reply.index]
+        prompt, end = render_prompt(t, item["messages"]), t.specials["<|assistant_end|>"]
+        said, found, _ = f"\n{reply.reply}".rpartition("\n- ")
+        said = said if found else f"\n{reply.reply}"
+        lines = [f"{said}\n- {choice} {letter}"[1:]
+                 for choice, letter in zip(item["choices"], string.ascii_uppercase)]  # fmt: skip
+        encoded = [[*prompt, *ids, end] for ids in t.encode_batch(lines)]
+        rows += core_rows("choices", encoded)
+        owners += [(number, line) for line in lines]
+    nats: list[dict[str, float]] = [{} for _ in written]
+    for i, logits in continuation_logits(engine.model, rows, s):
+        targets = torch.tensor(rows[i][0][-len(logits) :], device=logits.device)
+        number, line = owners[i]
+        nats[number][line] = F.cross_entropy(logits, targets, reduction="sum").item()
+    for reply, lines in zip(written, nats):
+        line = min(lines, key=lambda line: (lines[line], line))
+        yield replace(reply, reply=line, right=grade(items[reply.index], line))
+
+
 def program_of(item: dict[str, Any], reply: str) -> str:
     """Join a reply to the function it was asked for and to that one's tests.
 
@@ -487,17 +517,17 @@ def core_texts(task: CoreTask, items: list[dict], index: int) -> list[str]:
     return [shown + text for text in core_variants(task, items[index])]
 
 
-def core_rows(task: CoreTask, rows: list[list[int]]) -> list[tuple[list[int], int]]:
+def core_rows(kind: str, rows: list[list[int]]) -> list[tuple[list[int], int]]:
     """Find each row's continuation: what the rows do not begin with or, of a schema, end with."""
 
     def count_common(columns: Iterable[tuple[int, ...]]) -> int:
         return sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns))
 
-    if task.kind == "schema":
+    if kind == "schema":
         n = count_common(zip(*map(reversed, rows)))
         return [(row, n) for row in rows]
     start = count_common(zip(*rows))
-    rows = rows[1:] if task.kind == "language" else rows
+    rows = rows[1:] if kind == "language" else rows
     return [(row, max(1, len(row) - start)) for row in rows]
 
 
@@ -512,7 +542,7 @@ def answer_core(
         encoded = iter(t.encode_batch(list(itertools.chain.from_iterable(texts))))
         rows, owners = [], []
         for i, variants in zip(part, texts):
-            found = core_rows(task, [[t.bos, *next(encoded)] for _ in variants])
+            found = core_rows(task.kind, [[t.bos, *next(encoded)] for _ in variants])
             rows += found
             owners += [(i, choice) for choice in range(len(found))]
         nats: dict[int, dict[int, float]] = {i: {} for i in part}
@@ -862,6 +892,7 @@ FIGURES = (  # title, unit, whether the axis begins at 0, logged value: its name
     ("Learning rate", "times its peak", True, {"lr": "factor"}),
     ("Speed", "tokens/s", True, {"tok_per_s": "training"}),
 )  # fmt: skip
+WRITTEN = "letters: as written"  # the same questions, right where the reply itself ends in the line
 REFUSED = 'facts: "I don\'t know"'  # the row of known facts that the model denies to know
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -992,6 +1023,7 @@ def score_table(results: dict[str, dict[str, Any]]) -> Table:
             records[REFUSED] = {"score": share, "low": low, "high": high, "items": items}
     order = ["val_bpb", "train_bpb", *TASKS]
     order.insert(order.index("facts") + 1, REFUSED)
+    order.insert(order.index("letters") + 1, WRITTEN)
     names = dict.fromkeys(name for records in columns.values() for name in records)
     rows = []
     for name in sorted(names, key=lambda n: order.index(n) if n in order else len(order)):
@@ -1388,6 +1420,10 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
         return {task[5:]: {**record, "centred": centred, "baseline": guess, "partial": partial}}
     elif items and items[0]["grade"] == "letter" and (s.stage == "base" or max_tokens == 1):
         outcomes = choose_letters(engine, items, mine, s)
+    elif task == "letters":
+        written = list(write_replies(engine, items, mine, max_tokens))
+        outcomes = choose_lines(engine, items, written, s)
+        return {task: tally(run, task, items, outcomes), WRITTEN: tally(run, task, items, written)}
     else:
         outcomes = write_replies(engine, items, mine, max_tokens)
     return {task: tally(run, task, items, outcomes)}

@@ -6434,7 +6434,7 @@ def test_the_table_of_core_is_the_published_one_and_its_files_can_be_asked(token
         for index, item in enumerate(items[:3]):
             texts = evaluate.core_texts(task, items, index)
             rows = evaluate.core_rows(
-                task, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+                task.kind, [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
             )
             variants = item.get("choices") or item.get("context_options") or [0]
             assert len(rows) == len(variants) and all(1 <= n < len(ids) for ids, n in rows)
@@ -6446,6 +6446,36 @@ def test_the_table_of_core_is_the_published_one_and_its_files_can_be_asked(token
 
 
 # The stage as a whole
+
+
+def test_the_likeliest_line_is_that_of_the_plain_formula_after_what_the_reply_says(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=96)
+    engine, rng = common.Engine(model, tokenizer, 1), random.Random(0)
+    words = ["cat", "a dog", "the mat", "sat on it", "rat"]
+    items, written = [], []
+    for i in range(12):
+        choices = rng.sample(words, 2 + i % 3)
+        items.append(asking("Which?", grade="letter", choices=choices, answer=rng.choice("AB")))
+        said = ("It sat.", "It is.\n- the cat B", "- cat A", "One.\n- two\n- three C")[i % 4]
+        written.append(evaluate.Graded(i, False, "Which?", said, items[-1]["answer"]))
+    kept = ("It sat.\n", "It is.\n", "", "One.\n- two\n")
+    best = {}
+    for i, item in enumerate(items):
+        prompt, nats = common.render_prompt(tokenizer, item["messages"]), {}
+        for choice, letter in zip(item["choices"], "ABCD"):
+            line = f"{kept[i % 4]}- {choice} {letter}"
+            ids = prompt + tokenizer.encode(line) + [tokenizer.specials["<|assistant_end|>"]]
+            losses = F.cross_entropy(
+                model(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:]), reduction="none"
+            )
+            nats[line] = losses[len(prompt) - 1 :].sum().item()  # what is common counts for none
+        best[i] = min(nats, key=nats.get)
+    for rows in (1, 5):
+        options = evaluate.Settings(device_batch_size=rows)
+        got = {g.index: g for g in evaluate.choose_lines(engine, items, written, options)}
+        assert {i: g.reply for i, g in got.items()} == best
+        assert all(g.right == best[i].endswith(items[i]["answer"]) for i, g in got.items())
+    assert len({line[-1] for line in best.values()}) > 1
 
 
 @pytest.fixture
@@ -6497,7 +6527,9 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
 
     capsys.readouterr()
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
-    assert set(tasks) == {"val_bpb", "letters", "facts", "problems_new", "GSM8K"}
+    assert set(tasks) == {
+        "val_bpb", "letters", evaluate.WRITTEN, "facts", "problems_new", "GSM8K"
+    }  # fmt: skip
     left_out = re.search("left out, .*", capsys.readouterr().out)[0]
     assert "MMLU" in left_out and "HumanEval (it needs --run-code)" in left_out
     for name, record in tasks.items():
