@@ -410,26 +410,27 @@ def choose_lines(
     What a written reply says before its last line stays.
     """
     t = engine.tokenizer
-    rows: list[tuple[list[int], int]] = []
-    owners = []
-    for number, reply in enumerate(written):
-        item = items[reply.index]
-        prompt, end = render_prompt(t, item["messages"]), t.specials["<|assistant_end|>"]
-        said, found, _ = f"\n{reply.reply}".rpartition("\n- ")
-        said = said if found else f"\n{reply.reply}"
-        lines = [f"{said}\n- {choice} {letter}"[1:]
-                 for choice, letter in zip(item["choices"], string.ascii_uppercase)]  # fmt: skip
-        encoded = [[*prompt, *ids, end] for ids in t.encode_batch(lines)]
-        rows += core_rows("choices", encoded)
-        owners += [(number, line) for line in lines]
-    nats: list[dict[str, float]] = [{} for _ in written]
-    for i, logits in continuation_logits(engine.model, rows, s):
-        targets = torch.tensor(rows[i][0][-len(logits) :], device=logits.device)
-        number, line = owners[i]
-        nats[number][line] = F.cross_entropy(logits, targets, reduction="sum").item()
-    for reply, lines in zip(written, nats):
-        line = min(lines, key=lambda line: (lines[line], line))
-        yield replace(reply, reply=line, right=grade(items[reply.index], line))
+    for first in range(0, len(written), 64):
+        part = written[first : first + 64]
+        rows: list[tuple[list[int], int]] = []
+        owners = []
+        for number, reply in enumerate(part):
+            item = items[reply.index]
+            prompt, end = render_prompt(t, item["messages"]), t.specials["<|assistant_end|>"]
+            said, found, _ = f"\n{reply.reply}".rpartition("\n- ")
+            said = said if found else f"\n{reply.reply}"
+            lines = [f"{said}\n- {choice} {letter}"[1:]
+                     for choice, letter in zip(item["choices"], string.ascii_uppercase)]  # fmt: skip
+            rows += core_rows("choices", [[*prompt, *ids, end] for ids in t.encode_batch(lines)])
+            owners += [(number, line) for line in lines]
+        nats: list[dict[str, float]] = [{} for _ in part]
+        for i, logits in continuation_logits(engine.model, rows, s):
+            targets = torch.tensor(rows[i][0][-len(logits) :], device=logits.device)
+            number, line = owners[i]
+            nats[number][line] = F.cross_entropy(logits, targets, reduction="sum").item()
+        for reply, lines in zip(part, nats):
+            line = min(lines, key=lambda line: (lines[line], line))
+            yield replace(reply, reply=line, right=grade(items[reply.index], line))
 
 
 def program_of(item: dict[str, Any], reply: str) -> str:
@@ -1421,9 +1422,10 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
     elif items and items[0]["grade"] == "letter" and (s.stage == "base" or max_tokens == 1):
         outcomes = choose_letters(engine, items, mine, s)
     elif task == "letters":
-        written = list(write_replies(engine, items, mine, max_tokens))
-        outcomes = choose_lines(engine, items, written, s)
-        return {task: tally(run, task, items, outcomes), WRITTEN: tally(run, task, items, written)}
+        counted, written = itertools.tee(write_replies(engine, items, mine, max_tokens))
+        record = tally(run, WRITTEN, items, counted)
+        chosen = choose_lines(engine, items, list(written), s)
+        return {task: tally(run, task, items, chosen), WRITTEN: record}
     else:
         outcomes = write_replies(engine, items, mine, max_tokens)
     return {task: tally(run, task, items, outcomes)}
