@@ -199,6 +199,16 @@ def _plain(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def read_log(tag: str) -> list[dict[str, Any]]:
+    """Read what a run's stages have logged, but for lines torn by a full disk or a power cut."""
+    path = run_dir(tag) / "metrics.jsonl"
+    events = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
 # 2. Settings ---------------------------------------------------------------------------------
 
 
@@ -517,8 +527,8 @@ class Run:
         """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
         path = run_dir(self.tag) / "metrics.jsonl"
         if self.rank == 0 and path.exists():
-            lines = [json.loads(line) for line in path.read_text("utf-8").splitlines() if line]
-            kept = [x for x in lines if x["stage"] != self.stage or x["step"] <= step]
+            log = read_log(self.tag)
+            kept = [x for x in log if x["stage"] != self.stage or x["step"] <= step]
             with written_beside(path) as beside:
                 beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import collections
-import contextlib
 import html
 import itertools
 import json
@@ -71,6 +70,7 @@ from common import (
     parse_settings,
     pick_dtype,
     read_conversations,
+    read_log,
     read_meta,
     read_texts,
     render_prompt,
@@ -668,11 +668,10 @@ def bench_decoding(
 
 def training_log(tag: str, stage: str = "base") -> list[dict[str, Any]]:
     """Read what a stage of a run has logged."""
-    path = run_dir(tag) / "metrics.jsonl"
-    if not path.exists():
-        raise MissingInput(f"{path} is missing: `bash run.sh bench` makes it")
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return [line for line in lines if line["stage"] == stage]
+    lines = [line for line in read_log(tag) if line["stage"] == stage]
+    if not lines:
+        raise MissingInput(f"run {tag!r} has logged no {stage}: `bash run.sh bench` does")
+    return lines
 
 
 def training_rates(tag: str) -> dict[str, float]:
@@ -999,12 +998,8 @@ def read_record(tag: str) -> Record:
     found = {stage: list_checkpoints(tag, stage) for stage in STAGES}
     if not any(found.values()):
         find_checkpoint(tag, "base")  # says what is missing
-    log = run_dir(tag) / "metrics.jsonl"
-    events: dict[str, list[dict[str, Any]]] = {stage: [] for stage in STAGES}
-    for line in log.read_text("utf-8").splitlines() if log.exists() else []:
-        with contextlib.suppress(ValueError, KeyError):  # a killed run's last line; other stages
-            event = json.loads(line)
-            events[event["stage"]].append(event)
+    log = read_log(tag)
+    events = {stage: [event for event in log if event["stage"] == stage] for stage in STAGES}
     results = {stage: read_json(run_dir(tag) / "eval" / f"{stage}.json") for stage in STAGES}
     metas = {stage: read_meta(folders[-1]) for stage, folders in found.items() if folders}
     return Record(metas, {stage: result for stage, result in results.items() if result}, events)

@@ -673,8 +673,24 @@ def test_the_log_is_rewound_for_a_resumed_run(base_dir):
         run.log(step, loss=float(step))
     common.Run("sft", "t", None, CPU, 0, 1).log(3, loss=9.0)
     run.rewind_log(2)
-    lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
-    assert [(x["stage"], x["step"]) for x in lines] == [("base", 1), ("base", 2), ("sft", 3)]
+    path, left = common.run_dir("t") / "metrics.jsonl", [("base", 1), ("base", 2), ("sft", 3)]
+    lines = [json.loads(x) for x in path.open()]
+    assert [(x["stage"], x["step"]) for x in lines] == left
+
+
+@pytest.mark.parametrize("torn", [b'{"stage": "base", "st', b"\0" * 40, b'{"stage": "b\xff"}'])
+def test_a_torn_line_of_the_log_is_dropped(base_dir, torn):
+    run = common.Run("base", "t", None, CPU, 0, 1)
+    common.run_dir("t").mkdir(parents=True)
+    path = common.run_dir("t") / "metrics.jsonl"
+    for step in (1, 2):
+        run.log(step, loss=1.0)
+        with path.open("ab") as file:
+            file.write(torn + b"\n" * (step == 1))
+    assert [x["step"] for x in evaluate.pretraining_log("t")] == [1, 2]
+    run.rewind_log(1)
+    run.log(2, loss=0.5)
+    assert [json.loads(x)["step"] for x in path.open()] == [1, 2]
 
 
 # 2. Settings ---------------------------------------------------------------------------------
