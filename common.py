@@ -53,6 +53,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -438,6 +439,27 @@ def barrier() -> None:
         dist.barrier()
 
 
+def together(work: Callable[[], Any], group: Any = None) -> list:
+    """Do a part of the work on files on each rank, wait for all, return every rank's result.
+
+    Raises Stop on all ranks where one cannot read or write.
+    """
+    mine, failed = None, None
+    try:
+        mine = work()
+    except Stop as error:
+        failed = error
+    except OSError as error:
+        failed = Stop(disk_sentence(error))
+    everyone: list = [(mine, str(failed or ""))] * world()[1]
+    if world()[1] > 1:
+        dist.all_gather_object(everyone, everyone[0], group)
+    for _, sentence in everyone:
+        if failed or sentence:
+            raise failed or Stop(sentence)
+    return [result for result, _ in everyone]
+
+
 @dataclass
 class Run:
     """One stage at work: its place on disk, device, ranks, log. Made by start_run."""
@@ -487,24 +509,8 @@ class Run:
             raise error
 
     def together(self, work: Callable[[], Any]) -> list:
-        """Do a part of the work on files on each rank, wait for all, return every rank's result.
-
-        Raises Stop on all ranks where one cannot read or write.
-        """
-        mine, failed = None, None
-        try:
-            mine = work()
-        except Stop as error:
-            failed = error
-        except OSError as error:
-            failed = Stop(disk_sentence(error))
-        everyone: list = [(mine, str(failed or ""))] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(everyone, everyone[0], self.group)
-        for _, sentence in everyone:
-            if failed or sentence:
-                raise failed or Stop(sentence)
-        return [result for result, _ in everyone]
+        """Do a part of the work on files as `together` does, also while training goes on."""
+        return together(work, self.group)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -2005,7 +2011,8 @@ def write_rows(rows: Iterable[list[int]], T: int, bos: int, dtype: Any, out: Pat
     """Write rows of at most T + 1 ids as an array, filled up with bos, beside and renamed."""
     arrays = [np.array(row + [bos] * (T + 1 - len(row)), dtype) for row in rows]
     with written_beside(out) as beside, open(beside, "wb") as file:
-        np.save(file, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
+        plain: Any = SimpleNamespace(write=file.write)  # into a file numpy writes past a full disk
+        np.save(plain, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
 
 
 NO_TARGET = 1 << 30  # added to an id of a conversation's row that must not be learned
@@ -2042,14 +2049,17 @@ def conversation_rows(
     name = f"{path.stem}-{learned}-{path.stat().st_size}-{_crc32(path):08x}.npy"
     out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
     counts = out.with_suffix(".json")
-    for maker in (world()[0], local_world()[0]):  # then on other nodes' disks
-        if maker == 0 and not (out.exists() and counts.exists()):
+
+    def make(maker: bool) -> None:
+        if maker and not (out.exists() and counts.exists()):
             mixed = Mixed()
             documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
             rows = pack_rows(documents, T, whole=True)
             write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
             write_json(counts, dataclasses.asdict(mixed))
-        barrier()
+
+    together(lambda: make(world()[0] == 0))
+    together(lambda: make(local_world()[0] == 0))  # on other nodes' disks
     return Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
 
 
@@ -2116,14 +2126,12 @@ class Rows:
         return both
 
 
-def token_rows(
-    source: str, tokenizer: Tokenizer, T: int, needed: int, say: Callable[[str], None]
-) -> Rows:
+def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run) -> Rows:
     """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
 
     Shards without a cached array for this tokenizer and T are encoded first, shared out over the
     ranks, or over those of a node that does not see the others' files; the rows depend on none
-    of that.
+    of that. Ends the program after a shard where run.stopping asks for it on any rank.
     """
     rank, world_size = world()
     local_rank, local_size = local_world()
@@ -2132,19 +2140,25 @@ def token_rows(
     outs: list[Path] = []
     count = 0
     start = time.perf_counter()
-    for first in range(0, len(shards), world_size):
-        wave = shards[first : first + world_size]
-        wave_outs = [folder / f"{path.stem}-{_file_key(path)}.npy" for path in wave]
-        if rank < len(wave) and not wave_outs[rank].exists():
-            say(f"tokenizing {wave[rank].name} ({first + 1} of at most {len(shards)} shards)")
-            encode_shard(wave[rank], tokenizer, T, wave_outs[rank])
-            say(f"tokenized in {format_duration(time.perf_counter() - start)}")
-        barrier()
-        for path, out in list(zip(wave, wave_outs))[local_rank::local_size]:
-            if not out.exists():  # made on another node's disk
+
+    def encode(pairs: list[tuple[Path, Path]]) -> bool:
+        for path, out in pairs:
+            if not out.exists():
+                run.say(f"tokenizing {path.name} ({len(outs) + 1} of at most {len(shards)} shards)")
                 encode_shard(path, tokenizer, T, out)
-        for out in wave_outs:
-            while not out.exists():  # another rank makes it; torchrun ends us if that one dies
+                run.say(f"tokenized in {format_duration(time.perf_counter() - start)}")
+        return run.stopping
+
+    for first in range(0, len(shards), world_size):
+        paths = shards[first : first + world_size]
+        wave = [(path, folder / f"{path.stem}-{_file_key(path)}.npy") for path in paths]
+        # each its own, then what was made on another node's disk
+        for mine in (wave[rank : rank + 1], wave[local_rank::local_size]):
+            if any(run.together(functools.partial(encode, mine))):
+                run.say(f"{run.stage}: stopped while tokenizing; run the same command again")
+                raise SystemExit(0)
+        for _, out in wave:
+            while not out.exists():  # NFS may still know how it was before
                 time.sleep(0.1)
             outs.append(out)
             count += len(np.load(out, mmap_mode="r"))

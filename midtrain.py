@@ -126,7 +126,7 @@ def main(settings: Settings) -> dict:
         )
         num_text = round(len(rows) * settings.text_share / (1 - settings.text_share))
         if num_text:
-            rows = rows.joined(token_rows(source, tokenizer, T, num_text, run.say), num_text)
+            rows = rows.joined(token_rows(source, tokenizer, T, num_text, run), num_text)
         batch_rows = max(1, (settings.total_batch_size or base["batch_tokens"]) // T)
         epoch_steps = math.ceil(len(rows) / batch_rows)
         num_steps = settings.num_iterations or epoch_steps

@@ -481,7 +481,7 @@ def main(settings: Settings) -> dict:
             load_optimizer(run, newest, optimizer)
             run.rewind_log(start)
             run.say(f"base: going on from {newest}")
-        rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run.say)
+        rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run)
         epochs = num_steps * batch_rows / len(rows)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
         val_texts = validation_texts(source, settings.eval_tokens)

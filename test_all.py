@@ -92,6 +92,7 @@ STAGES = [
     "serve",
 ]
 CPU = torch.device("cpu")
+ALONE = common.Run("base", "t", None, CPU, 0, 1)
 
 # Fixtures ------------------------------------------------------------------------------------
 
@@ -1543,7 +1544,7 @@ def test_packing_prefers_whole_documents():
 
 
 def test_nearly_all_text_is_trained_on(text_source, tokenizer):
-    rows = common.token_rows(text_source, tokenizer, 64, 10**9, print)
+    rows = common.token_rows(text_source, tokenizer, 64, 10**9, ALONE)
     targets = sum(int((rows.gather(np.array([i]))[1] >= 0).sum()) for i in range(len(rows)))
     texts = [
         t for path in common.list_shards(text_source, "train") for t in common.read_texts(path)
@@ -1552,21 +1553,72 @@ def test_nearly_all_text_is_trained_on(text_source, tokenizer):
     assert len(rows) * 64 <= 1.05 * targets  # and few positions are spent on filling
 
 
-def test_the_token_cache_is_reused_and_follows_the_text(text_source, tokenizer):
-    said = []
-    first = common.token_rows(text_source, tokenizer, 32, 10**9, said.append)
-    assert said
-    said.clear()
-    common.token_rows(text_source, tokenizer, 32, 10**9, said.append)
-    assert not said
+def test_the_token_cache_is_reused_and_follows_the_text(text_source, tokenizer, capsys):
+    first = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
+    assert "tokenizing train-00000.parquet (1 of at most 1 shards)" in capsys.readouterr().out
+    common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
+    assert not capsys.readouterr().out
     write_texts(text_source, ["Entirely other text. " * 50] * 3)
-    other = common.token_rows(text_source, tokenizer, 32, 10**9, said.append)
-    assert said and len(other) != len(first)
-    assert len(common.token_rows(text_source, tokenizer, 32, 1, print)) <= len(other)
+    other = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
+    assert "tokenizing" in capsys.readouterr().out and len(other) != len(first)
+    assert len(common.token_rows(text_source, tokenizer, 32, 1, ALONE)) <= len(other)
+
+
+def second_shard():
+    """Return the paths of the source "tiny"'s first and second shard, and make that one."""
+    first = common.list_shards("tiny", "train")[0]
+    return first, shutil.copy(first, first.with_name("train-00001.parquet"))
+
+
+def test_a_stop_while_tokenizing_ends_after_the_shard(text_source, tokenizer, capsys):
+    second_shard()
+    run = common.Run("base", "t", None, CPU, 0, 1, stopping=True)
+    with pytest.raises(SystemExit) as ended:
+        common.token_rows(text_source, tokenizer, 32, 10**9, run)
+    assert ended.value.code == 0 and "run the same command again" in capsys.readouterr().out
+    assert len(list(common.data_dir(text_source).glob("tokens/*/*.npy"))) == 1
+    common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
+    said = capsys.readouterr().out
+    assert "train-00001" in said and "train-00000" not in said, "what is done is kept"
+
+
+def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source, capfd):
+    first, second = second_shard()
+    chats = write_lines(first.with_name("mid.jsonl"), [one_turn("A?", "B."), "no conversation"])
+
+    def ends(rows, setting_up=""):
+        run_ranks(
+            2,
+            f"""
+        run = common.Run("base", "t", None, test_all.CPU, rank, 2)
+        tokenizer = test_all.TOKENIZER()
+        {setting_up}
+        try:
+            {rows}
+        except SystemExit as stop:
+            print(f"rank {{rank}} ended: {{stop}}\\n", end="", flush=True)  # in one piece
+        """,
+        )
+        ended = re.findall(r"^rank [01] ended: (.*)$", capfd.readouterr().out, re.MULTILINE)
+        assert len(ended) == 2 and ended[0] == ended[1]
+        return ended[0]
+
+    text = "common.token_rows('tiny', tokenizer, 32, 10**9, run)"
+    assert ends(text, "run.stopping = rank == 1") == "0"
+    shutil.rmtree(first.with_name("tokens"))
+    full = "common.open = lambda path, mode: open('/dev/full' if rank == 1 else path, mode)"
+    full += "; common._file_key = lambda path: 'key'"
+    assert "the disk is full" in ends(text, full)
+    assert not list(common.data_dir(text_source).glob("tokens/*/train-00001*"))
+    second.write_bytes(second.read_bytes()[:-9])
+    assert str(second) in ends(text) and "prepare.py" in ends(text)
+    assert "mid.jsonl:2: " in ends(
+        f"common.conversation_rows(common.Path({str(chats)!r}), tokenizer, 32)"
+    )
 
 
 def test_filling_is_never_a_target(text_source, tokenizer):
-    rows = common.token_rows(text_source, tokenizer, 32, 10**9, print)
+    rows = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
     ids, targets = rows.gather(np.array([len(rows) - 1, -1]))
     assert (ids[1] == tokenizer.bos).all() and (targets[1] == common.IGNORE).all()
     assert (ids[:, 0] == tokenizer.bos).all()
@@ -1596,7 +1648,7 @@ def take_steps(rows, batch_rows, micro, steps, start=0, ranks=1):
 
 
 def test_a_steps_rows_depend_on_neither_ranks_nor_micro_batch_nor_resume(text_source, tokenizer):
-    rows = common.token_rows(text_source, tokenizer, 64, 10**9, print)
+    rows = common.token_rows(text_source, tokenizer, 64, 10**9, ALONE)
     assert len(rows) > 20
     steps = len(rows) // 5 + 4  # on into the second epoch
     expected = take_steps(rows, 5, 5, steps)
@@ -5722,7 +5774,7 @@ def test_the_horizon_follows_from_steps_flops_or_ratio():
 
 
 def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(tiny_run, tokenizer):
-    rows, V = common.token_rows(tiny_run, tokenizer, 16, 10**6, print), tokenizer.vocab_size
+    rows, V = common.token_rows(tiny_run, tokenizer, 16, 10**6, ALONE), tokenizer.vocab_size
     counted = collections.Counter[tuple[int, int]]()
     for i in range(len(rows)):
         counted.update(itertools.pairwise(rows.row(i).tolist()))
@@ -5801,6 +5853,7 @@ def tool_chat(a, b):
 
 def write_lines(path, values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values), "utf-8")
+    return path
 
 
 @pytest.fixture
