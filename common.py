@@ -113,6 +113,15 @@ def list_shards(source: str, split: str) -> list[Path]:
     return shards
 
 
+def text_key(source: str) -> str:
+    """Tell a source's text from what it was: a hash of its files' own, "" where they have none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        files = json.loads((data_dir(source) / "manifest.json").read_text("utf-8"))["files"]
+        hashes = {name: entry["sha256"] for name, entry in files.items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:12]
+    return ""
+
+
 def read_texts(path: Path, start: int = 0) -> Iterator[str]:
     """Yield a parquet file's `text` column document by document.
 
@@ -2046,7 +2055,7 @@ def conversation_rows(
     """
     _need(path)
     learned = "all" if learn_all else "own"
-    name = f"{path.stem}-{learned}-{path.stat().st_size}-{_crc32(path):08x}.npy"
+    name = f"{path.stem}-{learned}-{path.stat().st_size}-{crc32(path):08x}.npy"
     out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
     counts = out.with_suffix(".json")
 
@@ -2095,6 +2104,7 @@ class Rows:
 
     def __init__(self, paths: list[Path], bos: int):
         self.bos = bos
+        self.names = [f"{path.parent.name}/{path.name}" for path in paths]  # hold keys of contents
         self.arrays = [np.load(path, mmap_mode="r") for path in paths]
         self.ends = np.cumsum([len(array) for array in self.arrays])
 
@@ -2121,6 +2131,7 @@ class Rows:
         """Return these rows and, spread evenly over them, `count` of another's, as one."""
         picked = np.linspace(0, len(other), count, endpoint=False).astype(np.int64)
         both = copy.copy(self)
+        both.names = self.names + other.names
         both.arrays = [*self.arrays, np.stack([other.row(int(i)) for i in picked])]
         both.ends = np.cumsum([len(array) for array in both.arrays])
         return both
@@ -2503,7 +2514,7 @@ def training_steps(
     try:
         while True:
             yield s
-            if s.step == num_steps or s.stopping:
+            if s.step >= num_steps or s.stopping:
                 return
             gc.disable()  # ranks would wait for each other's collections
             began = time.perf_counter()
@@ -2617,7 +2628,7 @@ def write_checkpoint(run: Run, folder: Path, parts: dict, meta: dict, keep: int)
                 torch.save(value, file)
                 file.flush()
                 os.fsync(file.fileno())  # a rename must not outlive its files in a power cut
-            files[name] = [(beside / name).stat().st_size, _crc32(beside / name)]
+            files[name] = [(beside / name).stat().st_size, crc32(beside / name)]
         return files
 
     def finish() -> None:
@@ -2639,7 +2650,8 @@ def write_checkpoint(run: Run, folder: Path, parts: dict, meta: dict, keep: int)
         raise
 
 
-def _crc32(path: Path) -> int:
+def crc32(path: Path) -> int:
+    """Return a file's CRC-32."""
     crc = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -2677,7 +2689,7 @@ def check_file(folder: Path, name: str) -> None:
     """Raise MissingInput unless a checkpoint's file has the size and CRC-32 that were noted."""
     path, (size, crc) = folder / name, read_meta(folder)["files"][name]
     try:
-        good = path.stat().st_size == size and _crc32(path) == crc
+        good = path.stat().st_size == size and crc32(path) == crc
     except OSError as error:
         raise MissingInput(_damaged(folder, str(error)))
     if not good:
@@ -2764,6 +2776,15 @@ def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
                 f"{folder.parent} holds a run with {flag}={saved[name]}, not {now[name]}: repeat "
                 "it as it was, begin anew with --restart, or give another --tag"
             )
+
+
+def check_data(run: Run, saved: dict[str, Any], **now: Any) -> None:
+    """Raise MissingInput unless a checkpoint's meta has the values of now, or has none of a key."""
+    if any(saved.get(key, value) != value for key, value in now.items()):
+        raise MissingInput(
+            f"{run.dir} was trained on other data, or with another tokenizer, than there is now: "
+            "begin it anew with --restart, or give another --tag"
+        )
 
 
 def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None, dict[str, Any]]:

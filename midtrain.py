@@ -25,6 +25,7 @@ from common import (
     Tokenizer,
     accum_steps,
     blank_batch,
+    check_data,
     check_name,
     choose_micro_batch,
     compile_or_not,
@@ -131,7 +132,8 @@ def main(settings: Settings) -> dict:
         epoch_steps = math.ceil(len(rows) / batch_rows)
         num_steps = settings.num_iterations or epoch_steps
         run.num_steps = num_steps
-        if newest and start == num_steps:
+        check_data(run, saved, data=rows.names)
+        if newest and start >= num_steps:
             run.say(f"mid: {newest} is there, finished")
             return saved["metrics"]
         for kind, count in sorted(mixed.used.items(), key=lambda pair: -pair[1]):
@@ -190,7 +192,8 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "parent": parent_key(parent), "source": source, "chats": chats,
-                    "batch_tokens": batch_rows * T, "best_val_loss": best, "metrics": run.metrics,
+                    "data": rows.names, "batch_tokens": batch_rows * T, "best_val_loss": best,
+                    "metrics": run.metrics,
                     "mixture": {**mixed.used, "text rows": num_text},
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip

@@ -38,6 +38,7 @@ from common import (
     accum_steps,
     all_sum,
     blank_batch,
+    check_data,
     check_name,
     choose_micro_batch,
     compile_or_not,
@@ -62,6 +63,7 @@ from common import (
     save_checkpoint,
     setting,
     start_run,
+    text_key,
     token_rows,
     training_steps,
     trapezoid,
@@ -445,10 +447,13 @@ def main(settings: Settings) -> dict:
         T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
         run.num_steps = num_steps
         newest, saved = newest_checkpoint(run)
-        start = saved.get("step", 0)
-        if newest and start == num_steps:
-            run.say(f"base: {newest} is there, finished")
+        start, text = saved.get("step", 0), text_key(source)
+        if newest and start >= num_steps:
+            changed = text and saved.get("text", text) != text
+            run.say(f"base: {newest} is there, finished"
+                    f"{'; the text has changed since' if changed else ''}")  # fmt: skip
             return saved["metrics"]
+        check_data(run, saved, source=source)
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
@@ -482,6 +487,7 @@ def main(settings: Settings) -> dict:
             run.rewind_log(start)
             run.say(f"base: going on from {newest}")
         rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run)
+        check_data(run, saved, data=rows.names)
         epochs = num_steps * batch_rows / len(rows)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
         val_texts = validation_texts(source, settings.eval_tokens)
@@ -522,8 +528,8 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:],
                     "compiled": compiled, "micro_batch": s.micro,
-                    "best_val_bpb": best, "source": source, "metrics": run.metrics,
-                    "batch_tokens": batch_rows * T,
+                    "best_val_bpb": best, "source": source, "text": text, "data": rows.names,
+                    "metrics": run.metrics, "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)

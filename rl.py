@@ -39,9 +39,11 @@ from common import (
     Sampling,
     Tokenizer,
     all_sum,
+    check_data,
     check_name,
     choose_micro_batch,
     continue_stage,
+    crc32,
     data_dir,
     find_checkpoint,
     grade,
@@ -304,6 +306,7 @@ def main(settings: Settings) -> dict:
         newest, saved = newest_checkpoint(run, parent)
         start = saved.get("step", 0)
         path = data_dir(chats) / "rl.jsonl"
+        data = [path.name, path.stat().st_size, crc32(path)]
         config = GPTConfig(**before["config"])
         every, longest = list(read_conversations(path)), config.max_seq_len * 3 // 4
         problems = [
@@ -320,7 +323,8 @@ def main(settings: Settings) -> dict:
         total = settings.epochs * len(problems)
         num_steps = settings.num_iterations or math.ceil(total / settings.problems_per_step)
         run.num_steps = num_steps
-        if newest and start == num_steps:
+        check_data(run, saved, data=data)
+        if newest and start >= num_steps:
             run.say(f"rl: {newest} is there, finished")
             return saved["metrics"]
         why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
@@ -370,7 +374,8 @@ def main(settings: Settings) -> dict:
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
                     "dtype": str(dtype)[6:], "micro_batch": s.micro, "parent": parent_key(parent),
-                    "source": before["source"], "chats": chats, "metrics": run.metrics,
+                    "source": before["source"], "chats": chats, "data": data,
+                    "metrics": run.metrics,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)

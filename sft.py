@@ -24,6 +24,7 @@ from common import (
     Tokenizer,
     accum_steps,
     blank_batch,
+    check_data,
     check_name,
     choose_micro_batch,
     compile_or_not,
@@ -123,7 +124,8 @@ def main(settings: Settings) -> dict:
         if settings.num_iterations:
             total = num_steps * batch_rows
         run.num_steps = num_steps
-        if newest and start == num_steps:
+        check_data(run, saved, data=rows.names)
+        if newest and start >= num_steps:
             run.say(f"sft: {newest} is there, finished")
             return saved["metrics"]
         for kind, count in sorted(mixed.used.items(), key=lambda pair: -pair[1]):
@@ -178,8 +180,8 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "parent": parent_key(parent), "source": before["source"], "chats": chats,
-                    "batch_tokens": batch_rows * T, "best_val_loss": best, "metrics": run.metrics,
-                    "mixture": mixed.used,
+                    "data": rows.names, "batch_tokens": batch_rows * T, "best_val_loss": best,
+                    "metrics": run.metrics, "mixture": mixed.used,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)

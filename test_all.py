@@ -688,7 +688,7 @@ def test_a_torn_line_of_the_log_is_dropped(base_dir, torn):
         run.log(step, loss=1.0)
         with path.open("ab") as file:
             file.write(torn + b"\n" * (step == 1))
-    assert [x["step"] for x in evaluate.pretraining_log("t")] == [1, 2]
+    assert [x["step"] for x in evaluate.training_log("t")] == [1, 2]
     run.rewind_log(1)
     run.log(2, loss=0.5)
     assert [json.loads(x)["step"] for x in path.open()] == [1, 2]
@@ -1721,6 +1721,12 @@ def test_steps_are_yielded_before_each_update_and_after_the_last():
     assert not any(x[3] for x in seen) and one.optimizer.steps == 3
     first = common.Step(0, 10)
     assert not first.due(5) and first.due(5, first=True)
+
+
+def test_a_run_that_is_past_its_last_step_ends():
+    one, batches = OneWeight(), itertools.repeat(make_batch(1))
+    steps = common.training_steps(batches, one.loss, one.optimizer, lambda _: 1.0, 3, start=5)
+    assert len(list(itertools.islice(steps, 9))) == 1 and one.optimizer.steps == 0
 
 
 def test_the_loss_divides_by_the_targets_of_the_whole_step():
@@ -5342,6 +5348,29 @@ def test_the_tokenizer_stage_trains_saves_measures_and_skips(text_source, base_d
     assert again["vocab_size"] == 320
 
 
+def sign_text(source, key):
+    """Write the manifest of a source whose text has a hash."""
+    files = {"train-00000.parquet": {"sha256": key}}
+    common.write_json(common.data_dir(source) / "manifest.json", {"files": files})
+
+
+def test_a_tokenizer_stays_when_the_text_changes_and_that_is_said(text_source, capsys):
+    sign_text(text_source, "a")
+    chosen = train_tokenizer.Settings(tag="a", vocab_size=300)
+    train_tokenizer.main(chosen)
+    before = common.Tokenizer.load(common.run_dir("a") / "tokenizer").fingerprint
+    train_tokenizer.main(chosen)
+    assert "changed" not in capsys.readouterr().out
+    write_texts(text_source, ["Entirely other text. " * 50] * 3)
+    sign_text(text_source, "b")
+    train_tokenizer.main(chosen)
+    assert re.search("the text has changed .*it stays; --restart", capsys.readouterr().out)
+    assert common.Tokenizer.load(common.run_dir("a") / "tokenizer").fingerprint == before
+    train_tokenizer.main(dataclasses.replace(chosen, restart=True))
+    train_tokenizer.main(chosen)
+    assert "changed" not in capsys.readouterr().out
+
+
 def test_limits_of_text_and_vocabulary(text_source):
     texts = list(train_tokenizer.texts_up_to(text_source, 1000, 30))
     assert sum(map(len, texts)) == 1000 and max(map(len, texts)) == 30
@@ -5419,6 +5448,28 @@ def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny_run):
     lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
     steps = [x["step"] for x in lines if "loss" in x]
     assert steps == sorted(set(steps)), "the log repeats no step"
+
+
+def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tiny_run, capsys):
+    sign_text(tiny_run, "a")
+    pretrain.main(tiny_pretrain())
+    texts = list(common.read_texts(common.list_shards(tiny_run, "train")[0]))
+    write_texts("other", texts)
+    write_texts(tiny_run, texts[1:])
+    pretrain.main(tiny_pretrain())
+    assert "changed" not in capsys.readouterr().out, "the manifest does not say"
+    sign_text(tiny_run, "b")
+    pretrain.main(tiny_pretrain())
+    assert "finished; the text has changed since" in capsys.readouterr().out
+    for step in (6, 4):
+        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    for changes in ({}, {"source": "other"}):
+        with pytest.raises(common.MissingInput, match="other data.*--restart"):
+            pretrain.main(tiny_pretrain(**changes))
+    assert not list(common.data_dir("other").glob("tokens/*")), "it is seen before hours of work"
+    write_texts(tiny_run, texts)
+    pretrain.main(tiny_pretrain())
+    assert len(base_losses()) == 6
 
 
 def test_the_final_checkpoint_is_saved_before_any_evaluation(tiny_run, monkeypatch):
@@ -6147,6 +6198,28 @@ def test_a_stage_whose_parent_changed_says_so(chat_run):
     run_stage("mid", "t", restart=True)
 
 
+@pytest.mark.parametrize("name", CHAT_STAGES)
+def test_a_stage_whose_conversations_changed_says_so(chat_run, name, capsys):
+    run_stage(name, "t")
+    path = common.data_dir(chat_run) / f"{name}.jsonl"
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]), "utf-8")
+    for _ in range(2):  # finished, then half trained
+        with pytest.raises(common.MissingInput, match="other data.*--restart"):
+            run_stage(name, "t")
+        for folder in common.list_checkpoints("t", name)[1:]:
+            shutil.rmtree(folder)
+    meta = common.list_checkpoints("t", name)[0] / "meta.json"
+    saved = json.loads(meta.read_text())
+    del saved["data"]  # as checkpoints once were
+    meta.write_text(json.dumps(saved))
+    assert "finished" not in capsys.readouterr().out
+    run_stage(name, "t")
+    run_stage(name, "t", restart=True)
+    run_stage(name, "t")
+    assert "finished" in capsys.readouterr().out
+
+
 def test_a_missing_parent_or_file_is_one_sentence(tiny_run):
     for module in (midtrain, sft, rl):
         with pytest.raises(common.MissingInput, match=r"run `python \w+\.py --tag=t`"):
@@ -6689,7 +6762,7 @@ def test_evaluation_goes_on_task_by_task_after_a_crash(evaluated, monkeypatch):
     weights = common.load_file(folder, "model.pt", CPU)
     torch.save({name: w * 2 for name, w in weights.items()}, folder / "model.pt")
     meta["files"]["model.pt"] = [
-        (folder / "model.pt").stat().st_size, common._crc32(folder / "model.pt"),
+        (folder / "model.pt").stat().st_size, common.crc32(folder / "model.pt"),
     ]  # fmt: skip
     (folder / "meta.json").write_text(json.dumps(meta))
     report = evaluate.main(tiny_evaluate(task="bpb"))

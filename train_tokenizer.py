@@ -35,6 +35,7 @@ from common import (
     read_texts,
     run_dir,
     setting,
+    text_key,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
@@ -149,12 +150,16 @@ def main(settings: Settings) -> dict[str, float]:
     """Train, evaluate and save the tokenizer; return its measures."""
     folder = run_dir(settings.tag) / "tokenizer"
     source = find_source(settings.source)
+    text = text_key(source)
     # threads and restart change no merge
     asked = {**asdict(settings), "source": source, "threads": 0, "restart": False}
     if (folder / "tokenizer.json").exists() and not settings.restart:
         have = Tokenizer.load(folder)
         if have.info["settings"] == asked:
             print(f"tokenizer: {folder} is there, {have.vocab_size:,} ids")
+            if text and have.info.get("text", text) != text:
+                print("tokenizer: the text has changed since this tokenizer was made: it stays; "
+                      "--restart makes it anew")  # fmt: skip
             return have.info["measures"]
         raise MissingInput(
             f"{folder} was trained with other settings ({have.info['settings']}): use another "
@@ -191,7 +196,7 @@ def main(settings: Settings) -> dict[str, float]:
         print(f"tokenizer: {name.replace('_', ' ')} {value:,.2f}")
     for name, value in compare_encodings(held_out).items():
         print(f"tokenizer: {name} has {value:.2f} bytes per token")
-    tokenizer.info = {"source": source, "settings": asked, "measures": measures}
+    tokenizer.info = {"source": source, "text": text, "settings": asked, "measures": measures}
     tokenizer.save(folder)
     return measures
 
