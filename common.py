@@ -386,23 +386,24 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
 
 
-def compile_or_not(
-    choice: str, seconds: float, device: torch.device, say: Callable[[str], None]
-) -> bool:
-    """Decide on torch.compile, and say it: yes, no, or auto where the run earns it back.
+def compile_or_not(run: Run, saved: dict[str, Any], seconds: float) -> bool:
+    """Decide on torch.compile, and say it: yes, no, or auto as saved, else where it is earned back.
 
     seconds is the run's estimated length without it. Compiling saves about a fifth of it and
     costs about a minute (README, Choices).
     """
+    choice = run.settings.compile
+    if choice == "auto":
+        choice = {True: "yes", False: "no"}.get(saved.get("compiled"), "auto")
     if choice == "no" or (choice == "auto" and seconds < 300):
         short = f": a run of about {format_duration(seconds)} would not earn it back"
-        say(f"compile: off{short if choice == 'auto' else ''}")
+        run.say(f"compile: off{short if choice == 'auto' else ''}")
         return False
-    if not can_compile(device):
-        need = "Triton" if device.type == "cuda" else "a C++ compiler"
-        say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
+    if not can_compile(run.device):
+        need = "Triton" if run.device.type == "cuda" else "a C++ compiler"
+        run.say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
         return False
-    say("compile: on: the first step takes a minute or so")
+    run.say("compile: on: the first step takes a minute or so")
     return True
 
 
@@ -440,12 +441,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Say whether memory ran out; not all of torch's allocators have a class for it."""
     words = r"out of memory|can't allocate memory|ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if world()[1] > 1:
-        dist.barrier()
 
 
 def together(work: Callable[[], Any], group: Any = None) -> list:
@@ -537,6 +532,23 @@ class Run:
             self.wandb.log(
                 {f"{self.stage}/{key}": v for key, v in {"step": step, **values}.items()}
             )
+
+    def begin(self, saved: dict[str, Any]) -> None:
+        """Drop what training from here on replaces: old checkpoints, log lines after `saved`.
+
+        Until then --restart has deleted nothing. They go by one rename: whole, or not at all.
+        """
+
+        def clear() -> None:
+            if self.rank == 0:
+                old = self.dir.with_name(f".{self.stage}.partial")
+                shutil.rmtree(old, ignore_errors=True)  # a killed run's
+                if not saved and self.dir.exists():
+                    os.replace(self.dir, old)
+                    shutil.rmtree(old)
+                self.rewind_log(saved.get("step", -1))
+
+        self.together(clear)
 
     def rewind_log(self, step: int) -> None:
         """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
@@ -2544,8 +2556,9 @@ def training_steps(
             s.step, s.stopping = s.step + 1, stopping > 0
             if not math.isfinite(s.loss):
                 raise Stop(
-                    f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; run "
-                    "again with a lower --lr-scale or --dtype=float32, or look at the data of this step"
+                    f"loss is {s.loss} at step {s.step}: checkpoints on disk are untouched; go on "
+                    "from them with --dtype=float32, begin anew with --restart and a lower "
+                    "--lr-scale, or look at the data of this step"
                 )
             if s.step == start + 2:
                 times.clear()  # the first step compiled and warmed up
@@ -2790,16 +2803,18 @@ def check_data(run: Run, saved: dict[str, Any], **now: Any) -> None:
 def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None, dict[str, Any]]:
     """Return the checkpoint that a stage goes on from and its meta, or None and {}.
 
-    With --restart, or where there is none, the stage's lines leave the log. Raises MissingInput
-    where the run there has other settings, or began from another model than parent holds.
+    None also with --restart: run.begin then drops what is there. Raises MissingInput where the
+    run there has other settings, or began from another model than parent holds.
     """
-    settings = run.settings
-    if settings.restart and run.rank == 0 and not run.again:
-        shutil.rmtree(run.dir, ignore_errors=True)
-    barrier()
-    found = list_checkpoints(run.tag, run.stage)
+    settings, mark = run.settings, run.dir / ".restart"
+
+    def is_old() -> bool:  # torchrun's next attempt tells by the mark whether begin was reached
+        if settings.restart and not run.again and run.rank == 0 and run.dir.exists():
+            mark.touch()
+        return settings.restart and mark.exists()
+
+    found = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
     if not found:
-        run.rewind_log(-1)
         return None, {}
     check_resume(found[-1], settings, settings.may_differ)
     saved = read_meta(found[-1])
@@ -2835,11 +2850,7 @@ def continue_stage(
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
     if newest or warm:
         load_optimizer(run, newest or parent, optimizer)
-    if newest:
-        run.rewind_log(read_meta(newest)["step"])
-        run.say(f"{run.stage}: going on from {newest}")
-    else:
-        run.say(f"{run.stage}: beginning from {parent}")
+    run.say(f"{run.stage}: {'going on' if newest else 'beginning'} from {newest or parent}")
     return model, optimizer
 
 

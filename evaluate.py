@@ -51,7 +51,6 @@ from common import (
     Stop,
     Tokenizer,
     all_sum,
-    barrier,
     base_dir,
     can_compile,
     check_name,
@@ -1466,11 +1465,10 @@ def main(settings: Settings) -> dict[str, Any]:
             run.say(f"left out, without data that prepare.py makes: {', '.join(left_out)}")
         out: Path = run_dir(settings.tag) / "eval" / f"{settings.stage}.json"
         report: dict[str, Any] = {**asked, "tasks": {}, "done": {}}
-        if out.exists() and not settings.restart:
-            saved = json.loads(out.read_text("utf-8"))
-            if all(saved.get(key) == value for key, value in asked.items()):
-                report = saved
-        barrier()  # all have read it before one writes it
+        # all have read it before one writes it
+        saved = run.together(lambda: {} if settings.restart else read_json(out))[0]
+        if all(saved.get(key) == value for key, value in asked.items()):
+            report = saved
         dtype = pick_dtype(run.device, settings.dtype)
         engine = make_engine(load_model(folder, run.device, dtype), tokenizer, settings)
         for task in tasks:

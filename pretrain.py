@@ -461,11 +461,10 @@ def main(settings: Settings) -> dict:
         # on a CPU more gains nothing in the caches
         most = max(1, 8192 // T) if run.device.type == "cpu" else share
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
-        choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
         peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
         describe(run, config, horizon, micro, dtype, peak)
         seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.3)
-        compiled = compile_or_not(choice, seconds, run.device, run.say)
+        compiled = compile_or_not(run, saved, seconds)
 
         model = GPT.create(config, run.device, dtype)
         model.recompute = settings.recompute
@@ -484,7 +483,6 @@ def main(settings: Settings) -> dict:
         if newest:
             model.load_state_dict(load_file(newest, "model.pt", run.device))
             load_optimizer(run, newest, optimizer)
-            run.rewind_log(start)
             run.say(f"base: going on from {newest}")
         rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run)
         check_data(run, saved, data=rows.names)
@@ -503,6 +501,7 @@ def main(settings: Settings) -> dict:
             micro = try_micro_batch(
                 micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
             )
+        run.begin(saved)
         began, best = time.time(), saved.get("best_val_bpb", math.inf)
         for s in training_steps(
             run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),

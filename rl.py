@@ -353,6 +353,7 @@ def main(settings: Settings) -> dict:
             )  # fmt: skip
         accum = -(-most // micro)
         sampler = Sampler(run, model, engine, problems, micro, accum)
+        run.begin(saved)
         began = time.time()
         for s in training_steps(
             sampler.batches(start),

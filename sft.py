@@ -141,11 +141,10 @@ def main(settings: Settings) -> dict:
         config, share = GPTConfig(**before["config"]), accum_steps(batch_rows, 1)
         most = before["micro_batch"]
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
-        choice = {True: "yes", False: "no"}.get(saved.get("compiled"), settings.compile)
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()
         seconds = num_steps * batch_rows * T * flops / (peak * run.world_size * 0.3)
-        compiled = compile_or_not(choice, seconds, run.device, run.say)
+        compiled = compile_or_not(run, saved, seconds)
         model, optimizer = continue_stage(run, parent, newest, compiled, dtype, settings.warm_start)
         forward = torch.compile(model, dynamic=False) if compiled else model
 
@@ -156,6 +155,7 @@ def main(settings: Settings) -> dict:
             micro = try_micro_batch(
                 micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
             )
+        run.begin(saved)
         began, best = time.time(), saved.get("best_val_loss", math.inf)
         for s in training_steps(
             run.closing(

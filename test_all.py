@@ -785,16 +785,25 @@ def test_an_absent_device_is_said(monkeypatch):
         common.pick_device("cuda")
 
 
-def test_compilation_is_a_choice_that_is_said(monkeypatch):
-    said = []
-    assert not common.compile_or_not("auto", 30, CPU, said.append)
-    assert not common.compile_or_not("no", 1e6, CPU, said.append)
+def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
+    def compiles(choice, seconds, saved=None):
+        run = common.Run("base", "t", SimpleNamespace(compile=choice), CPU, 0, 1)
+        return common.compile_or_not(run, saved or {}, seconds)
+
+    assert not compiles("auto", 30)
+    assert not compiles("no", 1e6)
     monkeypatch.setattr(common, "can_compile", lambda device: False)
-    assert not common.compile_or_not("auto", 1e6, CPU, said.append)
-    assert not common.compile_or_not("yes", 1, CPU, said.append)
+    assert not compiles("auto", 1e6)
+    assert not compiles("yes", 1)
     monkeypatch.setattr(common, "can_compile", lambda device: True)
-    assert common.compile_or_not("auto", 1e6, CPU, said.append)
+    assert compiles("auto", 1e6)
+    said = capsys.readouterr().out.splitlines()
     assert "C++ compiler" in said[2] and "python3-dev" in said[3] and len(said) == 5
+    # a run that goes on is compiled as it was, but for an explicit choice
+    assert compiles("auto", 1, {"compiled": True}) and not compiles("no", 1, {"compiled": True})
+    assert not compiles("auto", 1e6, {"compiled": False}) and compiles(
+        "yes", 1, {"compiled": False}
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
@@ -1749,7 +1758,7 @@ def test_a_step_without_targets_counts_zero():
 def test_a_loss_that_is_not_finite_stops_with_a_remedy():
     one = OneWeight()
     batches = itertools.repeat(make_batch(1))
-    with pytest.raises(common.Stop, match="nan at step 1.*--lr-scale"):
+    with pytest.raises(common.Stop, match="nan at step 1.*--dtype=float32.*--restart"):
         list(common.training_steps(
             batches, lambda b: one.loss(b) * math.nan, one.optimizer, lambda s: 1.0, 3
         ))  # fmt: skip
@@ -6179,6 +6188,54 @@ def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
         whole = collections.Counter(tuple(rows.gather(np.array([i]))[0][0].tolist())
                                     for i in range(len(rows)))  # fmt: skip
         assert used == whole
+
+
+def test_a_restart_that_cannot_begin_leaves_the_model(chat_run, monkeypatch):
+    for name in ("mid", "sft"):
+        run_stage(name, "t")
+    there = {stage: common.list_checkpoints("t", stage) for stage in ("base", "mid", "sft")}
+    path = common.run_dir("t") / "metrics.jsonl"
+    log = path.read_text()
+    small = {"max_seq_len": 64, "total_batch_size": 192, "restart": True}
+    with pytest.raises(common.MissingInput, match="typo has no train text"):
+        pretrain.main(tiny_pretrain(source="typo", **small))
+    for name in ("mid", "sft"):
+        with pytest.raises(common.MissingInput, match="is missing"):
+            run_stage(name, "t", restart=True, chats="typo")
+    monkeypatch.setattr(common, "free_bytes", lambda device: 1.0)
+    with pytest.raises(common.MissingInput, match="--recompute"):
+        pretrain.main(tiny_pretrain(device_batch_size=0, **small))
+    for stage, folders in there.items():
+        assert common.list_checkpoints("t", stage) == folders != []
+    assert path.read_text() == log
+
+
+def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkeypatch):
+    model, _, folder = saved_run(steps=(1, 2))
+    settings = tiny_pretrain(restart=True)
+
+    def start(again):
+        run = common.Run("base", "t", settings, CPU, 0, 1, again=again)
+        return run, *common.newest_checkpoint(run)
+
+    for again in (False, True):  # torchrun's second attempt, the first ended before training
+        run, newest, saved = start(again)
+        assert newest is None and saved == {} and folder.exists()
+
+    def killed(path, **options):
+        if Path(path).exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run.begin(saved)
+    assert not run.dir.exists()
+    run.begin(saved)
+    assert [path.name for path in common.run_dir("t").iterdir()] == [], "nor what was half deleted"
+    new = common.save_checkpoint(run, 1, model, None, {})
+    run.wait_for_save()
+    assert start(True)[1] == new, "its third attempt goes on from what the second saved"
+    assert start(False)[1] is None
 
 
 def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
