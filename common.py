@@ -288,9 +288,9 @@ def _explain_unknown(cls: type, word: str) -> str:
 
 # Dense bf16 matmul peaks in FLOP/s as the makers state them; other devices are measured.
 PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "H20": 148e12,
-    "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "A100": 312e12, "A800": 312e12,
-    "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A6000": 155e12,
+    "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
+    "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "A100": 312e12,
+    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A6000": 155e12,
     "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
@@ -345,7 +345,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for key, flops in PEAK_FLOPS.items():
-            if key in name:
+            if re.search(rf"\b{key}\b", name):  # an L40 is no L4
                 return flops
     return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
 
@@ -427,6 +427,10 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_sum(torch.tensor(float(flag), device=device)).item())
 
 
+# of a container, v2 and v1; what is used there counts files in memory, which give way
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
 def free_bytes(device: torch.device) -> float:
     """Return the memory that this process may fill: what a GPU has free, a share of a machine's."""
     if device.type == "cuda":
@@ -434,7 +438,11 @@ def free_bytes(device: torch.device) -> float:
         return torch.cuda.mem_get_info(device)[0] + held
     if not hasattr(os, "sysconf"):  # Windows does not say
         return math.inf
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local_world()[1]
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            room = min(room, int(Path(path).read_text("utf-8")))
+    return room / local_world()[1]
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -687,9 +695,14 @@ def _start_wandb(run: Run) -> Any:
     if importlib.util.find_spec("wandb") is None:
         run.say("wandb is not installed (`uv pip install wandb`): metrics.jsonl has everything")
         return None
-    import wandb
+    try:
+        import wandb
 
-    return wandb.init(project="nanochat", name=name, config=dataclasses.asdict(run.settings))
+        return wandb.init(project="nanochat", name=name, config=dataclasses.asdict(run.settings))
+    except Exception as error:  # noqa: BLE001  an extra stops no training, whatever ails it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        run.say(f"wandb is left out ({reason}): metrics.jsonl has everything")
+        return None
 
 
 @contextlib.contextmanager

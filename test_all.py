@@ -806,12 +806,46 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [("H100 80GB HBM3", "H100"), ("H100 PCIe", "H100 PCIe"), ("A100-SXM4-80GB", "A100"),
+     ("RTX A6000", "A6000"), ("L4", "L4"), ("L40S", "L40S"), ("GB200", "GB200"),
+     ("GeForce RTX 4090", "RTX 4090"), ("L40", ""), ("RTX A4000", ""), ("H2000", "")],
+)  # fmt: skip
+def test_a_cards_peak_is_that_of_its_whole_name(monkeypatch, card, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {card}")
+    monkeypatch.setattr(common, "measure_matmul", lambda *_: -1.0)
+    found = common.peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert found == common.PEAK_FLOPS.get(peak, -1.0)
+
+
+def test_a_containers_limit_is_the_memory_there_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CGROUP_LIMITS", [tmp_path / "v2", tmp_path / "v1"])
+    whole = common.free_bytes(CPU)
+    (tmp_path / "v2").write_text("max\n")
+    assert common.free_bytes(CPU) == whole > 1 << 28
+    (tmp_path / "v1").write_text(f"{1 << 28}\n")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert common.free_bytes(CPU) == 1 << 27, "ranks share it"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_error_is_one_sentence(base_dir, number):
     settings = SimpleNamespace(tag="t", device="cpu", seed=0)
     with pytest.raises(common.Stop) as stop, common.start_run("base", settings):
         raise OSError(number, os.strerror(number), "/some/where")
     assert "/some/where" in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_wandb_that_fails_is_one_line_and_left_out(base_dir, monkeypatch, capsys):
+    def init(**options):
+        raise ConnectionError("no way\nto api.wandb.ai")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__="here"))
+    with common.start_run("base", pretrain.Settings(tag="t", device="cpu", run="mine")) as run:
+        assert run.wandb is None
+    said = capsys.readouterr().out
+    assert "no way to api.wandb.ai" in said and said.count("\n") == 1
 
 
 # 4. Tokenizer --------------------------------------------------------------------------------
