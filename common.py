@@ -2071,12 +2071,13 @@ class Mixed:
 
 
 def conversation_rows(
-    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool = False
+    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool = False, some: bool = False
 ) -> tuple[Rows, Mixed]:
     """Pack the conversations of a .jsonl file whole into rows, and count them by kind.
 
     Targets are the assistant's own tokens, or with learn_all those of users
     too (never what the tool says). The rows are cached below data/SOURCE/tokens/.
+    Raises MissingInput where there must be some rows and there are none.
     """
     _need(path)
     learned = "all" if learn_all else "own"
@@ -2094,7 +2095,13 @@ def conversation_rows(
 
     together(lambda: make(world()[0] == 0))
     together(lambda: make(local_world()[0] == 0))  # on other nodes' disks
-    return Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
+    rows, mixed = Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
+    if some and not len(rows):
+        raise MissingInput(
+            f"none of the {mixed.left_out:,} conversations of {path} fits in {T} tokens: pretrain "
+            "with a larger --max-seq-len"
+        )
+    return rows, mixed
 
 
 def _conversation_ids(
@@ -2102,18 +2109,17 @@ def _conversation_ids(
 ) -> Iterator[list[int]]:
     conversations = read_conversations(path)
     while chunk := list(itertools.islice(conversations, 1024)):
-        for conversation in chunk:
-            kind = conversation.get("kind", "own")
-            mixed.used[kind] = mixed.used.get(kind, 0) + 1
-        texts = [conversation["messages"] for conversation in chunk]
-        for messages, (ids, mask) in zip(texts, render_conversations(tokenizer, texts)):
+        rendered = render_conversations(tokenizer, [one["messages"] for one in chunk])
+        for conversation, (ids, mask) in zip(chunk, rendered):
             if len(ids) > T + 1:
-                shorter = cut_conversation(tokenizer, messages, T + 1)
+                shorter = cut_conversation(tokenizer, conversation["messages"], T + 1)
                 mixed.cut += bool(shorter)
                 mixed.left_out += not shorter
                 if not shorter:
                     continue
                 ids, mask = render_conversation(tokenizer, shorter)
+            kind = conversation.get("kind", "own")
+            mixed.used[kind] = mixed.used.get(kind, 0) + 1
             output = False
             flagged = []
             for i, own in zip(ids, mask):
@@ -2849,16 +2855,18 @@ def continue_stage(
 ) -> tuple[GPT, Optimizer]:
     """Load a stage's model and optimizer: its own newest checkpoint's, else its parent's weights.
 
-    The optimizer is built from the settings matrix_lr, embed_lr, head_lr and weight_decay, 0 for
-    the base run's; with `warm` it begins with the parent's moments.
+    The optimizer is built from the settings matrix_lr, embed_lr, head_lr, 0 for the base run's,
+    and weight_decay, -1 for it; with `warm` it begins with the parent's moments.
     """
     model = load_model(newest or parent, run.device, dtype)
     base = read_meta(find_checkpoint(run.tag, "base"))
     model.recompute = recomputes(run)
-    names = ("matrix_lr", "embed_lr", "head_lr", "weight_decay")
+    names = ("matrix_lr", "embed_lr", "head_lr")
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
+    decay = run.settings.weight_decay
+    decay = decay if decay >= 0 else base["settings"]["weight_decay"]
     muon_dtype = pick_dtype(run.device, base["muon_dtype"])
-    optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
+    optimizer = Optimizer(optimizer_groups(model, *rates, decay), muon_dtype, compiled)
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
     if newest or warm:
@@ -3021,6 +3029,8 @@ class Sampling:
             raise ValueError(f"temperature {self.temperature} must be 0 or more")
         if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_tokens < 1:
             raise ValueError("top_p must be in (0, 1], top_k 0 or more, max_tokens 1 or more")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} must be 0 or more")
 
 
 def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:

@@ -54,6 +54,7 @@ from common import (
     base_dir,
     can_compile,
     check_name,
+    crc32,
     data_dir,
     evaluate_bpb,
     find_checkpoint,
@@ -117,7 +118,9 @@ class Settings:
     tag: str = setting("main", "name of the run, a folder below runs/")
     step: int = setting(0, "checkpoint to load; 0 = the newest")
     source: str = setting("", "folder below data/ with text and sets; empty = the model's own")
-    max_documents: int = setting(20_000, "documents of each split for bits per byte at most")
+    max_documents: int = setting(
+        0, "documents for bits per byte at most; 0 = all of validation, and as many of training"
+    )
     max_items: int = setting(0, "items of a task; 0 = all")
     run_code: bool = setting(
         False, "HumanEval too: runs programs that the model wrote, in common.py's sandbox"
@@ -144,8 +147,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
-        if not 0 <= self.cost_per_hour < math.inf:
-            raise ValueError(f"--cost-per-hour={self.cost_per_hour} must be 0 or more")
+        for name in ("max_documents", "max_items", "device_batch_size", "cost_per_hour", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
         if "HumanEval" in self.asked() and not self.run_code:
             raise ValueError("HumanEval runs programs that the model wrote: allow it by --run-code")
 
@@ -251,7 +255,7 @@ def evaluate_text(model: GPT, tokenizer: Tokenizer, source: str, s: Settings) ->
     """Measure bits per byte on validation documents, of a base model on as many of training."""
     texts = {split: itertools.chain.from_iterable(map(read_texts, list_shards(source, split)))
              for split in (("val", "train") if s.stage == "base" else ("val",))}  # fmt: skip
-    results, documents = {}, s.max_documents
+    results, documents = {}, s.max_documents or None
     for split, all_texts in texts.items():
         start = time.perf_counter()
         part = itertools.islice(all_texts, documents)
@@ -1051,8 +1055,10 @@ def score_blocks(record: Record, tag: str) -> list[Any]:
                 "known facts denied, less is better. The best of a row is bold.")  # fmt: skip
         blocks = [note, score_table(tasks)]
     for stage, meta in record.metas.items():
-        have, newest = record.results.get(stage, {}).get("checkpoint"), f"step-{meta['step']:06d}"
-        if have != newest:
+        result, newest = record.results.get(stage, {}), f"step-{meta['step']:06d}"
+        have, weights = result.get("checkpoint"), meta.get("files", {}).get("model.pt")
+        if have != newest or result.get("weights") != weights:
+            have = "another model" if have == newest else have
             what = f"the scores are of {have}" if have else "it is not evaluated"
             blocks.append(f"{stage} is at {newest} and {what}; `python evaluate.py -i {stage} "
                           f"--tag={tag}` measures it.")  # fmt: skip
@@ -1473,7 +1479,8 @@ def main(settings: Settings) -> dict[str, Any]:
         engine = make_engine(load_model(folder, run.device, dtype), tokenizer, settings)
         for task in tasks:
             limits = {"bpb": settings.max_documents, "samples": settings.seed}
-            key = [limits.get(task, settings.max_items), data_path(task, asked).stat().st_size]
+            path = data_path(task, asked)
+            key = [limits.get(task, settings.max_items), crc32(path) if path.is_file() else 0]
             if report["done"].get(task) == key:
                 continue
             if task == "samples":

@@ -68,7 +68,7 @@ class Settings:
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
     head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
-    weight_decay: float = setting(0.0, "decay of the matrices; 0 = the base run's")
+    weight_decay: float = setting(-1.0, "decay of the matrices; -1 = the base run's")
     warm_start: bool = setting(True, "begin with the base run's moments of the optimizer")
     warmup: int = setting(10, "steps in which the learning rate rises")
     warmdown: float = setting(0.8, "share of the run in which the learning rate falls")
@@ -102,7 +102,9 @@ class Settings:
             raise ValueError(
                 "--text-share must be from 0 to below 1, --warmdown from 0 to 1, --lr-scale over 0"
             )
-        for name in ("num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep"):
+        for name in (
+            "num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep", "seed",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
 
@@ -123,7 +125,7 @@ def main(settings: Settings) -> dict:
 
         # the mixture is what prepare.py wrote: its table MIXTURE, or KINDS for the embedded world
         rows, mixed = conversation_rows(
-            data_dir(chats) / "mid.jsonl", tokenizer, T, settings.learn_all
+            data_dir(chats) / "mid.jsonl", tokenizer, T, settings.learn_all, some=True
         )
         num_text = round(len(rows) * settings.text_share / (1 - settings.text_share))
         if num_text:
@@ -201,7 +203,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"mid: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and (new or not start):
+            if len(val_rows) and s.due(settings.eval_every, first=True) and (new or not start):
                 val_loss = evaluate_loss(model, val_rows, s.micro)
                 best = min(best, val_loss)
                 run.log(s.step, val_loss=val_loss)

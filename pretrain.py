@@ -153,12 +153,16 @@ class Settings:
                 f"--max-seq-len={self.max_seq_len}: {near} would"
             )
         for name in (
-            "head_dim", "num_iterations", "device_batch_size", "total_batch_size", "warmup", "keep",
+            "head_dim", "n_kv_head", "num_iterations", "target_flops", "device_batch_size",
+            "total_batch_size", "warmup", "keep", "seed",
         ):  # fmt: skip
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
-        if self.target_param_data_ratio <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
-            raise ValueError("ratio and --lr-scale must be above 0, --warmdown from 0 to 1")
+        for name in ("target_param_data_ratio", "lr_scale", "plan_count", "plan_vocab_size"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 <= self.warmdown <= 1:
+            raise ValueError("--warmdown must be from 0 to 1")
         model_config(self, 512)  # raises for heads that do not fit
 
 

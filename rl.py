@@ -87,7 +87,7 @@ class Settings:
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
     head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
-    weight_decay: float = setting(0.0, "decay of the matrices; 0 = the base run's")
+    weight_decay: float = setting(-1.0, "decay of the matrices; -1 = the base run's")
     warm_start: bool = setting(False, "begin with the sft run's moments of the optimizer")
     warmup: int = setting(0, "steps in which the learning rate rises")
     warmdown: float = setting(0.5, "share of the run in which the learning rate falls")
@@ -118,8 +118,8 @@ class Settings:
         for name in ("epochs", "problems_per_step", "max_tokens", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if self.device_batch_size < 0:
-            raise ValueError("--device-batch-size must be 0 or more")
+        if self.device_batch_size < 0 or self.seed < 0:
+            raise ValueError("--device-batch-size and --seed must be 0 or more")
         if self.num_samples < 2:
             raise ValueError("--num-samples must be 2 or more: answers are compared in their group")
         if self.temperature <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:

@@ -65,7 +65,7 @@ class Settings:
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
     head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
-    weight_decay: float = setting(0.0, "decay of the matrices; 0 = the base run's")
+    weight_decay: float = setting(-1.0, "decay of the matrices; -1 = the base run's")
     warm_start: bool = setting(True, "begin with the mid run's moments of the optimizer")
     warmup: int = setting(0, "steps in which the learning rate rises")
     warmdown: float = setting(1.0, "share of the run in which the learning rate falls")
@@ -99,7 +99,9 @@ class Settings:
             raise ValueError(
                 "--epochs must be 1 or more, --warmdown from 0 to 1, --lr-scale over 0"
             )
-        for name in ("num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep"):
+        for name in (
+            "num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep", "seed",
+        ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
 
@@ -111,14 +113,14 @@ def main(settings: Settings) -> dict:
     """Train, or go on with, the sft model of a run; return the last metrics."""
     with start_run("sft", settings) as run:
         parent = find_checkpoint(settings.tag, settings.start_from)
-        before = read_meta(parent)
+        before, base = read_meta(parent), read_meta(find_checkpoint(settings.tag, "base"))
         tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
         chats = settings.chats or before.get("chats", before["source"])
         newest, saved = newest_checkpoint(run, parent)
         start, T = saved.get("step", 0), before["config"]["max_seq_len"]
 
-        rows, mixed = conversation_rows(data_dir(chats) / "sft.jsonl", tokenizer, T)
-        batch_rows = max(1, (settings.total_batch_size or before["batch_tokens"]) // T)
+        rows, mixed = conversation_rows(data_dir(chats) / "sft.jsonl", tokenizer, T, some=True)
+        batch_rows = max(1, (settings.total_batch_size or base["batch_tokens"]) // T)
         total = settings.epochs * len(rows)
         num_steps = settings.num_iterations or math.ceil(total / batch_rows)
         if settings.num_iterations:
@@ -139,7 +141,7 @@ def main(settings: Settings) -> dict:
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
         config, share = GPTConfig(**before["config"]), accum_steps(batch_rows, 1)
-        most = before["micro_batch"]
+        most = base["micro_batch"]
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()
@@ -188,7 +190,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"sft: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and (new or not start):
+            if len(val_rows) and s.due(settings.eval_every, first=True) and (new or not start):
                 val_loss = evaluate_loss(model, val_rows, s.micro)
                 best = min(best, val_loss)
                 run.log(s.step, val_loss=val_loss)

@@ -5836,11 +5836,23 @@ def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
         ({"tag": "../x"}, "--tag"),
         ({"lr_scale": 0.0}, "--lr-scale"),
         ({"warmdown": 1.5}, "--warmdown"),
+        ({"target_flops": -1.0}, "--target-flops"),
+        ({"target_flops": math.inf}, "--target-flops"),
+        ({"target_param_data_ratio": math.nan}, "--target-param-data-ratio"),
+        ({"plan_count": 0}, "--plan-count"),
+        ({"n_kv_head": -1}, "--n-kv-head"),
+        ({"seed": -1}, "--seed"),
     ],
 )
 def test_wrong_pretraining_settings_are_value_errors(changes, words):
     with pytest.raises(ValueError, match=words):
         tiny_pretrain(**changes)
+
+
+@pytest.mark.parametrize("module", [midtrain, sft, rl, evaluate])
+def test_a_negative_seed_is_a_value_error(module):
+    with pytest.raises(ValueError, match="seed.* must be 0 or more"):
+        module.Settings(seed=-1)
 
 
 def test_the_width_is_64_a_block_in_heads_of_64_and_from_depth_8_of_128() -> None:
@@ -6157,7 +6169,7 @@ def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learn
     write_lines(folder / "sft.jsonl", [*lines, long, huge])
     rows, mixed = common.conversation_rows(folder / "sft.jsonl", tokenizer, T)
     assert mixed.cut == 1 and mixed.left_out == 1
-    assert mixed.used == {"talk": 5, "problem": 15, "long": 1}
+    assert mixed.used == {"talk": 4, "problem": 15, "long": 1}, "without the one left out"
     expected = collections.Counter()
     for line in [*lines, long]:
         messages = line["messages"]
@@ -6176,6 +6188,36 @@ def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learn
             else:
                 assert not learned[a], "padding is never a target"
     assert got == expected
+
+
+@pytest.mark.parametrize("name", ["mid", "sft"])
+def test_conversations_of_which_none_fits_are_said_and_in_validation_left_out(chat_run, name):
+    huge, folder = [one_turn("word " * 200, "Yes.")] * 2, common.data_dir(chat_run)
+    write_lines(folder / "val.jsonl", huge)
+    run_stage(name, "t")
+    assert stage_losses("t", name)
+    assert not [x for x in common.read_log("t") if x["stage"] == name and "val_loss" in x]
+    write_lines(folder / f"{name}.jsonl", huge)
+    for steps in (0, 3):
+        with pytest.raises(common.MissingInput, match=r"none of the 2 .*jsonl fits in 64 tokens"):
+            run_stage(name, "u", num_iterations=steps)
+
+
+def test_the_base_runs_batch_and_decay_are_taken_where_none_is_given(chat_run, monkeypatch):
+    midtrain.main(midtrain.Settings(tag="t", **OFTEN, total_batch_size=64, num_iterations=1))
+    run_stage("sft", "t", start_from="mid", num_iterations=1)
+    assert common.read_meta(common.find_checkpoint("t", "sft"))["batch_tokens"] == 192
+    meta = common.find_checkpoint("t", "base") / "meta.json"
+    saved = json.loads(meta.read_text())
+    saved["settings"]["weight_decay"] = 0.5
+    meta.write_text(json.dumps(saved))
+    decays, plain = [], common.optimizer_groups
+    monkeypatch.setattr(
+        common, "optimizer_groups", lambda *args: decays.append(args[-1]) or plain(*args)
+    )
+    for choice in ({}, {"weight_decay": 0.0}, {"weight_decay": 0.25}):
+        run_stage("mid", "t", restart=True, num_iterations=1, **choice)
+    assert decays == [0.5, 0.0, 0.25]
 
 
 def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
@@ -6773,6 +6815,15 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     assert example["question"] == "What is 37 times 12?" and example["answer"] == "444"
 
 
+def test_the_documents_for_bits_per_byte_are_all_or_as_many_as_asked(evaluated):
+    for asked, items in ((0, 2), (1, 1)):
+        tasks = evaluate.main(tiny_evaluate(task="bpb", max_documents=asked))["tasks"]
+        assert tasks["val_bpb"]["items"] == tasks["train_bpb"]["items"] == items
+    for name in ("max_documents", "max_items"):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            tiny_evaluate(**{name: -1})
+
+
 def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
     path = common.find_checkpoint("t", "sft") / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "chats": "talks"}))
@@ -6843,8 +6894,8 @@ def test_evaluation_goes_on_task_by_task_after_a_crash(evaluated, monkeypatch):
     assert done == ["facts_trained"] and report["tasks"]["facts_trained"]["items"] == 2
     assert report["tasks"]["CORE"]["covered"] == 2
     done.clear()
-    with open(common.data_dir("tiny") / "eval" / "facts_trained.jsonl", "a") as file:
-        file.write("\n")
+    path = common.data_dir("tiny") / "eval" / "facts_trained.jsonl"
+    path.write_text(path.read_text().replace("The cat", "The dog", 1))  # of equal size
     evaluate.main(tiny_evaluate(max_items=2))
     assert done == ["facts_trained", "CORE/copa", "CORE/squad"]
     done.clear()
@@ -7069,6 +7120,14 @@ def test_the_report_counts_time_and_cost(base_dir):
     assert "USD" not in report()[0]
     with pytest.raises(ValueError, match="cost-per-hour"):
         evaluate.Settings(cost_per_hour=-1.0)
+
+
+def test_scores_of_another_model_of_as_many_steps_are_said_to_be_old(base_dir):
+    made_up_run(("base",))
+    path = common.run_dir("r") / "base" / "step-002000" / "meta.json"
+    meta = json.loads(path.read_text())
+    common.write_json(path, {**meta, "files": {"model.pt": [9, 9]}})
+    assert "base is at step-002000 and the scores are of another model" in Page(report()[0]).text
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(base_dir):
@@ -7322,7 +7381,7 @@ def test_chats_mistakes_are_one_sentence(tiny_run, capsys):
     shutil.copytree(common.run_dir("t") / "base", common.run_dir("t") / "sft")
     with pytest.raises(common.Stop, match="too long: it has [0-9]+ tokens"):
         chat.main(chat.Settings(prompt="word " * 300, **options))
-    for words in (["-i", "raw"], ["--top-p=0"], ["--max-tokens=0"], ["-t", "-1"]):
+    for words in (["-i", "raw"], ["--top-p=0"], ["--max-tokens=0"], ["-t", "-1"], ["--seed=-1"]):
         with pytest.raises(SystemExit) as ended:
             common.parse_settings(chat.Settings, "", words)
         assert ended.value.code == 2
