@@ -451,27 +451,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
-def together(work: Callable[[], Any], group: Any = None) -> list:
-    """Do a part of the work on files on each rank, wait for all, return every rank's result.
-
-    Raises Stop on all ranks where one cannot read or write.
-    """
-    mine, failed = None, None
-    try:
-        mine = work()
-    except Stop as error:
-        failed = error
-    except OSError as error:
-        failed = Stop(disk_sentence(error))
-    everyone: list = [(mine, str(failed or ""))] * world()[1]
-    if world()[1] > 1:
-        dist.all_gather_object(everyone, everyone[0], group)
-    for _, sentence in everyone:
-        if failed or sentence:
-            raise failed or Stop(sentence)
-    return [result for result, _ in everyone]
-
-
 @dataclass
 class Run:
     """One stage at work: its place on disk, device, ranks, log. Made by start_run."""
@@ -521,8 +500,24 @@ class Run:
             raise error
 
     def together(self, work: Callable[[], Any]) -> list:
-        """Do a part of the work on files as `together` does, also while training goes on."""
-        return together(work, self.group)
+        """Do a part of the work on files on each rank, wait for all, return every rank's result.
+
+        Raises Stop on all ranks where one cannot read or write.
+        """
+        mine, failed = None, None
+        try:
+            mine = work()
+        except Stop as error:
+            failed = error
+        except OSError as error:
+            failed = Stop(disk_sentence(error))
+        everyone: list = [(mine, str(failed or ""))] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, everyone[0], self.group)
+        for _, sentence in everyone:
+            if failed or sentence:
+                raise failed or Stop(sentence)
+        return [result for result, _ in everyone]
 
     def say(self, text: str) -> None:
         """Print a line on rank 0."""
@@ -2071,7 +2066,7 @@ class Mixed:
 
 
 def conversation_rows(
-    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool = False, some: bool = False
+    path: Path, tokenizer: Tokenizer, T: int, run: Run, learn_all: bool = False, some: bool = False
 ) -> tuple[Rows, Mixed]:
     """Pack the conversations of a .jsonl file whole into rows, and count them by kind.
 
@@ -2093,8 +2088,8 @@ def conversation_rows(
             write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
             write_json(counts, dataclasses.asdict(mixed))
 
-    together(lambda: make(world()[0] == 0))
-    together(lambda: make(local_world()[0] == 0))  # on other nodes' disks
+    run.together(lambda: make(run.rank == 0))
+    run.together(lambda: make(local_world()[0] == 0))  # on other nodes' disks
     rows, mixed = Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
     if some and not len(rows):
         raise MissingInput(

@@ -125,7 +125,7 @@ def main(settings: Settings) -> dict:
 
         # the mixture is what prepare.py wrote: its table MIXTURE, or KINDS for the embedded world
         rows, mixed = conversation_rows(
-            data_dir(chats) / "mid.jsonl", tokenizer, T, settings.learn_all, some=True
+            data_dir(chats) / "mid.jsonl", tokenizer, T, run, settings.learn_all, some=True
         )
         num_text = round(len(rows) * settings.text_share / (1 - settings.text_share))
         if num_text:
@@ -144,7 +144,7 @@ def main(settings: Settings) -> dict:
                 f"at a turn: {mixed.cut:,}, too long and left out: {mixed.left_out:,}")  # fmt: skip
         run.say(f"steps: {num_steps:,} ({'as set' if settings.num_iterations else 'one epoch'}) "
                 f"of {batch_rows * T:,} tokens")  # fmt: skip
-        val_rows, _ = conversation_rows(data_dir(chats) / "val.jsonl", tokenizer, T)
+        val_rows, _ = conversation_rows(data_dir(chats) / "val.jsonl", tokenizer, T, run)
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))

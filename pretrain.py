@@ -452,6 +452,7 @@ def main(settings: Settings) -> dict:
         run.num_steps = num_steps
         newest, saved = newest_checkpoint(run)
         start, text = saved.get("step", 0), text_key(source)
+        check_data(run, saved, tokenizer=tokenizer.fingerprint)
         if newest and start >= num_steps:
             changed = text and saved.get("text", text) != text
             run.say(f"base: {newest} is there, finished"
@@ -532,7 +533,8 @@ def main(settings: Settings) -> dict:
                     "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:],
                     "compiled": compiled, "micro_batch": s.micro,
                     "best_val_bpb": best, "source": source, "text": text, "data": rows.names,
-                    "metrics": run.metrics, "batch_tokens": batch_rows * T,
+                    "tokenizer": tokenizer.fingerprint, "metrics": run.metrics,
+                    "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)

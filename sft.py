@@ -119,7 +119,7 @@ def main(settings: Settings) -> dict:
         newest, saved = newest_checkpoint(run, parent)
         start, T = saved.get("step", 0), before["config"]["max_seq_len"]
 
-        rows, mixed = conversation_rows(data_dir(chats) / "sft.jsonl", tokenizer, T, some=True)
+        rows, mixed = conversation_rows(data_dir(chats) / "sft.jsonl", tokenizer, T, run, some=True)
         batch_rows = max(1, (settings.total_batch_size or base["batch_tokens"]) // T)
         total = settings.epochs * len(rows)
         num_steps = settings.num_iterations or math.ceil(total / batch_rows)
@@ -136,7 +136,7 @@ def main(settings: Settings) -> dict:
                 f"too long and left out: {mixed.left_out:,}")  # fmt: skip
         why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
         run.say(f"steps: {num_steps:,} ({why}) of {batch_rows * T:,} tokens")
-        val_rows, _ = conversation_rows(data_dir(chats) / "val.jsonl", tokenizer, T)
+        val_rows, _ = conversation_rows(data_dir(chats) / "val.jsonl", tokenizer, T, run)
 
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))

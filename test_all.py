@@ -1656,7 +1656,7 @@ def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source,
     second.write_bytes(second.read_bytes()[:-9])
     assert str(second) in ends(text) and "prepare.py" in ends(text)
     assert "mid.jsonl:2: " in ends(
-        f"common.conversation_rows(common.Path({str(chats)!r}), tokenizer, 32)"
+        f"common.conversation_rows(common.Path({str(chats)!r}), tokenizer, 32, run)"
     )
 
 
@@ -5504,6 +5504,12 @@ def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tin
     sign_text(tiny_run, "b")
     pretrain.main(tiny_pretrain())
     assert "finished; the text has changed since" in capsys.readouterr().out
+    folder, have = common.run_dir("t") / "tokenizer", common.Tokenizer
+    whole = have.load(folder)
+    have(whole.pattern, whole.merges[:-1], whole.info).save(folder)
+    with pytest.raises(common.MissingInput, match="another tokenizer"):
+        pretrain.main(tiny_pretrain())
+    whole.save(folder)
     for step in (6, 4):
         shutil.rmtree(common.find_checkpoint("t", "base", step))
     for changes in ({}, {"source": "other"}):
@@ -6167,7 +6173,7 @@ def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learn
     huge = one_turn("word " * 200, "Yes.")
     lines = [json.loads(x) for x in (folder / "sft.jsonl").open()]
     write_lines(folder / "sft.jsonl", [*lines, long, huge])
-    rows, mixed = common.conversation_rows(folder / "sft.jsonl", tokenizer, T)
+    rows, mixed = common.conversation_rows(folder / "sft.jsonl", tokenizer, T, ALONE)
     assert mixed.cut == 1 and mixed.left_out == 1
     assert mixed.used == {"talk": 4, "problem": 15, "long": 1}, "without the one left out"
     expected = collections.Counter()
@@ -6221,7 +6227,9 @@ def test_the_base_runs_batch_and_decay_are_taken_where_none_is_given(chat_run, m
 
 
 def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
-    rows, _ = common.conversation_rows(common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64)
+    rows, _ = common.conversation_rows(
+        common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
+    )
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
     ids, targets = rows.gather(np.arange(len(rows)))
     loss = model(ids, targets)
@@ -6239,7 +6247,9 @@ def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer
 
 def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
     path = common.data_dir(chat_run) / "mid.jsonl"
-    some, more = (common.conversation_rows(path, tokenizer, 64, choice)[0] for choice in (0, 1))
+    some, more = (
+        common.conversation_rows(path, tokenizer, 64, ALONE, choice)[0] for choice in (0, 1)
+    )
     assert len(some) == len(more)
     for a, b in zip(map(some.row, range(len(some))), map(more.row, range(len(more)))):
         assert np.array_equal(a & ~common.NO_TARGET, b & ~common.NO_TARGET), "the same tokens"
@@ -6251,7 +6261,9 @@ def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
 
 
 def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
-    rows, _ = common.conversation_rows(common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64)
+    rows, _ = common.conversation_rows(
+        common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
+    )
     for batch_rows, micro in ((3, 2), (4, 4), (5, 3)):
         steps = -(-len(rows) // batch_rows)
         batches = common.row_batches(rows, batch_rows, micro, 0, 0, CPU, len(rows))
