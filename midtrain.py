@@ -63,7 +63,7 @@ class Settings:
     learn_all: bool = setting(False, "learn the users' turns too, not the assistant's alone")
     num_iterations: int = setting(0, "optimizer steps; 0 = one epoch")
     total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = the base run's")
-    device_batch_size: int = setting(0, "rows of one forward pass; 0 = the base run's")
+    device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
     lr_scale: float = setting(0.7, "factor on all learning rates")
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
@@ -149,7 +149,7 @@ def main(settings: Settings) -> dict:
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
         config, share = GPTConfig(**base["config"]), accum_steps(batch_rows, 1)
-        most = base["micro_batch"]
+        most = base["micro_batch"] if run.device.type == "cpu" else share
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()

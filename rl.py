@@ -336,7 +336,8 @@ def main(settings: Settings) -> dict:
         # what alters rounding is kept when a run goes on: bit for bit the unbroken run
         dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
         most = -(-settings.problems_per_step // run.world_size) * settings.num_samples
-        micro = choose_micro_batch(run, config, saved, most, 32, dtype.itemsize)
+        rows = 32 if run.device.type == "cpu" else most
+        micro = choose_micro_batch(run, config, saved, most, rows, dtype.itemsize)
         model, optimizer = continue_stage(run, parent, newest, False, dtype, settings.warm_start)
         copy = GPT.create(model.config, run.device, dtype)
         copy.load_state_dict(model.state_dict())
