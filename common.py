@@ -194,6 +194,7 @@ LOG_FORMATS: dict[str, Callable[[Any], str]] = {
     "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
     "mfu": lambda v: f"mfu {100 * v:.1f} %",
     "data": lambda v: f"data {100 * v:.1f} %",
+    "memory": lambda v: f"memory {v:.1f} GB",
     "left_s": lambda v: f"left {format_duration(v)}",
 }
 
@@ -525,6 +526,8 @@ class Run:
 
     def log(self, step: int, **values: Any) -> None:
         """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
+        if self.device.type == "cuda" and "loss" in values:
+            values["memory"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         self.metrics.update(values, step=step)
         if self.rank == 0:
             print(format_log(self.stage, step, self.num_steps, values), flush=True)
