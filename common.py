@@ -1130,7 +1130,8 @@ def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def float8_matmul(
     a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """Multiply two matrices in fp8, each with its scale; fast sums are of fewer bits."""
+    """Multiply two matrices in fp8, each with its scale; fast sums have fewer bits, on a GPU."""
+    fast = fast and a[0].is_cuda
     return torch._scaled_mm(
         a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype, use_fast_accum=fast
     )

@@ -5614,7 +5614,7 @@ def test_a_compiled_run_follows_a_plain_one(tiny_run, changes):
         pretrain.main(tiny_pretrain(tag=tag, compile=choice, **changes))
     a, b = base_losses("u"), base_losses("t")
     assert a.keys() == b.keys() and len(a) == 6
-    assert max(abs(a[step] - b[step]) for step in a) < (0.02 if "fp8" in changes else 2e-4)
+    assert max(abs(a[step] - b[step]) for step in a) < (0.02 if "fp8" in changes else 1e-3)
     assert common.read_meta(common.find_checkpoint("t", "base"))["compiled"]
 
 
