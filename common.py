@@ -394,8 +394,8 @@ def compile_or_not(run: Run, saved: dict[str, Any], seconds: float) -> bool:
     costs about a minute (README, Choices).
     """
     choice = run.settings.compile
-    if choice == "auto":
-        choice = {True: "yes", False: "no"}.get(saved.get("compiled"), "auto")
+    if choice == "auto" and "compiled" in saved:
+        choice = "yes" if saved["compiled"] else "no"
     if choice == "no" or (choice == "auto" and seconds < 300):
         short = f": a run of about {format_duration(seconds)} would not earn it back"
         run.say(f"compile: off{short if choice == 'auto' else ''}")
@@ -2863,9 +2863,9 @@ def continue_stage(
     names = ("matrix_lr", "embed_lr", "head_lr")
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
     decay = run.settings.weight_decay
-    decay = decay if decay >= 0 else base["settings"]["weight_decay"]
+    rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
     muon_dtype = pick_dtype(run.device, base["muon_dtype"])
-    optimizer = Optimizer(optimizer_groups(model, *rates, decay), muon_dtype, compiled)
+    optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
     if newest or warm:
