@@ -3032,11 +3032,15 @@ class Sampling:
             raise ValueError(f"seed {self.seed} must be 0 or more")
 
 
+COLDEST = 1e-5  # a lower temperature is this one: in fp32 it would come to 0, and its logits to NaN
+
+
 def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:
     """Choose an id from each row of logits (B, V) by its own settings and uniform number.
 
     Temperature, then the k likeliest, then those of total probability p (arXiv:1904.09751), then
-    the first whose cumulated probability passes the number: a row's choice depends on no other.
+    the first whose cumulated weight passes the number; of equal logits the lower id comes first.
+    A row's choice depends on no other.
     """
     chosen = logits.argmax(-1)
     for filtered in (False, True):
@@ -3049,21 +3053,28 @@ def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> 
             return torch.tensor(list(values), device=logits.device)[:, None]
 
         mine = [samplings[i] for i in rows]
-        z = logits[rows].float() / column(s.temperature for s in mine)
-        if filtered:
+        z = logits[rows].float() / column(max(s.temperature, COLDEST) for s in mine)
+        top = z
+        if filtered:  # the largest values are the same, however many are taken; their ids are not
             V = z.size(-1)
             k = max(min(s.top_k or V, V) for s in mine)
-            z, ids = z.topk(k) if k < V else z.sort(descending=True)
-            z[torch.arange(k, device=z.device) >= column(s.top_k or V for s in mine)] = -math.inf
-        probs = z.softmax(-1)
+            top = z.topk(k).values if k < V else z.sort(descending=True).values
+            top[torch.arange(k, device=z.device) >= column(s.top_k or V for s in mine)] = -math.inf
+        # unlike softmax's, these sums grow from the left: what other rows' k adds leaves them be
+        weights = (top - top.amax(-1, keepdim=True)).exp()
+        sums = weights.cumsum(-1)
         if filtered:  # the first is always kept
-            probs[probs.cumsum(-1) - probs >= column(s.top_p for s in mine)] = 0
-        sums = probs.cumsum(-1)
+            weights[sums - weights >= sums[:, -1:] * column(s.top_p for s in mine)] = 0
+            sums = weights.cumsum(-1)
         total = sums[:, -1:].contiguous()
         picked = torch.searchsorted(sums, total * column(uniforms[i] for i in rows), right=True)
         # rounding may pass the end: the first sum that is the whole ends on an id that counts
         picked = torch.minimum(picked, torch.searchsorted(sums, total))
-        chosen[rows] = (ids.gather(1, picked) if filtered else picked)[:, 0]
+        if filtered:  # from the place in the order to the id: the n-th of those with this value
+            value = top.gather(1, picked)
+            n = picked - (top > value).sum(-1, keepdim=True) + 1
+            picked = torch.searchsorted((z == value).cumsum(-1), n)
+        chosen[rows] = picked[:, 0]
     return chosen.tolist()
 
 

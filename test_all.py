@@ -2165,24 +2165,53 @@ def test_sampling_follows_the_probabilities_and_the_limits():
     assert set(draw(top_k=2)) == {1, 2} and set(draw(top_k=1)) == {1}
     assert set(draw(top_p=0.5)) == {1}  # its 0.64 alone reach a half
     assert set(draw(top_p=0.8)) == {1, 2} and set(draw(temperature=50.0)) == {0, 1, 2, 3}
+    for tiny in (1e-300, 1e-45, 4e-38, 1e-6):  # some are 0 in fp32
+        for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
+            assert draw(temperature=tiny, **options) == {1: 400}
     for options in ({}, {"top_k": 5}, {"top_k": 99, "top_p": 1.0}):
         counts, probs = draw(4000, **options), logits.softmax(0)
         for i in range(4):
             assert counts[i] / 4000 == pytest.approx(probs[i].item(), abs=0.03)
 
 
-def test_a_sampled_row_depends_on_no_other_row():
-    logits, rng = torch.randn(40, 50) * 3, np.random.default_rng(1)
+def sampled_plainly(logits, how, uniform):
+    """The id that a row of sample() chooses, of sorted lists in Python's own numbers."""
+    filtered = how.top_k or how.top_p < 1
+    ids = list(range(len(logits)))
+    if filtered or not how.temperature:
+        ids.sort(key=lambda i: -logits[i])  # stable: of equals the lower id is first
+    if not how.temperature:
+        return ids[0]
+    ids = ids[: how.top_k or None]
+    weights = [math.exp((logits[i] - max(logits)) / how.temperature) for i in ids]
+    total, before = sum(weights), 0.0
+    for kept, weight in enumerate(weights):
+        if filtered and before >= how.top_p * total:
+            weights = weights[:kept]
+            break
+        before += weight
+    ends = list(itertools.accumulate(weights))
+    return next(i for i, end in zip(ids, ends) if end > uniform * ends[-1])
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_sampled_row_depends_on_no_other_row(equal):
+    torch.manual_seed(0)
+    logits, rng = torch.randn(48, 500) * 3, np.random.default_rng(1)
+    logits = logits.bfloat16().round() if equal else logits
     samplings = [
         common.Sampling(temperature=t, top_k=k, top_p=p)
         for t in (0.0, 0.5, 1.3) for k in (0, 1, 7, 60) for p in (0.3, 1.0)
-    ]  # fmt: skip
-    samplings = (samplings * 2)[:40]
-    uniforms = rng.random(40).tolist()
-    together = common.sample(logits, samplings, uniforms)
-    alone = [common.sample(logits[i : i + 1], samplings[i : i + 1], uniforms[i : i + 1])[0]
-             for i in range(40)]  # fmt: skip
-    assert together == alone
+    ] * 2  # fmt: skip
+    for _ in range(5):
+        uniforms = rng.random(48).tolist()
+        alone = list(map(sampled_plainly, logits.tolist(), samplings, uniforms))
+        for company in (48, 1, 5, 11):
+            order = rng.permutation(48)
+            for i in range(0, 48, company):
+                rows = order[i : i + company].tolist()
+                mine = [samplings[row] for row in rows], [uniforms[row] for row in rows]
+                assert common.sample(logits[rows], *mine) == [alone[row] for row in rows]
 
 
 def test_a_uniform_at_the_edge_never_picks_what_has_no_probability():
