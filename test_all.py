@@ -857,6 +857,15 @@ def test_text_never_becomes_a_special_token(tokenizer):
     assert max(ids) < tokenizer.bos and tokenizer.decode(ids) == text
 
 
+def test_a_run_at_which_tiktoken_panics_is_encoded(tokenizer):
+    text = "a" + " " * 1_000_001 + "b"
+    with pytest.raises(BaseException, match="StackOverflow"):
+        tokenizer.encoding.encode_ordinary(text)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch(["a b", text]) == [tokenizer.encode("a b"), ids]
+
+
 def test_the_tokenizer_file_is_readable_and_complete(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = common.Tokenizer.load(tmp_path)
