@@ -927,8 +927,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command not in allowed:
             raise Refusal(405, f"{path} takes {' or '.join(allowed)}", **allow)
         if self.command == "OPTIONS":
-            allow |= {"Access-Control-Allow-Methods": "GET, POST",
-                      "Access-Control-Allow-Headers": "authorization, content-type"}  # fmt: skip
+            asked = headers.get("Access-Control-Request-Headers", "")  # such as x-stainless-os
+            if all(TOKEN.fullmatch(name.strip()) for name in asked.split(",")):
+                allow["Access-Control-Allow-Headers"] = asked
+            allow["Access-Control-Allow-Methods"] = "GET, POST"
             return self.send(200, b"", "text/plain", **allow)
         if path not in OPEN_PATHS:
             self.check_key()
@@ -1263,9 +1265,19 @@ def addresses(settings: Settings, port: int) -> list[str]:
     """Return where the page can be opened."""
     hosts = [settings.host]
     if settings.host in ("0.0.0.0", "::"):
-        found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
-        hosts = list(dict.fromkeys(["127.0.0.1", *(str(entry[4][0]) for entry in found)]))
-    return [f"http://{f'[{host}]' if ':' in host else host}:{port}" for host in hosts]
+        hosts = ["127.0.0.1"]
+        with (
+            contextlib.suppress(OSError),  # no network
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way,
+        ):
+            way.connect(("192.0.2.1", 9))  # sends nothing: it looks up the way to other machines
+            hosts.append(way.getsockname()[0])
+        with contextlib.suppress(OSError, UnicodeError):  # a name that means nothing
+            found = socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)
+            hosts += [str(entry[4][0]) for entry in found]
+        hosts = [host for i, host in enumerate(hosts) if not i or not host.startswith("127.")]
+    hosts = [f"[{host}]" if ":" in host else host for host in dict.fromkeys(hosts)]
+    return [f"http://{host}:{port}" for host in hosts]
 
 
 def main(settings: Settings) -> None:

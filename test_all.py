@@ -8396,6 +8396,52 @@ def test_keys_origins_and_hosts_are_checked(tokenizer):
         assert requests.get(url + "/v1/models").status_code == 401
 
 
+def test_a_preflight_lets_the_headers_of_openais_client_through(tokenizer):
+    ours = "https://a.example"
+    with serving(tokenizer, cors_origin=ours, api_key="secret") as (_, url):
+
+        def preflight(names, origin=ours):
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                       "Access-Control-Request-Headers": names}  # fmt: skip
+            return requests.options(url + "/v1/chat/completions", headers=headers)
+
+        names = "authorization, content-type,x-stainless-os,x-stainless-retry-count"
+        response = preflight(names)
+        assert response.status_code == 200
+        assert response.headers["Access-Control-Allow-Headers"] == names
+        assert response.headers["Access-Control-Allow-Origin"] == ours
+        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+        for names in ("x-a, <b>", "x a", "", ","):
+            assert "Access-Control-Allow-Headers" not in preflight(names).headers
+        assert preflight("x-a", "https://evil.example").status_code == 403
+
+
+def test_a_server_for_others_says_where_it_is_and_that_it_is_open(base_dir, monkeypatch, capsys):
+    everywhere, asked = serve.Settings(host="0.0.0.0", port=0, tag="none"), []
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "connect", lambda s, to: asked.append((s.type, to[0])))
+        patched.setattr(socket.socket, "getsockname", lambda _: ("192.168.1.5", 5))
+        names = ("127.0.1.1", "10.0.0.7", "192.168.1.5")
+        found = [(socket.AF_INET, 1, 0, "", (name, 0)) for name in names]
+        patched.setattr(socket, "getaddrinfo", lambda *_: found)
+        assert serve.addresses(everywhere, 80) == [
+            f"http://{host}:80" for host in ("127.0.0.1", "192.168.1.5", "10.0.0.7")
+        ]
+    assert asked == [(socket.SOCK_DGRAM, "192.0.2.1")]  # a datagram's way: nothing is sent
+    unknown = unittest.mock.Mock(side_effect=socket.gaierror(-2, "Name or service not known"))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with monkeypatch.context() as patched:
+        patched.setattr(socket.socket, "connect", unittest.mock.Mock(side_effect=OSError))
+        assert serve.addresses(everywhere, 80) == ["http://127.0.0.1:80"]
+    for key in ("", "secret"):
+        with pytest.raises(common.Stop):
+            serve.main(dataclasses.replace(everywhere, api_key=key))
+        out = capsys.readouterr().out
+        assert re.search(r"serve: http://127\.0\.0\.1:\d+\n", out)
+        assert ("anyone who reaches this machine can use it" in out) == (not key)
+
+
 def test_the_page_runs_its_own_script_alone(served):
     _, url = served
     response = requests.get(url)
