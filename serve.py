@@ -710,6 +710,7 @@ class Server(http.server.ThreadingHTTPServer):
         return everywhere or address.is_loopback or name in (*self.hosts, self.server_address[0])
 
 
+ANSWERING = "nanochat_requests_in_flight"
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]{0,5})?")
 
@@ -774,6 +775,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         """Answer one request; a failure in it is its own."""
         self.began = time.monotonic()
+        self.server.count(ANSWERING)  # the server does not end meanwhile
         try:
             self.body = self.read_body()
             self.route()
@@ -792,6 +794,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.refuse(Refusal(500, "this request failed here; others go on"))
         finally:
             self.log()
+            self.server.count(ANSWERING, -1)
 
     # what comes in
 
@@ -1292,7 +1295,13 @@ def main(settings: Settings) -> None:
         raise Stop(f"serve: {settings.host}:{settings.port} cannot be listened at "
                    f"({error.strerror}): take another --port or --host") from None  # fmt: skip
     ending = threading.Event()
-    before = {n: signal.signal(n, lambda *_: ending.set()) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(*_: Any) -> None:
+        if server.model is None:  # nobody is answered yet, and compiling may take minutes
+            os._exit(0)
+        ending.set()
+
+    before = {n: signal.signal(n, end) for n in (signal.SIGINT, signal.SIGTERM)}
     listening = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     listening.start()
     try:
@@ -1308,7 +1317,7 @@ def main(settings: Settings) -> None:
         ending.wait()
         server.draining = True
         deadline = time.monotonic() + settings.drain_s
-        while worker.open and time.monotonic() < deadline:
+        while server.counts[ANSWERING] and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.1)  # the last pieces are on their way
         worker.stop()

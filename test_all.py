@@ -8519,6 +8519,38 @@ def test_the_server_tells_how_it_is(served):
     assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
 
 
+def test_sigterm_ends_a_server_that_still_loads_at_once(base_dir):
+    code = ("import serve, time; serve.load = lambda _: time.sleep(60); "
+            "serve.main(serve.Settings(port=0))")  # fmt: skip
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
+        url = process.stdout.readline().split()[-1]
+        assert requests.get(url + "/health").json()["status"] == "loading"
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_sigterm_waits_for_an_answer_that_is_not_yet_sent(chat_run):
+    code = ("import serve, time; whole = serve.Answer.whole\n"
+            "serve.Answer.whole = lambda self: print('made', flush=True) or time.sleep(1) or whole(self)\n"
+            "serve.main(serve.Settings(tag='t', stage='base', port=0, device='cpu'))")  # fmt: skip
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        url = next(line for line in process.stdout if "http" in line).split()[-1]
+        assert any("ready" in line for line in process.stdout)
+        asked = {"prompt": "The", "max_tokens": 2}
+        answer = pool.submit(requests.post, url + "/v1/completions", json=asked)
+        assert any("made" in line for line in process.stdout)
+        process.terminate()
+        assert answer.result().json()["usage"]["completion_tokens"]
+        log = process.stdout.read()
+        assert re.search("POST /v1/completions 200 .* tok/s\n$", log)
+        assert process.wait(20) == 0
+
+
 def test_sigterm_lets_what_runs_end(chat_run):
     command = [sys.executable, "serve.py", "--tag=t", "--stage=base", "--port=0", "--device=cpu"]
     with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
