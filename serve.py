@@ -93,6 +93,7 @@ class Settings:
     max_connections: int = setting(256, "open connections")
     max_body_bytes: int = setting(1 << 20, "size of a request's body")
     max_messages: int = setting(500, "messages of a conversation")
+    max_chars: int = setting(0, "characters of a conversation or prompt; 0 = 16 a token of context")
     max_choices: int = setting(8, "answers to one request (n)")
     timeout_s: float = setting(30.0, "seconds that a request may take to arrive, a client to read")
     drain_s: float = setting(60.0, "seconds in which running answers may end after SIGTERM")
@@ -118,10 +119,10 @@ class Settings:
         for name in ("slots", "max_connections", "max_body_bytes", "max_messages", "max_choices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if not 0 <= self.port < 65536 or self.max_waiting < 0 or self.timeout_s <= 0:
-            raise ValueError(
-                "--port must be from 0 to 65535, --max-waiting 0 or more, --timeout-s above 0"
-            )
+        if not 0 <= self.port < 65536 or self.timeout_s <= 0:
+            raise ValueError("--port must be from 0 to 65535, --timeout-s above 0")
+        if self.max_waiting < 0 or self.max_chars < 0:
+            raise ValueError("--max-waiting and --max-chars must be 0 or more")
         if self.export and self.int8:
             raise ValueError("--export writes whole weights: leave --int8 out")
         if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
@@ -468,20 +469,29 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     if name is not None and name not in model.names:
         raise Refusal(404, f"the model {repr(name)[:80]} is not served here: {model.id} is",
                       "model", "model_not_found")  # fmt: skip
-    tokenizer, context = model.engine.tokenizer, model.engine.model.config.max_seq_len
+    tokenizer, context = model.engine.tokenizer, model.context
     field, most = ("messages" if chat else "prompt"), settings.max_choices
+
+    def fits(size: int, limit: int, unit: str) -> None:
+        if size > limit:
+            raise Refusal(400, f"your {field} have {size:,} {unit}; at most {limit:,} are taken, "
+                          f"with a context of {context:,} tokens: shorten them", field,
+                          "context_length_exceeded")  # fmt: skip
+
     if chat:
         messages = parse_messages(body.get("messages"), settings.max_messages)
-        prompts = [render_prompt(tokenizer, messages)]
         texts = [text_in(message["content"]) for message in messages]
     else:
         texts = strings(body.get("prompt", ""), "prompt", most)
         check(texts, "prompt", "must have a string")
+    sizes = list(map(len, texts))
+    # before the tokenizer: whoever sends megabytes is not to cost the time that they take
+    fits(sum(sizes) if chat else max(sizes), model.max_chars(settings), "characters")
+    if chat:
+        prompts = [render_prompt(tokenizer, messages)]
+    else:
         prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
-    if (longest := max(map(len, prompts))) >= context:
-        raise Refusal(400, f"this model's context is {context} tokens; your {field} have "
-                      f"{longest}, which leaves none for an answer: shorten them", field,
-                      "context_length_exceeded")  # fmt: skip
+    fits(max(map(len, prompts)), context - 1, "tokens")
     if settings.blocked and any(map(settings.blocked.finds, texts)):
         raise Refusal(400, f"your {field} have something that this server does not take: reword it",
                       field, "content_blocked")  # fmt: skip
@@ -640,6 +650,14 @@ class Model:
     worker: Worker
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def context(self) -> int:
+        return self.engine.model.config.max_seq_len
+
+    def max_chars(self, settings: Settings) -> int:
+        """Return how many characters are tokenized for one answer."""
+        return settings.max_chars or 16 * self.context
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Listens, gives each connection a thread up to a number, and knows what is served."""
@@ -787,7 +805,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(Refusal(408, "the request took too long to arrive"))
         except OSError:
             raise
-        except Exception:  # noqa: BLE001
+        except BaseException:  # noqa: BLE001  # a panic of the tokenizer is no Exception
             self.server.say(traceback.format_exc())
             self.close_connection = True
             if not self.status:
@@ -886,7 +904,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), "application/json", **headers)
 
     def refuse(self, refusal: Refusal) -> None:
-        self.note = str(refusal)
+        self.note = ascii(str(refusal))[1:-1][:200]
         self.send_json(refusal.status, refusal.body(), **refusal.headers)
 
     def send_error(self, code: int, message: Any = None, explain: Any = None) -> None:
@@ -903,7 +921,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         named = path if path in ROUTES else "other"
         self.server.count(f'nanochat_requests_total{{path="{named}",code="{self.status}"}}')
         seconds = time.monotonic() - self.began
-        note = f"  {ascii(self.note)[1:-1][:200]}" if self.note else ""
+        note = f"  {self.note}" if self.note else ""
         self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} "
                         f"{path} {self.status or 'gone'} {seconds:.2f} s{note}")  # fmt: skip
 
@@ -983,10 +1001,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         names = ("temperature", "top_k", "top_p", "max_tokens")
         self.send_json(200, {
             "defaults": {name: getattr(s, name) for name in names},
-            "limits": {"max_body_bytes": s.max_body_bytes, "max_messages": s.max_messages},
+            "limits": {"max_body_bytes": s.max_body_bytes, "max_messages": s.max_messages,
+                       "max_chars": model and model.max_chars(s)},
             "key_wanted": bool(s.api_key), "model": model and model.id,
             "stage": model and model.stage, "completes": bool(model and model.stage == "base"),
-            "context": model and model.engine.model.config.max_seq_len,
+            "context": model and model.context,
         })  # fmt: skip
 
     def get_training(self) -> None:
@@ -1026,7 +1045,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.count(answer, seconds)
             if self.settings.log_content:
                 texts = [choice.text for choice in answer.choices]
-                self.note = json.dumps({"asked": body, "answered": texts})
+                self.note += f"  {json.dumps({'asked': body, 'answered': texts})}"
 
     def count(self, answer: Answer, seconds: float) -> None:
         """Add an answer to the metrics and the log."""
@@ -1319,7 +1338,6 @@ def main(settings: Settings) -> None:
         deadline = time.monotonic() + settings.drain_s
         while server.counts[ANSWERING] and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.1)  # the last pieces are on their way
         worker.stop()
     finally:
         server.shutdown()

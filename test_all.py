@@ -7784,6 +7784,64 @@ def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
         serve.Settings(blocklist=str(tmp_path / "none"))
 
 
+def test_a_tiny_temperature_takes_the_likeliest_and_harms_nobody(tokenizer):
+    said = "word " * 20
+    script = [*tokenizer.encode(said), tokenizer.specials["<|assistant_end|>"]]
+    with serving(tokenizer, 2, Talker(tokenizer, script, pause=0.005), max_tokens=200) as (_, url):
+        path, asked = url + "/v1/chat/completions", {"messages": user("Go")}
+        for tiny in (1e-300, 1e-45, 4e-38):
+            with requests.post(path, json={**asked, "stream": True}, stream=True) as response:
+                lines = response.iter_lines()
+                next(lines)
+                beside = requests.post(path, json={**asked, "temperature": tiny}).json()
+                assert beside["choices"][0]["message"]["content"] == said
+                rest = b"".join(lines)
+                assert rest.endswith(b"[DONE]") and b"error" not in rest
+
+
+def test_text_without_end_is_refused_before_it_is_tokenized(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        """As tiktoken raises, which is no Exception."""
+
+    panic = unittest.mock.Mock(side_effect=PanicException)
+    parts = [{"role": "system", "content": "x" * 1000}, *user("x" * 1049)]
+    for options, most in (({}, 2048), ({"max_chars": 10}, 10)):
+        with serving(tokenizer, **options) as (server, url), monkeypatch.context() as patched:
+            patched.setattr(tokenizer, "encode", panic)
+            patched.setattr(tokenizer, "encode_batch", panic)
+            assert requests.get(url + "/config").json()["limits"]["max_chars"] == most
+            for path, asked in (("chat/completions", {"messages": parts}),
+                                ("completions", {"prompt": ["x", "x" * 2049]})):  # fmt: skip
+                response = requests.post(f"{url}/v1/{path}", json=asked)
+                error = response.json()["error"]
+                assert response.status_code == 400 and error["param"] in asked
+                assert "2,049" in error["message"] and f"{most:,} are taken" in error["message"]
+                assert error["code"] == "context_length_exceeded" and not panic.called
+            response = requests.post(url + "/v1/completions", json={"prompt": "x" * 10})
+            assert response.status_code == 500 and panic.call_count == 1  # and an answer it is
+            panic.reset_mock()
+            server.said.clear()  # of the traceback
+    with pytest.raises(ValueError, match="--max-chars"):
+        serve.Settings(max_chars=-1)
+
+
+def test_what_is_said_is_logged_whole_where_that_is_asked_for(tokenizer):
+    said = 'Bye, "you"! ' * 20
+    script = [*tokenizer.encode(said), tokenizer.specials["<|assistant_end|>"]]
+    asked = {"messages": user("It's \u00e9. " * 30)}
+    for log in (True, False):
+        with serving(tokenizer, 1, Talker(tokenizer, script), max_tokens=400,
+                     log_content=log) as (server, url):  # fmt: skip
+            requests.post(url + "/v1/chat/completions", json=asked)
+            while not server.said:
+                time.sleep(0.01)
+            (line,) = server.said
+            assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
+            found = json.loads(line[line.index("{") :]) if "{" in line else None
+            assert found == ({"asked": asked, "answered": [said]} if log else None)
+            assert ("Bye" in line) == ("It's" in line) == log
+
+
 WRONG_REQUESTS = [
     ({}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "x"}, 400, "messages"),
     ({"messages": [1]}, 400, "messages[0]"),
@@ -7920,6 +7978,7 @@ JUNK = [
     "", "\x00", "\ud800", "\udfff\ud800", "a" * 5000, "\u4e2d" * 300, "<|bos|>", [], {}, [[]], [None],
     ["x"] * 600, {"": {}}, {"type": "text"}, {"type": []}, {"role": "user"}, [{"role": {}}], "user",
     "NaN", "1", ["text"], {"a" * 3000: 1}, [0] * 2000, {"type": "text", "text": 3}, -0.0, 1e-9,
+    1e-300, 1e-45,
 ]  # fmt: skip
 
 
