@@ -8235,6 +8235,47 @@ def test_a_client_that_goes_away_frees_its_slot(tokenizer):
             assert worker.generated < 3000, "it did not just run to its end"
 
 
+def test_a_client_that_does_not_read_frees_its_slot(tokenizer):
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 4096, "n_layer": 1}
+    options = {"max_tokens": 4000, "timeout_s": 0.5}
+    with serving(tokenizer, 2, random_model(**shape), **options) as (server, url):
+        engine, worker = server.model.engine, server.model.worker
+        engine.stops.clear()
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections' too
+        asked = json.dumps({"messages": user("Hi"), "stream": True}).encode()
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(("127.0.0.1", server.server_port))
+            connection.sendall(posted(f"Content-Length: {len(asked)}", body=asked))
+            while not engine.decoding:
+                time.sleep(0.01)
+            beside = {"messages": user("Hi"), "max_tokens": 2}
+            assert requests.post(url + "/v1/chat/completions", json=beside).status_code == 200
+            end = time.monotonic() + 5
+            while worker.open or engine.load:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+        assert worker.generated < 3500, "it did not just run to its end"
+
+
+def test_one_connection_too_many_is_told_so(tokenizer):
+    with serving(tokenizer, max_connections=2) as (server, url):
+        with contextlib.ExitStack() as stack:
+            for _ in range(2):
+                address = "127.0.0.1", server.server_port
+                connection = stack.enter_context(socket.create_connection(address, timeout=10))
+                connection.sendall(HEALTH)
+                assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+            head, _, body = raw(server, b"").partition("\r\n\r\n")
+            assert head.startswith("HTTP/1.1 503 ") and "Retry-After: 1\r\n" in head
+            assert json.loads(body)["error"]["message"].startswith("too many connections")
+        for _ in range(500):
+            if server.free._value == 2:
+                break
+            time.sleep(0.01)
+        assert requests.get(url + "/health").status_code == 200
+
+
 def reset(connection):
     """Close a connection so that the other side's next read or write fails."""
     linger = struct.pack("ii", 1, 0)
