@@ -1425,6 +1425,7 @@ header select { width: 6rem }
 .tools { display: flex; gap: .1rem; flex-wrap: wrap; align-items: center; font-size: .82rem;
   color: var(--soft); min-height: 2.2rem }
 .user .tools { justify-content: flex-end }
+.editing > .said, :invalid { outline: 2px solid var(--accent) }
 .card, pre, figure { border: var(--edge); border-radius: .6rem; background: var(--code) }
 .card { display: inline-flex; gap: .5rem; padding: .1rem .6rem; margin: .15rem 0; max-width: 100%;
   font: .9rem ui-monospace, monospace; line-height: 1.7; overflow-x: auto; vertical-align: middle }
@@ -1434,7 +1435,9 @@ pre button { position: absolute; top: .2rem; right: .2rem; font-size: .8rem }
 code { font-family: ui-monospace, monospace; font-size: .9em }
 table { border-collapse: collapse; display: block; overflow-x: auto }
 td, th { border: var(--edge); padding: .25rem .6rem; text-align: left }
-.trouble { color: var(--bad) }
+.trouble, #notice { color: var(--bad) }
+#notice { margin: 0; padding: .5rem 1rem; border-bottom: var(--edge) }
+#notice:empty { display: none }
 #training h2 { font-size: 1rem; margin: 1rem 0 .5rem }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem }
 figure { margin: 0; padding: .5rem }
@@ -1471,7 +1474,7 @@ aside output { float: right }
 <nav aria-label="Conversations">
   <button id="new" class="strong">New chat</button>
   <input id="find" type="search" placeholder="Search" aria-label="Search conversations">
-  <ol id="chats"></ol>
+  <ol id="chats" tabindex="-1"></ol>
 </nav>
 <main>
   <header>
@@ -1484,6 +1487,7 @@ aside output { float: right }
     <button id="view" aria-pressed="false">Training</button>
     <button id="options" aria-expanded="false" aria-controls="drawer">Settings</button>
   </header>
+  <p id="notice" role="alert"></p>
   <div id="log" role="log" aria-label="Conversation" tabindex="0"></div>
   <div id="training" aria-label="Training" tabindex="0" hidden></div>
   <form id="form">
@@ -1499,10 +1503,11 @@ aside output { float: right }
   <button id="close" aria-label="Close settings">Close</button>
   <label>Temperature <output></output>
     <input id="temperature" type="range" min="0" max="2" step="0.05"></label>
-  <label>Top k, 0 is off <input id="top_k" type="number" min="0" step="1"></label>
+  <label>Top k, 0 is off <input id="top_k" type="number" min="0" step="1" required></label>
   <label>Top p <output></output>
     <input id="top_p" type="range" min="0.05" max="1" step="0.05"></label>
-  <label>Tokens of an answer at most <input id="max_tokens" type="number" min="1" step="1"></label>
+  <label>Tokens of an answer at most
+    <input id="max_tokens" type="number" min="1" step="1" required></label>
   <label>System prompt <textarea id="system" rows="4"></textarea></label>
   <label>Key of this server <input id="key" type="password" autocomplete="off"></label>
   <label>Colors <select id="theme"><option value="">as the system</option>
@@ -1511,15 +1516,42 @@ aside output { float: right }
 <script>
 "use strict";
 const $ = (id) => document.getElementById(id);
-const STORE = "nanochat", KNOBS = ["temperature", "top_k", "top_p", "max_tokens"];
-let config = { defaults: {}, completes: false }, running = null;
-let state = { chats: [], now: "", options: {}, draft: "" };
+const STORE = "nanochat/", KNOBS = ["temperature", "top_k", "top_p", "max_tokens"];
+const UNREACHED = "The server cannot be reached.";
+let config = { defaults: {} }, options = {}, chats = []; // options: what the user has changed
+let tab = { now: "", draft: "" }, editing = null; // this tab's; editing: a message
+const runs = new Map(), warnings = {}; // answers in the making, by their conversations' ids
 
-function keep() {
-  try { localStorage.setItem(STORE, JSON.stringify(state)) }
-  catch { say("This browser's storage is full: delete or export conversations.") }
-}
 function say(text) { $("state").textContent = text }
+function warn(about, text) {
+  if ((warnings[about] || "") === text) return;
+  warnings[about] = text;
+  $("notice").textContent = Object.values(warnings).join(" ").trim();
+}
+// Each conversation has a key of its own, so that tabs don't overwrite each other's.
+function write(name, value, where = "localStorage") {
+  let full = "";
+  try {
+    if (value) window[where].setItem(STORE + name, JSON.stringify(value));
+    else window[where].removeItem(STORE + name);
+  } catch { full = "This browser's storage is full: delete or export conversations." }
+  if (where === "localStorage") warn("storage", full);
+}
+function read(name, where = "localStorage") {
+  try { return JSON.parse(window[where].getItem(STORE + name)) } catch { return null }
+}
+function keep(c = chat()) { if (c.messages.length && chats.includes(c)) write(c.id, c) }
+function keepTab() { write("tab", tab, "sessionStorage") }
+function recall(key) {
+  if (!key.startsWith(STORE)) return;
+  const id = key.slice(STORE.length), found = read(id);
+  if (id === "options") options = found || {};
+  else if (!runs.has(id)) {
+    chats = chats.filter((c) => c.id !== id);
+    if (found && found.id === id && Array.isArray(found.messages)) chats.push(found);
+    chats.sort((a, b) => (a.id < b.id ? 1 : -1));
+  }
+}
 
 // Elements are made of text alone: nothing that a person or a model writes becomes HTML.
 function h(tag, attributes = {}, ...children) {
@@ -1550,23 +1582,37 @@ function inline(text) {
   }
   return [...out, text.slice(last)];
 }
-function codeBlock(code) {
-  const button = h("button", { type: "button", onclick: async () => {
-    await navigator.clipboard.writeText(code);
-    button.textContent = "Copied";
+function copier(text) {
+  return h("button", { type: "button", onclick: async ({ target }) => {
+    let done = true;
+    try { await navigator.clipboard.writeText(text) }
+    catch { // another machine's page has it over HTTPS alone
+      const area = h("textarea", { class: "unseen" });
+      area.value = text;
+      document.body.append(area);
+      area.focus();
+      area.select();
+      done = document.execCommand("copy");
+      area.remove();
+      target.focus();
+    }
+    target.textContent = done ? "Copied" : "Not copied";
+    say(target.textContent);
   } }, "Copy");
-  return h("pre", { tabindex: 0 }, button, h("code", {}, code));
 }
 function markdown(text) {
   const lines = text.split("\n"), out = [];
   const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((c) => c.trim());
+  const table = (at) =>
+    lines[at].includes("|") && /^[\s|:]*-[\s|:-]*$/.test(lines[at + 1] || "");
   for (let i = 0; i < lines.length;) {
     const line = lines[i];
     let found;
     if (line.startsWith("```")) {
       const end = lines.findIndex((l, j) => j > i && l.startsWith("```"));
       const stop = end < 0 ? lines.length : end;
-      out.push(codeBlock(lines.slice(i + 1, stop).join("\n")));
+      const code = lines.slice(i + 1, stop).join("\n");
+      out.push(h("pre", { tabindex: 0 }, copier(code), h("code", {}, code)));
       i = stop + 1;
     } else if ((found = /^(#{1,4}) (.*)/.exec(line))) {
       out.push(h("h" + (found[1].length + 2), {}, inline(found[2])));
@@ -1577,7 +1623,7 @@ function markdown(text) {
       for (; i < lines.length && (found = kind.exec(lines[i])); i++) items.push(found[1]);
       const start = numbered ? { start: parseInt(line, 10) } : {};
       out.push(h(numbered ? "ol" : "ul", start, items.map((item) => h("li", {}, inline(item)))));
-    } else if (line.includes("|") && /^[\s|:]*-[\s|:-]*$/.test(lines[i + 1] || "")) {
+    } else if (table(i)) {
       const rows = [];
       const head = cells(line);
       for (i += 2; i < lines.length && lines[i].includes("|"); i++) rows.push(cells(lines[i]));
@@ -1587,7 +1633,7 @@ function markdown(text) {
       const paragraph = [];
       const other = /^(```|#{1,4} |\s*([-*]|\d+[.)]) )/;
       do paragraph.push(lines[i++]);
-      while (i < lines.length && lines[i].trim() && !other.test(lines[i]));
+      while (i < lines.length && lines[i].trim() && !other.test(lines[i]) && !table(i));
       const joined = paragraph.flatMap((l, j) => (j ? [h("br"), ...inline(l)] : inline(l)));
       out.push(h("p", {}, joined));
     } else i++;
@@ -1596,39 +1642,59 @@ function markdown(text) {
 }
 
 // Conversations -------------------------------------------------------------------------------
-const chat = () => state.chats.find((c) => c.id === state.now);
-const textOf = (message) => typeof message.content === "string" ? message.content
-  : message.content.filter((p) => p.type === "text").map((p) => p.text).join("");
+const chat = () => chats.find((c) => c.id === tab.now);
+const running = (c = chat()) => runs.get(c.id);
+function textOf({ content }) {
+  if (typeof content === "string") return content;
+  let text = "";
+  for (const part of content) {
+    if (part.type === "python") text += (/\S$/.test(text) ? " [" : "[") + part.text;
+    else if (part.type === "output") text += ` = ${part.text}]`;
+    else text += (/\]$/.test(text) && /^\w/.test(part.text) ? " " : "") + part.text;
+  }
+  return text;
+}
 
 function open(id) {
-  stop();
   look(false);
-  state.now = id;
   menu(false);
-  keep(); draw(); $("text").focus();
+  if (id === tab.now) return;
+  tab.now = id;
+  keepTab();
+  edit(null);
 }
 function begin() {
   const id = String(Date.now()) + Math.random().toString(16).slice(2, 8);
-  state.chats.unshift({ id, title: "", messages: [] });
+  chats.unshift({ id, title: "", messages: [] });
   open(id);
 }
+function home() { if (chats.length) open(chats[0].id); else begin() }
 function rename(c) {
   const title = prompt("Name of this conversation", c.title);
-  if (title) { c.title = title; keep(); draw() }
+  if (title) { c.title = title; keep(c); draw() }
 }
 function remove(c) {
   if (!confirm(`Delete "${c.title || "New chat"}"?`)) return;
-  state.chats = state.chats.filter((other) => other !== c);
-  if (c.id !== state.now) { keep(); drawList() }
-  else if (state.chats.length) open(state.chats[0].id);
-  else begin();
+  stop(c);
+  chats = chats.filter((other) => other !== c);
+  write(c.id, null);
+  if (c.id === tab.now) home(); else drawList();
+}
+// Elements are made anew; one that had the focus hands it to its successor, or else to the box.
+function refill(box, made) {
+  const all = () => [...box.querySelectorAll("button, a, pre")];
+  const was = document.activeElement, at = all().indexOf(was);
+  box.replaceChildren(...made);
+  if (at < 0) return;
+  const next = all()[at], same = next && next.textContent === was.textContent;
+  (same ? next : box).focus({ preventScroll: true });
 }
 function drawList() {
   const wanted = $("find").value.toLowerCase();
   const fits = (c) => [c.title, ...c.messages.map(textOf)].some((text) =>
     text.toLowerCase().includes(wanted));
-  $("chats").replaceChildren(...state.chats.filter(fits).map((c) => {
-    const name = c.title || "New chat", now = c.id === state.now;
+  refill($("chats"), chats.filter(fits).map((c) => {
+    const name = c.title || "New chat", now = c.id === tab.now;
     const small = (what, sign, act) =>
       h("button", { title: what, "aria-label": `${what} ${name}`, onclick: () => act(c) }, sign);
     return h("li", { class: now ? "now" : "" },
@@ -1651,22 +1717,23 @@ function drawSaid(message) {
   }
   return out.concat(markdown(text));
 }
-function drawMessage(message, index) {
-  const mine = message.role === "user", busy = running && running.message === message;
-  const button = (name, act) => h("button", { onclick: act, disabled: !!running }, name);
-  const tools = h("div", { class: "tools" });
-  if (mine) tools.append(button("Edit", () => edit(index)));
-  if (!mine && !busy) {
-    tools.append(button("Copy", () => navigator.clipboard.writeText(textOf(message))));
-    if (index === chat().messages.length - 1) tools.append(button("Regenerate", again));
+function drawMessage(message) {
+  const run = running(), mine = message.role === "user", busy = run && run.message === message;
+  const button = (name, act) => h("button", { onclick: act, disabled: !!run }, name);
+  const tools = h("div", { class: "tools" }), last = message === chat().messages.at(-1);
+  if (mine && message === editing) tools.append(button("Cancel", () => edit(null)));
+  else if (mine) tools.append(button("Edit", () => edit(message)));
+  else if (!busy) {
+    tools.append(copier(textOf(message)));
+    if (last) tools.append(button(message.trouble ? "Try again" : "Regenerate", again));
     if (message.note) tools.append(h("span", {}, message.note));
-  }
-  if (message.trouble) {
-    tools.append(h("span", { class: "trouble", role: "alert" }, message.trouble),
-      button("Try again", again));
+    if (message.trouble) {
+      tools.append(h("span", { class: "trouble", role: last && "alert" }, message.trouble));
+    }
   }
   const said = h("div", { class: "said" + (busy ? " writing" : "") }, drawSaid(message));
-  return h("article", { class: message.role, "aria-label": mine ? "You" : "Answer" }, said, tools);
+  return h("article", { class: message.role + (message === editing ? " editing" : ""),
+    "aria-label": mine ? "You" : "Answer", "aria-busy": busy && "true" }, said, tools);
 }
 const IDEAS = ["Who are you?", "What is 37 times 12?", "What is the capital of France?",
   "How many times is the letter r in strawberry?"];
@@ -1676,54 +1743,57 @@ function draw() {
   $("title").textContent = c.title || "New chat";
   const begun = c.messages.length > 0;
   const ideas = config.completes ? ["The capital of France is"] : IDEAS;
-  $("log").replaceChildren(...(begun ? c.messages.map(drawMessage) : [h("div", { class: "empty" },
+  refill($("log"), begun ? c.messages.map(drawMessage) : [h("div", { class: "empty" },
     h("p", {}, config.model ? `This is ${config.model}. What would you like to know?` : "Hello!"),
-    ideas.map((idea) => h("button", { onclick: () => ask(idea) }, idea)))]));
-  $("send").textContent = running ? "Stop" : "Send";
+    ideas.map((idea) => h("button", { onclick: () => ask(idea) }, idea)))]);
+  $("send").textContent = running() ? "Stop" : "Send";
   $("log").scrollTop = $("log").scrollHeight;
 }
-function redraw(message) {
-  const log = $("log"), near = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
-  const index = chat().messages.indexOf(message);
-  if (index >= 0) log.children[index].replaceWith(drawMessage(message, index));
-  if (near) log.scrollTop = log.scrollHeight;
+// A reader who has scrolled up stays there.
+function follow(change) {
+  const log = $("log"), top = log.scrollTop, near = log.scrollHeight - top - log.clientHeight < 80;
+  change();
+  log.scrollTop = near ? log.scrollHeight : top;
 }
 
 // Asking --------------------------------------------------------------------------------------
 function ask(text) {
-  const c = chat();
-  if (running || !text.trim()) return;
+  const c = chat(), at = c.messages.indexOf(editing);
+  if (running() || !text.trim()) return;
+  if (at < 0) tab.draft = ""; else c.messages.length = at;
   c.messages.push({ role: "user", content: text });
-  if (!c.title) c.title = text.trim().slice(0, 60);
-  $("text").value = state.draft = "";
-  grow(); answer();
+  c.title ||= text.trim().slice(0, 60);
+  editing = null;
+  keepTab(); fill(); answer();
 }
 function again() {
-  const c = chat();
-  while (c.messages.length && c.messages.at(-1).role === "assistant") c.messages.pop();
+  const { messages } = chat();
+  while (messages.length && messages.at(-1).role === "assistant") messages.pop();
   answer();
 }
-function edit(index) {
-  const c = chat();
-  $("text").value = c.messages[index].content;
-  c.messages.length = index;
-  keep(); draw(); grow(); $("text").focus();
+function edit(message) {
+  editing = message;
+  fill(); draw(); $("text").focus();
 }
-function stop() { if (running) running.abort.abort() }
+function fill() {
+  $("text").value = editing ? editing.content : tab.draft;
+  grow();
+}
+function stop(c) { const run = running(c); if (run) run.abort.abort() }
 
 async function answer() {
   const c = chat(), message = { role: "assistant", content: [] };
   const mine = { abort: new AbortController(), message };
   const sent = c.messages.map((m) => ({ role: m.role, content: m.content }));
   c.messages.push(message);
-  running = mine;
+  runs.set(c.id, mine);
   keep(); draw(); say("Answering");
   const began = performance.now();
   let tokens = 0, reason = "", frame = 0;
   try {
-    const options = Object.fromEntries(KNOBS.map((k) => [k, state.options[k]]));
-    const system = state.options.system ? [{ role: "system", content: state.options.system }] : [];
-    const body = { ...options, stream: true, stream_options: { include_usage: true } };
+    const system = options.system ? [{ role: "system", content: options.system }] : [];
+    const body = { stream: true, stream_options: { include_usage: true } };
+    for (const knob of KNOBS) body[knob] = options[knob]; // the server's, where it is undefined
     if (config.completes) body.prompt = sent.at(-1).content;
     else body.messages = [...system, ...sent.filter((m) => m.content.length)];
     const response = await fetch(config.completes ? "/v1/completions" : "/v1/chat/completions", {
@@ -1738,8 +1808,10 @@ async function answer() {
         if (part && part.text) add(message, part);
         reason = choice.finish_reason || reason;
       }
-      const show = () => { frame = 0; if (chat() === c) redraw(message) };
-      frame = frame || requestAnimationFrame(show);
+      frame = frame || requestAnimationFrame(() => {
+        frame = 0;
+        if (chat() === c) follow(() => $("log").lastChild.replaceWith(drawMessage(message)));
+      });
     }
     if (!reason) throw new Error("The server ended before the answer did.");
     const seconds = (performance.now() - began) / 1000;
@@ -1747,12 +1819,17 @@ async function answer() {
     message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second${why}`;
   } catch (error) {
     if (mine.abort.signal.aborted) message.note = "stopped";
-    else message.trouble = error instanceof TypeError
-      ? "The server cannot be reached. What you wrote is kept." : error.message;
+    else {
+      message.trouble = error instanceof TypeError ? `${UNREACHED} What you wrote is kept.`
+        : error.message;
+      configure(); // it may be gone, and come back as another
+    }
   }
   cancelAnimationFrame(frame);
-  if (running === mine) running = null;
-  keep(); draw(); say(message.trouble || "Answered");
+  runs.delete(c.id);
+  keep(c);
+  if (chat() === c) follow(draw);
+  say(message.trouble || "Answered");
 }
 function add(message, part) {
   const last = message.content.at(-1);
@@ -1788,8 +1865,8 @@ async function trouble(response) {
     + (error.message || `The server answered ${response.status}.`);
 }
 function headers() {
-  const key = state.options.key;
-  return { "Content-Type": "application/json", ...(key ? { Authorization: "Bearer " + key } : {}) };
+  const key = options.key ? { Authorization: "Bearer " + options.key } : {};
+  return { "Content-Type": "application/json", ...key };
 }
 
 // Training ------------------------------------------------------------------------------------
@@ -1824,10 +1901,12 @@ async function drawTraining() {
   let run;
   try {
     const response = await fetch("/training", { headers: headers() });
+    if (response.status === 401) clearInterval(watching); // until a key is given
     if (!response.ok) throw new Error(await trouble(response));
     run = await response.json();
+    warn("training", "");
   } catch (error) {
-    return say(error instanceof TypeError ? "The server cannot be reached." : error.message);
+    return warn("training", error instanceof TypeError ? UNREACHED : error.message);
   }
   const blocks = [h("h2", {}, `Run ${run.tag}: scores in percent, with 95% intervals`),
     Object.keys(run.scores).length ? scoreTable(run.scores) : h("p", {}, "No scores yet.")];
@@ -1845,6 +1924,7 @@ function look(training) {
   $("view").setAttribute("aria-pressed", training);
   $("view").textContent = training ? "Chat" : "Training";
   clearInterval(watching);
+  warn("training", "");
   if (training) { drawTraining(); watching = setInterval(drawTraining, 5000) }
 }
 
@@ -1873,28 +1953,48 @@ function menu(shown) {
 }
 function settle() {
   for (const name of [...KNOBS, "system", "key", "theme"]) {
-    const field = $(name), number = KNOBS.includes(name);
-    state.options[name] ??= number ? config.defaults[name] : "";
-    if (state.options[name] === undefined) continue; // no server yet to tell its defaults
-    field.value = state.options[name];
-    const shown = field.parentElement.querySelector("output");
-    const read = () => {
-      if (number && !field.checkValidity()) return;
-      state.options[name] = number ? Number(field.value) : field.value;
+    const field = $(name), shown = field.parentElement.querySelector("output");
+    const show = () => {
       if (shown) shown.textContent = field.value;
       if (name === "theme") document.documentElement.dataset.theme = field.value;
-      keep();
     };
-    field.oninput = read;
-    read();
+    field.value = options[name] ?? config.defaults[name] ?? "";
+    field.oninput = () => {
+      show();
+      if (!field.checkValidity()) return;
+      options[name] = KNOBS.includes(name) ? Number(field.value) : field.value;
+      write("options", options);
+    };
+    show();
   }
 }
-$("form").onsubmit = (event) => { event.preventDefault(); running ? stop() : ask($("text").value) };
-$("text").oninput = () => { state.draft = $("text").value; keep(); grow() };
+let retry = 0;
+async function configure() {
+  let missing = UNREACHED;
+  try {
+    const response = await fetch("/config");
+    if (response.ok) {
+      config = await response.json();
+      missing = config.model ? "" : "The server is loading its model.";
+    }
+  } catch { /* it is asked again */ }
+  warn("server", missing);
+  clearTimeout(retry);
+  if (missing) retry = setTimeout(configure, 2000);
+  else { settle(); follow(draw) }
+}
+$("form").onsubmit = (event) => {
+  event.preventDefault();
+  if (running()) stop(); else ask($("text").value);
+};
+$("text").oninput = () => {
+  if (!editing) tab.draft = $("text").value;
+  keepTab(); grow();
+};
 $("text").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    if (!running) ask($("text").value);
+    ask($("text").value);
   }
 };
 $("new").onclick = begin;
@@ -1902,25 +2002,41 @@ $("find").oninput = drawList;
 $("menu").onclick = () => menu(!document.body.classList.contains("open"));
 $("options").onclick = () => toggle($("drawer").hidden);
 $("view").onclick = () => look($("training").hidden);
+$("key").onchange = () => { if (!$("training").hidden) look(true) };
 $("close").onclick = () => toggle(false);
 $("export").onchange = () => {
   if ($("export").value) exported(chat(), $("export").value);
   $("export").value = "";
 };
 document.onkeydown = (event) => {
-  if (event.key === "Escape") { if ($("drawer").hidden) stop(); else toggle(false) }
+  if (event.key !== "Escape" || event.isComposing) return;
+  if (document.body.classList.contains("open")) { menu(false); $("menu").focus() }
+  else if (!$("drawer").hidden) toggle(false);
+  else if (editing) edit(null);
+  else stop();
 };
-async function start() {
+document.addEventListener("click", ({ target }) => { // beside the list, before what is clicked acts
+  if (!target.closest("nav, #menu")) menu(false);
+}, true);
+addEventListener("storage", ({ key }) => { // another tab has written
+  recall(key || "");
+  if (key === STORE + "options") settle();
+  else if (!chat()) home();
+  else if (key === STORE + tab.now) follow(draw);
+  else drawList();
+});
+addEventListener("pagehide", () => chats.filter((c) => running(c)).forEach((c) => keep(c)));
+function start() {
   try {
-    const found = JSON.parse(localStorage.getItem(STORE));
-    if (found && Array.isArray(found.chats)) state = { ...state, ...found };
-  } catch { /* begin anew */ }
-  try { config = await (await fetch("/config")).json() }
-  catch { say("The server cannot be reached.") }
-  settle();
-  $("text").value = state.draft;
-  if (chat()) draw(); else if (state.chats.length) open(state.chats[0].id); else begin();
-  grow();
+    const old = JSON.parse(localStorage.getItem("nanochat")); // an earlier page's, all in one
+    for (const c of old ? old.chats : []) write(c.id, c);
+    if (!warnings.storage) localStorage.removeItem("nanochat");
+  } catch { /* there is none */ }
+  try { Object.keys(localStorage).forEach(recall) } catch { /* this browser keeps nothing */ }
+  tab = { ...tab, ...read("tab", "sessionStorage") };
+  settle(); fill();
+  if (chat()) draw(); else begin();
+  configure();
 }
 start();
 </script>

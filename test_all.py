@@ -8797,10 +8797,11 @@ def chromium():
 def opened(chromium, url, **options):
     """The page in a browser of its own; no error of its script is let pass."""
     context = chromium.new_context(viewport={"width": 1024, "height": 768}, **options)
-    page, errors = context.new_page(), []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("dialog", lambda dialog: dialog.accept("Renamed"))
-    page.set_default_timeout(10_000)
+    errors = []
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    context.on("dialog", lambda dialog: dialog.accept("Renamed"))
+    context.set_default_timeout(10_000)
+    page = context.new_page()
     page.goto(url)
     yield page
     assert not errors
@@ -8812,6 +8813,27 @@ def answered(page, number):
     article = page.locator("article.assistant").nth(number)
     article.get_by_text("a second").wait_for()
     return article
+
+
+def send(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
+
+
+@pytest.fixture
+def cut(monkeypatch):
+    """What shuts all connections that servers have taken."""
+    connections, setup = [], serve.Handler.setup
+    monkeypatch.setattr(
+        serve.Handler, "setup", lambda self: connections.append(self.request) or setup(self)
+    )
+
+    def shut():
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    return shut
 
 
 @pytest.mark.browser
@@ -8882,11 +8904,7 @@ def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
 
 
 @pytest.mark.browser
-def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, monkeypatch):
-    connections, setup = [], serve.Handler.setup
-    monkeypatch.setattr(
-        serve.Handler, "setup", lambda self: connections.append(self.request) or setup(self)
-    )
+def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, cut):
     model = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
     with (
         serving(tokenizer, 1, model, max_tokens=900, max_waiting=0) as (server, url),
@@ -8916,9 +8934,7 @@ def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, 
         page.fill("#text", "Go on")  # and now the server goes away
         page.press("#text", "Enter")
         page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        cut()
         page.locator(".trouble").wait_for()
         page.get_by_role("button", name="Try again").click()
         page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
@@ -8950,8 +8966,357 @@ def test_the_page_fits_phones_and_wide_screens_in_light_and_dark(
             assert page.locator("#chats").is_visible()
             page.locator("#chats li button").first.click()
             assert not page.locator("#chats").is_visible()
+            page.click("#menu")
+            page.mouse.click(width - 10, 600)
+            assert not page.locator("#chats").is_visible()
         page.screenshot(path=tmp_path / f"{width}-{scheme}.png")
         page.click("#view")
         page.get_by_text("No scores yet").wait_for()
         page.click("#view")
         assert page.locator("article").count() == 2
+
+
+@pytest.mark.browser
+def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with (
+        serving(tokenizer, 2, model, max_tokens=99) as (_, url),
+        opened(chromium, url) as page,
+    ):
+        other = page.context.new_page()
+        other.goto(url)
+        for tab, text in ((page, "First"), (other, "Second")):
+            send(tab, text)
+            answered(tab, 0)
+        page.click("#new")
+        send(page, "Third")
+        answered(page, 0)
+        other.locator("#chats").get_by_text("Third").wait_for()
+        page.locator("#chats").get_by_text("Second").wait_for()
+        for tab, now in ((page, "Third"), (other, "Second")):
+            for _ in range(2):
+                names = tab.locator("#chats li > button:first-child").all_inner_texts()
+                assert sorted(names) == ["First", "Second", "Third"]
+                assert tab.inner_text("#title") == now and tab.locator("article").count() == 2
+                tab.reload()
+        page.get_by_role("button", name="Delete First").click()
+        other.locator("#chats").get_by_text("First").wait_for(state="detached")
+        page.click("#options")
+        page.fill("#max_tokens", "77")
+        other.wait_for_function("document.getElementById('max_tokens').value === '77'")
+        page.get_by_role("button", name="Delete Second").click()  # there it is open
+        other.locator("#title").get_by_text("Third").wait_for()
+
+
+@pytest.mark.browser
+def test_conversations_of_an_earlier_page_are_taken_over(served, chromium):
+    _, url = served
+    said = [*user("Old"), {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
+    chats = [{"id": f"{i}", "title": f"Chat {i}", "messages": said} for i in (2, 1)]
+    with opened(chromium, url) as page:
+        kept = json.dumps({"chats": chats, "now": "1", "options": {}, "draft": ""})
+        page.evaluate("(kept) => localStorage.setItem('nanochat', kept)", kept)
+        for _ in range(2):
+            page.reload()
+            names = page.locator("#chats li > button:first-child").all_inner_texts()
+            assert names[-2:] == ["Chat 2", "Chat 1"]
+        page.locator("#chats").get_by_text("Chat 1", exact=True).click()
+        assert page.locator("article").all_inner_texts()[1].startswith("Yes.")
+
+
+@pytest.mark.browser
+def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with (
+        serving(tokenizer, 1, model, max_tokens=99) as (_, url),
+        opened(chromium, url) as page,
+    ):
+        for i, text in enumerate(("One", "Two")):
+            send(page, text)
+            answered(page, i)
+        page.fill("#text", "a draft")
+        first = page.locator("article.user").first
+
+        def edit():
+            first.get_by_role("button", name="Edit").click()
+            assert page.input_value("#text") == "One" and page.locator("article").count() == 4
+            page.fill("#text", "half")
+
+        def unharmed():
+            return page.locator("article").count() == 4 and page.input_value("#text") == "a draft"
+
+        edit()
+        page.reload()
+        assert unharmed()
+        edit()
+        page.keyboard.press("Escape")
+        assert unharmed()
+        edit()
+        first.get_by_role("button", name="Cancel").click()
+        assert unharmed()
+        edit()
+        page.press("#text", "Enter")
+        answered(page, 0)
+        assert page.locator("article").count() == 2 and first.inner_text().startswith("half")
+        assert page.input_value("#text") == "a draft"
+
+
+@pytest.mark.browser
+def test_settings_reach_the_request_and_only_changed_ones_are_kept(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    knobs = {"temperature", "top_k", "top_p", "max_tokens"}
+    with (
+        serving(tokenizer, 1, model, max_tokens=99) as (server, url),
+        opened(chromium, url, color_scheme="light") as page,
+    ):
+
+        def sent(text):
+            with page.expect_request("**/v1/chat/completions") as request:
+                send(page, text)
+            answered(page, page.locator("article.assistant").count() - 1)
+            return request.value.post_data_json
+
+        assert not knobs & sent("Hi").keys(), "the server's defaults are its own to change"
+        page.click("#options")
+        page.fill("#temperature", "1.5")
+        page.fill("#max_tokens", "50")
+        page.fill("#max_tokens", "")
+        page.fill("#system", "Be kind.")
+        page.select_option("#theme", "dark")
+        page.click("#close")
+        server.settings.top_k = 7
+        for _ in range(2):
+            body = sent("Again")
+            assert body["messages"][0] == {"role": "system", "content": "Be kind."}
+            chosen = {name: body[name] for name in knobs & body.keys()}
+            assert chosen == {"temperature": 1.5, "max_tokens": 50}
+            shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert sum(map(int, re.findall(r"\d+", shade)[:3])) < 384
+            page.reload()
+            page.wait_for_function("document.getElementById('top_k').value === '7'")
+            assert page.input_value("#temperature") == "1.5"
+            assert page.input_value("#max_tokens") == "50"
+
+
+# The view of a training that looks every 100 ms instead of every 5 s.
+SOON = "const real = setInterval; window.setInterval = (f, ms) => real(f, ms / 50)"
+
+
+@pytest.mark.browser
+def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, base_dir):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with (
+        serving(tokenizer, 1, model, max_tokens=99, api_key="secret") as (server, url),
+        opened(chromium, url) as page,
+    ):
+        page.add_init_script(SOON)
+        page.reload()
+        send(page, "Hi")
+        page.locator(".trouble").get_by_text("wants its key").wait_for()
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.click("#close")
+        page.click("#view")
+        page.locator("#notice").get_by_text("wants its key").wait_for()
+        assert page.evaluate("document.activeElement.id") == "key"
+        page.click("#close")
+        page.wait_for_timeout(300)
+        looks = sum("/training" in line for line in server.said)
+        page.wait_for_timeout(500)
+        assert looks == sum("/training" in line for line in server.said) > 0
+        assert not page.is_visible("#drawer")
+        page.click("#options")
+        page.fill("#key", "secret")
+        page.click("#close")
+        page.get_by_text("No scores yet").wait_for()
+        assert page.inner_text("#notice") == ""
+        page.click("#view")
+        page.get_by_role("button", name="Try again").click()
+        answered(page, 0)
+        send(page, "More")
+        answered(page, 1)
+        assert page.locator("article").count() == 4
+
+
+@pytest.mark.browser
+def test_the_page_says_what_it_cannot_do(tokenizer, chromium, base_dir):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with (
+        serving(tokenizer, 1, model, max_tokens=99, max_waiting=0) as (server, url),
+        opened(chromium, url) as page,
+    ):
+        notice = page.locator("#notice")
+        page.get_by_text("This is t-sft").wait_for()
+        page.route("**/config", lambda route: route.abort())  # the server is away
+        page.reload()
+        notice.get_by_text("cannot be reached").wait_for()
+        page.click("#options")
+        page.fill("#max_tokens", "88")  # the settings work
+        page.click("#close")
+        served, server.model = server.model, None
+        page.unroute("**/config")
+        notice.get_by_text("loading its model").wait_for()
+        server.model = served
+        page.get_by_text("This is t-sft").wait_for()
+        assert not notice.is_visible() and page.input_value("#max_tokens") == "88"
+
+        page.route("**/training", lambda route: route.abort())
+        page.click("#view")
+        notice.get_by_text("cannot be reached").wait_for()
+        page.click("#view")
+        assert not notice.is_visible()
+
+        page.evaluate("() => { Storage.prototype.real = Storage.prototype.setItem }")
+        page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
+        send(page, "Hi")
+        answered(page, 0)
+        assert "storage is full" in notice.inner_text()
+        page.evaluate("() => { Storage.prototype.setItem = Storage.prototype.real }")
+        send(page, "Hi")
+        answered(page, 1)
+        assert not notice.is_visible()
+
+        model.pause = 0.3  # somebody else is answered
+        asked = {"messages": user("Hi"), "stream": True}
+        with requests.post(url + "/v1/chat/completions", json=asked, stream=True) as response:
+            next(response.iter_lines())
+            send(page, "And now?")
+            page.locator(".trouble").get_by_text("Many people").wait_for()
+            send(page, "And now?")
+            page.locator("article.assistant").nth(3).locator(".trouble").wait_for()
+            assert page.get_by_role("button", name="Try again").count() == 1
+        model.pause = 0
+        while server.model.worker.open:
+            time.sleep(0.02)
+        page.get_by_role("button", name="Try again").click()
+        answered(page, 3)
+        assert page.get_by_role("button", name="Try again").count() == 0, "an older one has none"
+
+
+@pytest.mark.browser
+def test_answers_are_copied_exported_and_their_tables_drawn(tokenizer, chromium):
+    text = "Look:\n| a | b |\n| - | - |\n| 1 | 2 |\n\n```\nx = 1\n```"
+    model = Talker(tokenizer, answer_script(tokenizer, text))
+    with (
+        serving(tokenizer, 1, model, max_tokens=400) as (_, url),
+        opened(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as page,
+    ):
+        send(page, "Hi")
+        answer = answered(page, 0)
+        assert answer.locator("td").count() == 2 and answer.locator("p").count() == 2
+        of_all, of_code = (answer.locator(f"{box} button").first for box in (".tools", "pre"))
+
+        def pasted():
+            page.fill("#text", "")
+            page.focus("#text")
+            page.keyboard.press("Control+V")
+            return page.input_value("#text")
+
+        of_all.click()
+        of_all.get_by_text("Copied").wait_for()
+        assert pasted() == "[37*12 = 444] " + text
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+        of_code.click()  # as at an address without HTTPS
+        answer.locator("pre").get_by_text("Copied").wait_for()
+        assert pasted() == "x = 1"
+        page.evaluate("document.execCommand = () => false")
+        of_code.click()
+        answer.locator("pre").get_by_text("Not copied").wait_for()
+        with page.expect_download() as download:
+            page.select_option("#export", "md")
+        exported = Path(download.value.path()).read_text()
+        assert exported == f"# Hi\n\n**You:** Hi\n\n**Answer:** [37*12 = 444] {text}\n"
+
+
+@pytest.mark.browser
+def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
+    script = [*tokenizer.encode("word " * 60), tokenizer.specials["<|assistant_end|>"]]
+    model = Talker(tokenizer, script, pause=0.02)
+    with (
+        serving(tokenizer, 2, model, max_tokens=400) as (_, url),
+        opened(chromium, url) as page,
+    ):
+        send(page, "Other")
+        page.click("#send")  # stop
+        page.get_by_text("stopped").wait_for()
+        page.click("#new")
+        send(page, "Go")
+        page.get_by_text("word word").wait_for()
+        assert page.locator("article.assistant").get_attribute("aria-busy") == "true"
+        page.set_viewport_size({"width": 390, "height": 844})
+        for close in (
+            lambda: page.keyboard.press("Escape"),
+            lambda: page.mouse.click(385, 400),
+            lambda: page.locator("#chats li.now > button").first.click(),
+        ):
+            page.click("#menu")
+            assert page.is_visible("#chats")
+            close()
+            assert not page.is_visible("#chats") and page.inner_text("#send") == "Stop"
+        page.click("#menu")
+        page.locator("#chats").get_by_text("Other").click()
+        assert page.inner_text("#title") == "Other" and page.inner_text("#send") == "Send"
+        page.set_viewport_size({"width": 1024, "height": 768})
+        entry = page.locator("#chats li > button:first-child", has_text="Go")
+        entry.click()
+        assert page.inner_text("#send") == "Stop"
+        entry.focus()
+        assert answered(page, 0).inner_text().startswith("word " * 59)
+        assert page.evaluate("document.activeElement.textContent") == "Go"
+        assert page.locator("article.assistant").get_attribute("aria-busy") is None
+
+        page.get_by_role("button", name="Regenerate").click()
+        page.get_by_text("word word").wait_for()
+        page.reload()  # what has come is kept
+        assert page.locator("article.assistant").inner_text().startswith("word word")
+
+
+@pytest.mark.browser
+def test_the_page_outlives_its_server(tokenizer, chromium, cut):
+    slow = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
+    quick = Talker(tokenizer, answer_script(tokenizer, "Here again."))
+    with contextlib.ExitStack() as stack:
+        with serving(tokenizer, 1, slow, max_tokens=900) as (server, url):
+            page = stack.enter_context(opened(chromium, url))
+            send(page, "Go")
+            page.get_by_text("word word").wait_for()
+            server.shutdown()  # no connection is taken any more
+            cut()
+            page.locator(".trouble").get_by_text("cannot be reached").wait_for()
+            assert "word word" in page.inner_text("article.assistant")
+        page.locator("#notice").get_by_text("cannot be reached").wait_for()
+        again = page.get_by_role("button", name="Try again")
+        again.click()
+        page.locator(".trouble").get_by_text("What you wrote is kept").wait_for()
+        with serving(tokenizer, 1, quick, max_tokens=99, port=server.server_port):
+            page.locator("#notice").wait_for(state="hidden")
+            again.click()
+            assert "Here again." in answered(page, 0).inner_text()
+            assert page.locator("article").count() == 2
+
+
+@pytest.mark.browser
+def test_the_view_of_a_training_is_drawn_and_renewed(served, chromium, base_dir):
+    _, url = served
+    folder = common.run_dir("main")
+    (folder / "eval").mkdir(parents=True)
+    lines = [{"stage": "base", "step": i, "loss": 5 - i / 10, "val_bpb": 2.0} for i in range(11)]
+    write_lines(folder / "metrics.jsonl", lines)
+    tasks = {"facts": {"score": 0.5, "low": 0.4, "high": 0.6}, "val_bpb": {"score": 1.25}}
+    (folder / "eval" / "base.json").write_text(json.dumps({"tasks": tasks}))
+    with opened(chromium, url) as page:
+        page.add_init_script(SOON)
+        page.reload()
+        page.click("#view")
+        page.get_by_text("loss: 4 at step 10 (4 to 5)").wait_for()
+        rows = [row.split() for row in page.locator("#training tr").all_inner_texts()]
+        assert rows == [
+            ["task", "base"],
+            ["facts", "50.0", "[40.0,", "60.0]"],
+            ["val_bpb", "1.250"],
+        ]
+        assert page.locator("#training figure").count() == 2
+        drawn = page.locator("#training polyline").first.get_attribute("points").split()
+        points = [tuple(map(float, point.split(","))) for point in drawn]
+        assert points == [pytest.approx((10 * i, 5 * i)) for i in range(11)]
+        write_lines(folder / "metrics.jsonl", [*lines, {"stage": "base", "step": 20, "loss": 3}])
+        page.get_by_text("loss: 3 at step 20 (3 to 5)").wait_for()
