@@ -4,7 +4,8 @@ Usage:   python prepare.py                                 # the embedded world,
          python prepare.py --data=../books                 # a folder or file of one's own
          python prepare.py --data=hub --shards=8           # FineWeb-Edu; --data=climbmix
          python prepare.py --conversations=hub             # data/chat: SmolTalk, MMLU, GSM8K, ARC
-         python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, or ShareGPT's
+         python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, ShareGPT's
+                                                           # or GSM8K's; a file or a folder
          python prepare.py --eval-data=hub                 # evaluation sets alone; or a folder
 Reads:   the hub (HF_ENDPOINT, HF_TOKEN), a path, or nothing; NANOCHAT_MIRROR, a place that has
          eval_bundle.zip and words_alpha.txt, where their own addresses are out of reach
@@ -223,7 +224,7 @@ class Sorter:
         self.held = 0
         self.few: set[bytes] = set()  # the first 20 distinct documents
         self.last = b""  # the greatest hash of all
-        self.duplicates = self.total_chars = 0
+        self.duplicates = self.total_chars = self.count = 0
 
     def add(self, text: str) -> None:
         data = text.encode()
@@ -232,6 +233,7 @@ class Sorter:
         bucket += key + len(data).to_bytes(8, "big") + data
         self.last = max(self.last, key)
         self.total_chars += len(text)
+        self.count += 1
         if len(self.few) < 20:
             self.few.add(key)
         self.held += len(data)
@@ -635,7 +637,10 @@ def download_all(fetch: Callable[[str], Any], names: list[str], workers: int, ne
 
 
 def make_hub(settings: Settings, known: dict[str, dict], net: Net) -> dict[str, dict]:
-    """Fetch the first shards of a hub repository and its last one, for validation."""
+    """Fetch the first shards of a hub repository and its last one, for validation.
+
+    What an earlier call has made stays as it is until all is there.
+    """
     folder, (_, repo) = data_dir(settings.source), HUB[settings.data]
     remotes = hub_files(net, repo)
     shards = [remotes[name] for name in sorted(remotes) if re.search(r"shard_\d+\.parquet$", name)]
@@ -646,17 +651,15 @@ def make_hub(settings: Settings, known: dict[str, dict], net: Net) -> dict[str, 
     wanted = {f"train-{i:05d}.parquet": shards[i] for i in range(settings.shards)}
     wanted["val.parquet"] = shards[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)  # written again when all is there
-    for path in sorted(folder.glob("*.parquet")):  # shards beyond --shards are kept for later
-        other = path.with_name(path.name.replace("train-", "unused-"))
-        if path.name.startswith("train-") and path.name not in wanted:
-            path.rename(other)
-        elif (name := path.name.replace("unused-", "train-")) in wanted and name != path.name:
-            path.rename(folder / name)
-    there = {name: (folder / name).stat().st_size for name in wanted if (folder / name).exists()}
-    missing = {name: remote for name, remote in wanted.items() if name not in there
-               or there[name] != (remote.size or there[name])}  # fmt: skip
-    total = sum(remote.size or 0 for remote in missing.values())
+    # shards beyond --shards are kept under this name; what is fetched has it until all is there
+    beside = {name: folder / f"unused-{name.removeprefix('train-')}" for name in wanted}
+
+    def find(name: str) -> list[Path]:
+        sized = replace(wanted[name], digest="")
+        return [path for path in (folder / name, beside[name]) if is_whole(path, sized)]
+
+    missing = [remote for name, remote in wanted.items() if not find(name)]
+    total = sum(remote.size or 0 for remote in missing)
     partial = sum(path.stat().st_size for path in folder.glob(".*.partial"))
     check_space(total - partial, "take fewer --shards")
     if missing:
@@ -664,16 +667,25 @@ def make_hub(settings: Settings, known: dict[str, dict], net: Net) -> dict[str, 
               f"{total / 1e6:,.0f} MB", flush=True)  # fmt: skip
     progress = Progress(repo, total)
 
-    def fetch(name: str) -> dict[str, Any]:
-        path, remote, entry = folder / name, wanted[name], known.get(name, {})
-        if name not in missing and entry.get("sha256") == remote.digest:
-            return entry
-        if name in missing or not is_whole(path, remote):
-            download(net, remote, path, progress)
-        return describe_shard(path)
+    def fetch(name: str) -> tuple[Path, dict[str, Any]]:
+        remote, entry = wanted[name], known.get(name, {})
+        for path in find(name):
+            if path == folder / name and entry.get("sha256") == remote.digest:
+                return path, entry
+            if is_whole(path, remote):
+                return path, describe_shard(path)
+        download(net, remote, beside[name], progress)
+        return beside[name], describe_shard(beside[name])
 
     with contextlib.closing(progress):
-        return dict(zip(wanted, download_all(fetch, list(wanted), settings.workers, net)))
+        found = download_all(fetch, list(wanted), settings.workers, net)
+    (folder / "manifest.json").unlink(missing_ok=True)  # written again at once
+    for path in folder.glob("train-*.parquet"):
+        if path.name not in wanted:
+            os.replace(path, path.with_name(path.name.replace("train-", "unused-")))
+    for name, (path, _) in zip(wanted, found):
+        os.replace(path, folder / name)
+    return {name: entry for name, (_, entry) in zip(wanted, found)}
 
 
 # 4. Own files --------------------------------------------------------------------------------
@@ -757,9 +769,9 @@ class OwnFiles:
             for path in paths:
                 if path.name.startswith("."):
                     self.drop("hidden files and folders", path)
-                elif path.is_dir():
+                elif os.path.isdir(path):  # raises nothing where a link leads to what is locked
                     stack.append(path)
-                elif not path.is_file():
+                elif not os.path.isfile(path):
                     self.drop("broken links and special files", path)
                 elif not file_kind(path):
                     self.drop("files of other kinds", path)
@@ -944,11 +956,17 @@ def own_content(content: Any, role: str) -> str | list[dict[str, str]]:
 def own_conversation(value: Any) -> dict[str, Any]:
     """Read a conversation in the spelling of OpenAI, ShareGPT, a bare list, or of this project.
 
+    A problem of GSM8K's form, with `question` and `answer`, becomes a graded item with its reply.
     Raises ValueError(reason, detail) where there is nothing to learn from it.
     """
     row = value if isinstance(value, dict) else {"messages": value}
     turns = row.get("messages", row.get("conversations"))
     turns = turns if isinstance(turns, list) else []
+    kind = row.get("kind")
+    kind = kind if isinstance(kind, str) and kind else ""
+    if not turns and "####" in str(row.get("answer")):
+        row = {key: own_content(row.get(key), "user") for key in ("question", "answer")}
+        return {**gsm8k_item(row), "kind": kind or "problem"}
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("no list of messages")
     messages = []
@@ -967,8 +985,7 @@ def own_conversation(value: Any) -> dict[str, Any]:
         raise ValueError("roles out of order", " ".join(roles)[:40])
     if (roles[-1] == "user") != graded:
         raise ValueError("graded reply" if graded else "no reply at the end")
-    kind = row.get("kind")
-    item = {"kind": kind if isinstance(kind, str) and kind else "own", "messages": messages}
+    item = {"kind": kind or "own", "messages": messages}
     if graded:
         item |= {key: row[key] for key in ("grade", "accept", "reject", "choices") if key in row}
         item["answer"] = str(row.get("answer", ""))
@@ -1122,8 +1139,10 @@ PLAIN_FILES = {
     "words_alpha.txt":
         "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master",
 }  # fmt: skip
+OF_A_TEST = "questions of the evaluation sets"
 SPELLING_BEE = 500  # words of the evaluation set
 ZIP_BYTES = 2 * 10**9  # unpacked, at most
+RL_VAL = 128  # rl.py validates on so many of the first problems, a tenth of all at most
 REST = sys.maxsize
 FILES = ("mid", "sft", "rl", "val")
 # Conversations of each kind in FILES. Rows of a split that are counted are taken out by a hash;
@@ -1268,6 +1287,12 @@ def as_line(item: dict[str, Any]) -> str:
     return json.dumps({"kind": item["kind"], **item}, ensure_ascii=False)
 
 
+def question_key(text: str) -> str:
+    """Write a question as its words, and the signs of sums and brackets, in one type."""
+    words = " ".join(re.findall(r"\w+|[+*/=<>(){}\[\]]", text.casefold()))
+    return re.sub("^question | answer$", "", words)  # labels of CORE
+
+
 def question_keys(item: dict[str, Any]) -> list[str]:
     """Name what a conversation asks, so that the same question in other type is found again.
 
@@ -1277,16 +1302,38 @@ def question_keys(item: dict[str, Any]) -> list[str]:
     if "choices" in item:
         start = asked[0].rindex(f"\n- {item['choices'][0]} (A)")
         asked = [" ".join([asked[0][:start], *sorted(item["choices"])])]
-    return [" ".join(re.findall(r"\w+", text.casefold())) for text in asked]
+    return [question_key(text) for text in asked]
+
+
+def evaluation_questions() -> set[str]:
+    """Return the keys of all questions in data/eval/, also of those that have choices laid out."""
+    keys = set()
+    for path in data_dir("eval").glob("*.jsonl"):
+        for item in read_conversations(path):
+            keys.update(question_keys(item), question_keys({"messages": item["messages"]}))
+    for path in data_dir("eval").glob("core/eval_data/*/*.jsonl"):
+        for row in read_rows(path):
+            if isinstance(row, dict):
+                keys.update(map(question_key, core_questions(row)))
+    return {key for key in keys if key.count(" ") > 2}  # three words are asked by chance
+
+
+def core_questions(row: dict[str, Any]) -> list[str]:
+    """List what a row of CORE asks, whole: alone and with its choices, as question_keys has them.
+
+    Never a passage alone, which many rows share.
+    """
+    if "context_options" in row:
+        return [f"{context} {row.get('continuation')}" for context in row["context_options"]]
+    asked = str(row.get("query") or row.get("context") or "")
+    return [asked, " ".join([asked, *sorted(map(str, row.get("choices") or []))])]
 
 
 def hub_conversations(
     root: Path, settings: Settings, dropped: Counter[str]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file, conversation, or problem of rl) of the mixture; none is a question of a test."""
-    tests = {key for path in data_dir("eval").glob("*.jsonl")
-             for item in read_conversations(path) for key in question_keys(item)}  # fmt: skip
-    tests.discard("")  # what has no words is no question
+    """Yield (file, conversation, or graded item of rl) of the mixture; none is of a test."""
+    tests = evaluation_questions()
     words = [word for word in read_words(root) if not held_out_word(word)]
     for kind in ("spelling", "identity"):
         for file, count in zip(FILES, MIXTURE[kind]):
@@ -1304,12 +1351,11 @@ def hub_conversations(
             rows = sum(pq.read_metadata(path).num_rows for path in find_set(root, kind, split))
             for item in read_set(root, kind, split, dropped):
                 if not tests.isdisjoint(question_keys(item)):
-                    dropped["questions of the evaluation sets"] += 1
+                    dropped[OF_A_TEST] += 1
                     continue
                 draw = zlib.crc32(as_line(item).encode()) / 2**32 * rows
-                problem = {key: value for key, value in item.items() if key != "reply"}
                 for file in share_out(wanted, draw):
-                    yield file, problem if file == "rl" else solved(item)
+                    yield file, item if file == "rl" else solved(item)
 
 
 def share_out(counts: dict[str, int], draw: float) -> list[str]:
@@ -1322,6 +1368,19 @@ def share_out(counts: dict[str, int], draw: float) -> list[str]:
     return [file for file, count in counts.items() if count == REST]
 
 
+def write_problems(path: Path, sorter: Sorter) -> tuple[dict[str, Any], set[str]]:
+    """Write rl.jsonl of graded items, without their replies.
+
+    Returns what it holds, and the conversations that would show rl.py's validation solved.
+    """
+    lines = (line for _, line in sorter.documents())
+    first = list(islice(lines, min(RL_VAL, sorter.count // 10)))
+    held = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
+    problems = map(json.loads, chain(first, lines))
+    asked = ({key: item[key] for key in item if key != "reply"} for item in problems)
+    return write_lines([path], map(as_line, asked)), held
+
+
 def make_hub_chat(settings: Settings, root: Path, folder: Path) -> dict[str, Any]:
     """Write the hub's conversations to folder/{mid,sft,rl,val}.jsonl, each shuffled."""
     dropped: Counter[str] = Counter()
@@ -1332,9 +1391,12 @@ def make_hub_chat(settings: Settings, root: Path, folder: Path) -> dict[str, Any
         sorters[file].add(as_line(item))
     val = dict(sorters["val"].documents())
     made = write_lines([folder / "val.jsonl"], val.values())
-    for file in FILES[:3]:
-        lines = (line for key, line in sorters[file].documents() if key not in val)
+    problems, held = write_problems(folder / "rl.jsonl", sorters["rl"])
+    for file in ("mid", "sft"):
+        lines = (line for key, line in sorters[file].documents()
+                 if key not in val and line not in held)  # fmt: skip
         made |= write_lines([folder / f"{file}.jsonl"], lines)
+    made |= problems
     dropped["duplicates"] = sum(sorter.duplicates for sorter in sorters.values())
     return {"files": made, "dropped": dict(+dropped)}
 
@@ -1359,6 +1421,7 @@ def read_line(line: bytes, fill: dict[str, str]) -> dict[str, Any]:
 def own_conversations(files: OwnFiles, name: str) -> Iterator[dict[str, Any]]:
     """Yield what is good in .jsonl files; the first bad lines are printed, all are counted."""
     fill, bad = {"{{name}}": name, "{{author}}": MAKER}, 0
+    tests = evaluation_questions()
     for path in files.files:
         number = 0
         try:
@@ -1371,7 +1434,11 @@ def own_conversations(files: OwnFiles, name: str) -> Iterator[dict[str, Any]]:
                     if not line.strip():
                         continue
                     try:
-                        yield read_line(line, fill)
+                        item = read_line(line, fill)
+                        asked = question_keys({"messages": item["messages"]})
+                        if not tests.isdisjoint(asked):
+                            raise ValueError(OF_A_TEST)
+                        yield item
                     except ValueError as error:
                         files.drop(error.args[0], f"{path}:{number}")
                         bad += 1
@@ -1389,17 +1456,20 @@ def make_own_chat(settings: Settings, files: OwnFiles, folder: Path) -> dict[str
     talks, problems = (Sorter(folder / "buckets" / name, settings.seed, files.expected_bytes())
                        for name in ("talks", "problems"))  # fmt: skip
     for item in own_conversations(files, settings.name):
-        (problems if "grade" in item else talks).add(as_line(item))
+        if "grade" in item:
+            problems.add(as_line(item))
+        if "grade" not in item or "reply" in item:
+            talks.add(as_line(solved(item)))
     if len(talks.few) < 2:
         what = "only one conversation" if talks.few else "no conversation"
         why = f": {files.left_out()}" if files.dropped else ""
         raise MissingInput(f"{files.root} holds {what} that can be used{why}; training and "
                            "validation need two, a line of .jsonl each")  # fmt: skip
+    rl, held = write_problems(folder / "rl.jsonl", problems) if problems.few else ({}, set())
     val, train = split_documents(talks, settings)
     made = write_lines([folder / "val.jsonl"], val)
-    made |= write_lines([folder / "mid.jsonl", folder / "sft.jsonl"], train)
-    if problems.few:
-        made |= write_lines([folder / "rl.jsonl"], (line for _, line in problems.documents()))
+    train = (line for line in train if line not in held)
+    made |= write_lines([folder / "mid.jsonl", folder / "sft.jsonl"], train) | rl
     files.dropped["duplicates"] = talks.duplicates + problems.duplicates
     return {"files": made, "dropped": dict(+files.dropped)}
 
@@ -1534,7 +1604,8 @@ def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
         for path in [path for path in files.files if file_kind(path) != ".jsonl"]:
             files.drop("files of other kinds", path)
             del files.files[path]
-        wanted |= {"data": str(files.root), "input": files.fingerprint(),
+        tests = OwnFiles(data_dir("eval")).fingerprint()
+        wanted |= {"data": str(files.root), "input": files.fingerprint(), "tests": tests,
                    "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
         make = partial(make_own_chat, settings, files)
     manifest = read_manifest(folder, "conversations.json")

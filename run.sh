@@ -8,15 +8,18 @@
 #         bench   set up, then measure this machine: a table and bench.json
 #         bench learn  train small models for equal times with and without each choice of
 #                 pretrain.py, on the world's text or --data; two hours
+#         bench gpu    some steps of depths 12 to 26, sft and rl on one GPU; twenty minutes
 #         lock    renew requirements.lock from pyproject.toml
 # --tier  cpu cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200     default: what fits the hardware
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
-# --conversations  world, hub, or .jsonl files of your own; default: those of the data, and none
-#         for text of your own, whose base model is then all that is made
+# --source  name of the text's folder                   default: after --data
+# --conversations  world, hub, or your own: a .jsonl file, or a folder of them; default: those of
+#         the data, and none for text of your own, whose base model is then all that is made
 # --tag   name of the run's folder                      default: main, or after your --data
 # FLAGS   --shards, --documents, --num-conversations, --name go to prepare.py; --vocab-size,
-#         --max-chars to train_tokenizer.py; all others to pretrain.py, such as --depth=6; with a
-#         stage's name in front to that stage, such as rl:--num-iterations=10
+#         --max-chars to train_tokenizer.py; all others to pretrain.py, such as --depth=6; with
+#         mid, sft, rl or eval in front to that stage or to evaluate.py, such as
+#         rl:--num-iterations=10, eval:--run-code, eval:--cost-per-hour=24
 # --dry-run prints the commands and runs nothing.
 #
 # Environment: NANOCHAT_BASE_DIR holds data and runs (default ~/.cache/nanochat), NANOCHAT_VENV
@@ -29,6 +32,7 @@ set -euo pipefail
 # takes follows from the free memory (pretrain.py), but on the smallest cards.
 # tier  GPUs  data  vocabulary  flags, as on the command line
 d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
+gsm8k="rl:--max-tokens=384" # a fifth of its solutions are longer than rl.py's 128 tokens
 most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-iterations=60"
 TIERS="
 cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
@@ -36,11 +40,11 @@ cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl
 cpu-amx  1  world  4096   $most                      # 2 cores with fast bf16: 30 minutes
 laptop   1  world  4096   $most --device-batch-size=8 # 6 GB or more: 10 minutes
 mps      1  world  4096   $most                      # Apple silicon: 20 minutes, free
-gpu1     1  hub    65536  --depth=10                 # 24 or 32 GB: 6 to 16 hours, \$4
+gpu1     1  hub    65536  --depth=10 $gsm8k          # 24 or 32 GB: 6 to 16 hours, \$4
                                                      # (--depth=12: twice the time and cost)
-8xa6000  8  hub    65536  --depth=16                 # 8 x 48 GB: 8 hours, \$50
-8xh100   8  hub    65536  --depth=20                 # 8 x 80 GB: 4 hours, \$100 (A100: 10 hours)
-8xh200   8  hub    65536  --depth=32                 # 8 x 141 GB: 33 hours, \$1000
+8xa6000  8  hub    65536  --depth=16 $gsm8k          # 8 x 48 GB: 8 hours, \$50
+8xh100   8  hub    65536  --depth=20 $gsm8k          # 8 x 80 GB: 4 hours, \$100 (A100: 10 hours)
+8xh200   8  hub    65536  --depth=32 $gsm8k          # 8 x 141 GB: 33 hours, \$1000
 "
 
 find_tier() { # sets gpus, and tier where none is asked for
@@ -69,11 +73,21 @@ find_tier() { # sets gpus, and tier where none is asked for
 
 route() { # route FLAG: give it to the stage that has it
   case $1 in
-    --shards=* | --documents=* | --num-conversations=* | --name=*) prepare+=("$1") ;;
+    --shards=*) prepare+=("$1") ;;
+    --documents=* | --num-conversations=*) world+=("$1") ;;
+    --name=*) talks+=("$1") ;;
     --max-chars=*) tokenizer+=("$1") ;;
-    *:--*) staged+=("$1") ;;
-    *) train+=("$1") ;;
+    *:--*) staged+=("$1") && check_flag "$(script_of "${1%%:*}")" "${1#*:}" ;;
+    *) train+=("$1") && check_flag pretrain.py "$1" ;;
   esac
+}
+
+check_flag() { # check_flag SCRIPT --FLAG: fails unless the script has such a setting
+  local field=${2%%=*}
+  field=${field#--} field=${field//-/_}
+  if [[ $field =~ ^[a-z0-9_]+$ ]] &&
+    grep -q "^    ${field#no_}: [a-z]* = setting(" "$root/$1"; then return; fi
+  fail 2 "${2%%=*} is none of $1's flags (see its --help), nor of run.sh's: --dry-run $own_flags"
 }
 
 load_tier() { # sets data, vocab, ranks (processes that train) and the stages' flags
@@ -269,9 +283,13 @@ stage() { # stage NAME COMMAND...: run one stage to its end
 launch() { # launch NAME SCRIPT...: run a stage on all devices
   local name=$1 torchrun=()
   if [ "$ranks" -gt 1 ]; then
-    torchrun=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks") # is torchrun
+    torchrun=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks" --max-restarts=3)
   fi
   stage "$name" "$python" ${torchrun[@]+"${torchrun[@]}"} "${@:2}"
+}
+
+script_of() { # script_of STAGE
+  case $1 in mid) echo midtrain.py ;; eval) echo evaluate.py ;; *) echo "$1.py" ;; esac
 }
 
 flags_of() { # flags_of STAGE: sets mine to the words of that stage
@@ -290,29 +308,36 @@ text_to_base() {
     ${prepare[@]+"${prepare[@]}"}
   case $conversations in
     "") ;;
-    world) if [ "$data" != world ]; then stage world "$python" prepare.py; fi ;;
+    world)
+      if [ "$data" != world ]; then
+        stage world "$python" prepare.py ${talks[@]+"${talks[@]}"}
+      fi ;;
     *) stage conversations "$python" prepare.py --conversations="$conversations" \
-      --source="$chats" ;;
+      --source="$chats" ${talks[@]+"${talks[@]}"} ;;
   esac
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
     "${tokenizer[@]}"
   launch pretrain pretrain.py --tag="$tag" --source="$source" "${train[@]}"
 }
 
+evaluate() { # evaluate STAGE
+  flags_of eval
+  launch "evaluate $1" evaluate.py -i "$1" --tag="$tag" ${mine[@]+"${mine[@]}"}
+}
+
 main_job() {
-  local name script
+  local name
   text_to_base
-  launch "evaluate base" evaluate.py -i base --tag="$tag"
-  for name in $then; do
-    script=$name.py
+  evaluate base
+  if [ -n "$chats" ] && [ -e "$base/data/$chats/rl.jsonl" ]; then stages="mid sft rl"; fi
+  for name in $stages; do
     flags_of "$name"
-    if [ "$name" = mid ]; then
-      script=midtrain.py mine=(--chats="$chats" ${mine[@]+"${mine[@]}"})
-    fi
-    launch "$name" "$script" --tag="$tag" ${mine[@]+"${mine[@]}"}
-    launch "evaluate $name" evaluate.py -i "$name" --tag="$tag"
+    if [ "$name" = mid ]; then mine=(--chats="$chats" ${mine[@]+"${mine[@]}"}); fi
+    launch "$name" "$(script_of "$name")" --tag="$tag" ${mine[@]+"${mine[@]}"}
+    evaluate "$name"
   done
-  stage report "$python" evaluate.py --report --tag="$tag"
+  flags_of eval
+  stage report "$python" evaluate.py --report --tag="$tag" ${mine[@]+"${mine[@]}"}
 }
 
 bench() {
@@ -321,23 +346,30 @@ bench() {
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
     "${tokenizer[@]}"
   launch pretrain pretrain.py --tag="$tag-fp32" --source="$source" "${train[@]}" --dtype=float32
-  stage evaluate "$python" evaluate.py --bench=speed --tag="$tag"
+  flags_of eval
+  stage evaluate "$python" evaluate.py --bench=speed --tag="$tag" ${mine[@]+"${mine[@]}"}
 }
 
-learn() {
-  case $data in world | hub | climbmix) ;; *) source=learn prepare+=(--doc-chars=6000) ;; esac
+compare() { # compare learn|gpu: train models only to measure them
+  case $data in
+    world | hub | climbmix) ;;
+    *) source=${named:-$1} prepare+=(--doc-chars=6000) ;;
+  esac
   stage prepare "$python" prepare.py --data="$data" --source="$source" \
     ${prepare[@]+"${prepare[@]}"}
   stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
-    --vocab-size=4096
-  stage evaluate "$python" evaluate.py --bench=learn --tag="$tag"
+    --vocab-size="$vocab"
+  flags_of eval
+  stage evaluate "$python" evaluate.py --bench="$1" --tag="$tag" ${mine[@]+"${mine[@]}"}
 }
 
 # 5. Main -------------------------------------------------------------------------------------
 caller=$PWD
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-action=all tier="" wanted="" conversations="" tag="" size="" dry=""
-prepare=() tokenizer=() train=() staged=() flags=() pytest=()
+action=all tier="" wanted="" named="" conversations="" tag="" size="" dry=""
+prepare=() world=() talks=() tokenizer=() train=() staged=() flags=() pytest=()
+own_flags="--tier --data --source --conversations --tag --shards --documents --num-conversations"
+own_flags+=" --name --vocab-size --max-chars"
 while [ $# -gt 0 ]; do
   word=$1
   shift
@@ -352,15 +384,17 @@ while [ $# -gt 0 ]; do
     --dry-run) dry=yes ;;
     --tier=*) tier=$value ;;
     --data=*) wanted=$value ;;
+    --source=*) named=$value ;;
     --conversations=*) conversations=$value ;;
     --tag=*) tag=$value ;;
-    --tier | --data | --conversations | --tag) fail 2 "$word needs a value, as in $word=NAME" ;;
     --vocab-size=*) size=$value ;;
-    mid:--* | sft:--* | rl:--* | --*) flags+=("$word") ;;
+    mid:--* | sft:--* | rl:--* | eval:--* | --*)
+      [[ " $own_flags " != *" $word "* ]] || fail 2 "$word needs a value, as in $word=VALUE"
+      flags+=("$word") ;;
     test) action=test pytest=("$@") && break ;;
     all | setup | bench | lock) action=$word ;;
-    learn) [ "$action" = bench ] || fail 2 "learn follows bench: bash run.sh bench learn"
-      action=learn ;;
+    learn | gpu) [ "$action" = bench ] || fail 2 "$word follows bench: bash run.sh bench $word"
+      action=$word ;;
     *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
   esac
 done
@@ -370,15 +404,19 @@ if [[ $python = */* ]]; then python=$(absolute "$python"); fi
 if [ -n "${NANOCHAT_BASE_DIR-}" ]; then
   NANOCHAT_BASE_DIR=$(absolute "$NANOCHAT_BASE_DIR") && export NANOCHAT_BASE_DIR
 fi
+base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
 
 find_tier
 load_tier
-if [ "$action" = learn ]; then wanted=${wanted:-world} tag=learn; fi
+case $action in
+  learn) wanted=${wanted:-world} tag=learn vocab=4096 ;;
+  gpu) wanted=world tag=gpu vocab=65536 ;; # its conversations are the world's
+esac
 if [ "$action" = bench ]; then # fixed, so that tables compare
   wanted=${wanted:-world} tag=bench
   train=(--depth=4 --head-dim=128 --max-seq-len=512 --device-batch-size=2)
   train+=(--total-batch-size=8192) vocab=4096
-  if [ "$gpus" -gt 0 ]; then train=(--depth=12) vocab=65536; fi
+  if [ "$gpus" -gt 0 ]; then train=(--depth=12 --total-batch-size=524288) vocab=65536; fi
   train+=(--num-iterations=40 --compile=yes --eval-every=0)
 fi
 if [ -z "$wanted" ] || [ "$wanted" = "$data" ]; then tag=${tag:-main}; else data=$wanted; fi
@@ -390,22 +428,35 @@ case $data in
     [ -e "$data" ] || fail 2 "--data=$wanted: no such file or folder, nor world, hub or climbmix"
     if [ -d "$data" ]; then data=$(cd "$data" && pwd); fi
     source=$(basename "$data" | tr '[:upper:]' '[:lower:]' |
-      sed 's/\..*//; s/[^a-z0-9]\{1,\}/-/g; s/^-//; s/-$//; s/^$/text/')
-    case $source in world | eval | climbmix | fineweb-edu) source=$source-files ;; esac ;;
+      LC_ALL=C sed 's/\..*//; s/[^a-z0-9]\{1,\}/-/g; s/^-//; s/-$//')
+    source=${source:-text-$(cksum <<<"$data" | cut -d ' ' -f 1)} # of another script
+    case $source in
+      world | eval | chat | downloads | climbmix | fineweb-edu) source=$source-files ;;
+    esac ;;
 esac
+source=${named:-$source}
 tag=${tag:-$source}
 if [ -z "$conversations" ]; then
   case $data in world) conversations=world ;; hub | climbmix) conversations=hub ;; esac
 fi
-case $conversations in # chats: the folder of the conversations; then: the stages that use it
-  "") chats="" then="" ;;
-  world) chats=world then="mid sft rl" ;;
-  hub) chats=chat then="mid sft rl" ;;
+case $conversations in # chats: the folder of the conversations; stages: those that use it
+  "") chats="" stages="" ;;
+  world)
+    chats=world stages="mid sft rl"
+    if [ "$data" = world ]; then chats=$source; fi ;;
+  hub) chats=chat stages="mid sft rl" ;;
   *)
-    conversations=$(absolute "$conversations") chats=$tag-chat then="mid sft" # nothing to check
+    conversations=$(absolute "$conversations") chats=$tag-chat
+    stages="mid sft" # and rl where there are problems among them
     [ -e "$conversations" ] || fail 2 "--conversations: no such file, nor world or hub" ;;
 esac
 for word in ${flags[@]+"${flags[@]}"}; do route "$word"; done
+# what the world is made of goes to the command that makes it, the name to that of the conversations
+case $data,$conversations in
+  world,world | *,) prepare+=(${world[@]+"${world[@]}"} ${talks[@]+"${talks[@]}"}) ;;
+  *,world) talks+=(${world[@]+"${world[@]}"}) ;;
+  *) prepare+=(${world[@]+"${world[@]}"}) ;;
+esac
 vocab=${size:-$vocab} tokenizer+=("--vocab-size=$vocab")
 case $data in
   hub | climbmix) prepare=("--shards=$(count_shards)" ${prepare[@]+"${prepare[@]}"}) ;;
@@ -423,11 +474,11 @@ case $action in
     run exec "$python" -m pytest test_all.py ${pytest[@]+"${pytest[@]}"} ;;
   bench)
     set_up
-    run rm -rf "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/"bench{,-fp32}
+    run rm -rf "$base/runs/"bench{,-fp32}
     bench ;;
-  learn)
+  learn | gpu)
     set_up
-    learn ;;
+    compare "$action" ;;
   all)
     set_up
     main_job
@@ -441,6 +492,6 @@ case $action in
       say "done after $((SECONDS / 60)) min; now have the model complete a text, or make it chat:"
       printf '  %s\n' "$python $root/chat.py -i base --tag=$tag" \
         "$python $root/chat.py -i base --tag=$tag -p 'It was a'" \
-        "bash $root/run.sh --data=$data --tag=$tag --conversations=world"
+        "bash $root/run.sh --data=$data --source=$source --tag=$tag --conversations=world"
     fi ;;
 esac

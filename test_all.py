@@ -240,29 +240,191 @@ def test_every_command_in_the_readme_parses():
     assert parsed >= 8
 
 
-def test_every_action_and_tier_of_run_sh_prints_its_commands():
+def run_sh(*words, code=0):
+    """Run run.sh; return what it prints or, where it fails with a code, its one sentence."""
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("no bash")
-    tiers = ["cpu", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
-    for words in [
-        ["test"],
-        ["bench"],
-        ["bench", "learn"],
-        ["setup"],
-        *([f"--tier={tier}"] for tier in tiers),
-    ]:
-        done = subprocess.run(
-            [bash, "run.sh", "--dry-run", *words], cwd=HERE, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        for name, rest in re.findall(r"(\w+)\.py(.*)$", done.stdout, re.MULTILINE):
-            if name in STAGES:
-                settings_of = importlib.import_module(name).Settings
-                common.parse_settings(settings_of, "", shlex.split(rest))
-    wrong = subprocess.run([bash, "run.sh", "tset"], cwd=HERE, capture_output=True, check=False)
-    assert wrong.returncode == 2 and b"choose one of" in wrong.stderr
+    done = subprocess.run(
+        [bash, "run.sh", *words], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert not code or (done.stderr.count("\n") == 1 and not done.stdout), done.stderr
+    return done.stderr if code else done.stdout
+
+
+def commands(*words):
+    """List the commands of a dry run of run.sh, the name of a stage and its settings each."""
+    lines = re.findall(r"(\w+)\.py(.*)$", run_sh("--dry-run", *words), re.MULTILINE)
+    classes = {name: importlib.import_module(name).Settings for name in STAGES}
+    return [(name, common.parse_settings(classes[name], "", shlex.split(rest)))
+            for name, rest in lines if name in classes]  # fmt: skip
+
+
+def commands_of(stage, *words):
+    return [settings for name, settings in commands(*words) if name == stage]
+
+
+TIERS = ["cpu", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
+
+
+def test_every_action_and_tier_of_run_sh_prints_its_commands():
+    for words in ["test", "bench", "bench learn", "setup"]:
+        commands(*words.split())
+    for tier in TIERS:
+        found = commands(f"--tier={tier}")
+        names = [name for name, _ in found if name != "prepare"]
+        chat = [word for name in ("midtrain", "sft", "rl") for word in (name, "evaluate")]
+        base = ["pretrain", "train_tokenizer", "pretrain", "evaluate"]
+        assert names == [*base, *chat, "evaluate"]  # the first pretrain is the plan
+        long = 384 if TIERS.index(tier) >= TIERS.index("gpu1") else rl.Settings().max_tokens
+        assert [settings.max_tokens for name, settings in found if name == "rl"] == [long]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tset"], "tset is not an action; choose one of: all setup"),
+        (["learn"], "learn follows bench"),
+        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-amx laptop"),
+        (["--data=wrld"], "--data=wrld: no such file or folder, nor world, hub or climbmix"),
+        (["--conversations=nowhere.jsonl"], "no such file, nor world or hub"),
+        (["setup", "--teir=cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
+        (["--teir", "cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
+        (["--tag=x", "--no.depth=3"], "--no.depth is none of pretrain.py's flags"),
+        (["rl:--num-step=3"], "--num-step is none of rl.py's flags"),
+        (["mid:--learn-none"], "--learn-none is none of midtrain.py's flags"),
+        (["eval:--cost=3"], "--cost is none of evaluate.py's flags"),
+        (["--shards"], "--shards needs a value"),
+    ],
+)
+def test_a_wrong_word_of_run_sh_is_one_sentence_before_the_set_up(words, said):
+    assert re.search(said, run_sh("--dry-run", *words, code=2))
+
+
+@pytest.mark.parametrize(
+    ("cards", "tier", "flags"),
+    [
+        ([24_564], "gpu1", "--depth=10"),
+        ([49_140] * 8, "8xa6000", "--depth=16"),
+        ([81_559] * 8, "8xh100", "--depth=20"),
+        ([143_771] * 8, "8xh200", "--depth=32"),
+        ([143_771] * 4, "8xh100", "--depth=20"),
+        ([81_559, 24_564], "gpu1", "--depth=10"),
+        ([6_144], "laptop", "--depth=4 .*--num-iterations=2400 .*--device-batch-size=8"),
+    ],
+)
+def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards, tier, flags):
+    if sys.platform == "darwin":
+        pytest.skip("run.sh takes mps there")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo {mib}\n" for mib in cards))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    out = run_sh("--dry-run")
+    assert re.search(f"pretrain.py --tag=main .*{flags}", out)
+    assert out == run_sh("--dry-run", f"--tier={tier}")
+    ranks = f"--nproc_per_node={len(cards)} pretrain.py"
+    assert (ranks in out) == (len(cards) > 1) and f"--plan-count={len(cards)}" in out
+    if len(cards) == 8:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+        assert "--nproc_per_node=2 pretrain.py" in run_sh("--dry-run")
+        smi.write_text("#!/bin/sh\nexit 9\n")  # no driver
+        monkeypatch.setenv("NANOCHAT_PYTHON", "false")
+        assert "wants GPUs, and nvidia-smi shows none" in run_sh(f"--tier={tier}", code=2)
+
+
+def test_run_sh_gives_the_name_to_what_makes_the_conversations():
+    flags = ["--name=Ada", "--num-conversations=9"]
+    for talks in ("world", "hub", "README.md"):
+        words = [*flags, "--data=.", f"--conversations={talks}"]
+        text, chats = commands_of("prepare", *words)
+        assert Path(text.data).samefile(HERE) and not text.conversations
+        assert chats.name == "Ada" and Path(chats.conversations or "world").name == talks
+        assert talks != "world" or chats.num_conversations == 9
+    (world,) = commands_of("prepare", "--tier=cpu", *flags)
+    assert (world.data, world.name, world.num_conversations) == ("world", "Ada", 9)
+    made = commands_of("prepare", "--tier=8xh100", *flags)
+    assert [(s.data, s.conversations) for s in made] == [("hub", ""), ("world", "hub")]
+    assert made[1].name == "Ada"
+    text, chats = commands_of("prepare", "--tier=cpu", *flags, "--conversations=hub")
+    assert text.num_conversations == 9 and (text.name, chats.name) == ("Nano", "Ada")
+
+
+def test_run_sh_names_the_text_alike_in_all_stages(tmp_path):
+    def sources(*words):
+        places = {"prepare": 0, "train_tokenizer": 0, "pretrain": 1}  # after the plan
+        return {commands_of(name, *words)[i].source for name, i in places.items()}
+
+    names = {"Downloads": "downloads-files", "chat": "chat-files", "eval": "eval-files",
+             "My Books.v2": "my-books"}  # fmt: skip
+    for name, source in names.items():
+        (tmp_path / name).mkdir()
+        assert sources(f"--data={tmp_path / name}") == {source}
+        assert prepare.Settings(str(tmp_path / name)).source == source
+    assert sources("--data=.", "--source=mine") == {"mine"}
+    assert sources("--data=world", "--tier=gpu1", "--source=mine") == {"mine"}
+    (mid,) = commands_of("midtrain", "--tier=cpu", "--source=mine")
+    assert mid.chats == "mine"  # the world's conversations are written with its text
+    others = set()
+    for name in ("文本", "книги"):
+        (tmp_path / name).mkdir()
+        (source,) = set(
+            re.findall(r"--source=(\S+)", run_sh("--dry-run", f"--data={tmp_path / name}"))
+        )
+        others.add(source)
+    assert len(others) == 2 and all(source.startswith("text-") for source in others)
+
+
+def test_run_sh_gives_its_flags_to_all_evaluations():
+    words = ["--tier=cpu", "eval:--run-code", "eval:--cost-per-hour=24"]
+    found = commands_of("evaluate", *words)
+    assert [s.stage for s in found[:4]] == ["base", "mid", "sft", "rl"] and found[4].report
+    assert all(s.run_code and s.cost_per_hour == 24 for s in found)
+    (learn,) = commands_of("evaluate", "bench", "learn", "eval:--bench-seconds=5")
+    assert learn.bench_seconds == 5
+
+
+def test_run_sh_runs_rl_where_ones_own_conversations_hold_problems(base_dir):
+    words = ["--data=.", "--conversations=README.md", "--tag=x"]
+    assert commands_of("sft", *words) and not commands_of("rl", *words)
+    (base_dir / "data" / "x-chat").mkdir(parents=True)
+    (base_dir / "data" / "x-chat" / "rl.jsonl").write_text("{}")  # prepare.py found some
+    assert commands_of("rl", *words) and commands_of("evaluate", *words)[-2].stage == "rl"
+
+
+def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_path, monkeypatch):
+    draw = random.Random(0)
+    (tmp_path / "tale.txt").write_text("".join(draw.choices(SENTENCES, k=3000)))
+    monkeypatch.setenv("NANOCHAT_PYTHON", sys.executable)
+    flags = ["--depth=2", "--max-seq-len=64", "--total-batch-size=256", "--device-batch-size=2",
+             "--num-iterations=150", "--save-every=10", "--eval-every=0", "--bigram-steps=5",
+             "--compile=no", "--device=cpu", "--dtype=float32"]  # fmt: skip
+    words = ["--tier=cpu", f"--data={tmp_path / 'tale.txt'}", "--tag=broken", "--vocab-size=300",
+             "eval:--device=cpu", "eval:--task=bpb", *flags]  # fmt: skip
+    run_sh("--dry-run", *words)  # skips where there is no bash
+    process = subprocess.Popen(
+        ["bash", "run.sh", *words], cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while not common.list_checkpoints("broken", "base") and process.poll() is None:
+            time.sleep(0.005)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    steps = [path.name for path in common.list_checkpoints("broken", "base")]
+    assert steps and "step-000150" not in steps
+    out = run_sh(*words)
+    assert "prepare: " in out and "nothing to do" in out and "going on from " in out
+    assert "have the model complete a text" in out
+    assert (common.run_dir("broken") / "report.md").exists()
+    run = common.run_dir("unbroken")
+    shutil.copytree(common.run_dir("broken") / "tokenizer", run / "tokenizer")
+    whole = ["--tag=unbroken", "--source=tale", *flags]
+    pretrain.main(common.parse_settings(pretrain.Settings, "", whole))
+    a, b = (final_weights(tag, 150) for tag in ("broken", "unbroken"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_top_level_is_the_house():
@@ -3200,6 +3362,7 @@ def make_folder(root: Path) -> None:
     (deep / "loop").symlink_to(root)
     (deep / "self").symlink_to(deep / "self")
     (deep / "gone.txt").symlink_to(root / "nowhere.txt")
+    (deep / "locked.txt").symlink_to("x" * 300)  # which is an error as an inaccessible folder is
     os.mkfifo(deep / "pipe.txt")
 
 
@@ -3220,7 +3383,7 @@ def test_every_kind_of_file(base, tmp_path, capsys):
     assert dropped.pop("duplicates") > 27
     assert dropped == {
         "hidden files and folders": 2,
-        "broken links and special files": 3,
+        "broken links and special files": 4,
         "files of other kinds": 1,
         "lines of broken JSON": 2,
         "records without `text` or `content`": 2 + 1,
@@ -3632,6 +3795,23 @@ def test_hub_fetches_each_file_once(base, hub, capsys):
     assert_same(base, hub, 3)
 
 
+def test_hub_leaves_the_old_text_whole_until_the_new_is_there(base, hub):
+    fetch_shards(1)
+    folder = base / "data" / "fineweb-edu"
+    names = {"manifest.json", "train-00000.parquet", "val.parquet"}
+    old = {name: (folder / name).read_bytes() for name in names}
+    hub.files["shard_00000.parquet"] = hub.shard(77)  # another version of it
+    hub.script = {"shard_00002.parquet": ["404"]}
+    with pytest.raises(common.Stop, match="shard_00002.parquet answered 404"):
+        fetch_shards(3)
+    assert {name: (folder / name).read_bytes() for name in names} == old
+    assert [p.name for p in common.list_shards("fineweb-edu", "train")] == ["train-00000.parquet"]
+    hub.requests.clear()
+    manifest = fetch_shards(3)[0]
+    assert hub.fetched() == ["shard_00002.parquet"] and len(manifest["files"]) == 4
+    assert_same(base, hub, 3)
+
+
 def test_hub_resumes_a_cut_connection(base, hub):
     hub.script = {"shard_00000.parquet": ["cut", "drop", "cut", "ok"]}
     size = len(hub.files["shard_00000.parquet"])
@@ -3649,7 +3829,7 @@ def test_hub_resumes_what_an_earlier_process_left(base, hub):
     hub.script = {"shard_00000.parquet": ["cut"]}
     with pytest.raises(common.Stop, match="failed 1 times in a row .*run the same command again"):
         fetch_shards(tries=1)
-    assert len(list((base / "data" / "fineweb-edu").glob(".train-00000*.partial"))) == 1
+    assert len(list((base / "data" / "fineweb-edu").glob(".unused-00000*.partial"))) == 1
     hub.requests.clear()
     fetch_shards()
     assert_same(base, hub, 1)
@@ -3892,6 +4072,8 @@ BAD_LINES = {
                              {"role": "assistant", "content": "", "tool_calls": [{}]}]}).encode():
         "call of a tool that is not",
     json.dumps(talk("2+2?", grade="number")).encode(): "problem without its answer",
+    b'{"question": "2+2?", "answer": "It is <<2+2=4>>4 #### four"}': "problem without its answer",
+    b'{"prompt": "2+2?", "answer": "It is 4 #### 4"}': "message without text",
 }  # fmt: skip
 
 
@@ -3934,6 +4116,35 @@ def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
     assert files["rl"] == [talk("37*12?", grade="number", answer="444") | {"kind": "sum"}]
     assert prepare.main(own_settings(folder, name='Zoë "Z"', val_percent=5.0)) == manifest
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_problems_of_gsm8ks_form_are_solved_for_mid_and_sft_and_asked_in_rl(base, tmp_path):
+    rows = gsm8k_rows("train")[:150] + [
+        {"question": f"I had {i} eggs and got 5 more. How many now?",
+         "answer": f"{i}+5=<<{i}+5={i + 5}>>{i + 5} eggs.\n#### {i + 5}"} for i in range(60)
+    ]  # fmt: skip
+    (tmp_path / "talks").mkdir()
+    write_lines(tmp_path / "talks" / "problems.jsonl", rows)
+    write_lines(tmp_path / "talks" / "chats.jsonl", [talk(f"Is it {i}?", "Yes") for i in range(40)])
+    prepare.main(own_settings(tmp_path / "talks"))
+    files = {name: read_jsonl(base / "data/mine" / f"{name}.jsonl") for name in prepare.FILES}
+    asked = {name: [item["messages"][0]["content"] for item in files[name]] for name in files}
+    problems = dict(zip(asked["rl"], files["rl"]))
+    answers = {row["question"].strip(): row["answer"].rpartition("####")[2] for row in rows}
+    assert problems.keys() == answers.keys()
+    for question, item in problems.items():
+        assert_good_conversation(item, "user")
+        assert float(item["answer"]) == float(answers[question].replace(",", ""))
+        assert item["grade"] == "number" and "reply" not in item
+    assert files["mid"] == files["sft"]
+    for item in [*files["mid"], *files["val"]]:
+        assert_good_conversation(item)
+        if (question := item["messages"][0]["content"]) in problems:
+            said = common.reply_text(item["messages"][1]["content"])
+            assert common.grade(problems[question], said)
+    held = asked["rl"][: min(rl.Settings().val_problems, len(rows) // 10)]  # what rl validates on
+    assert len(held) >= 6 and not set(held) & set(asked["mid"])
+    assert problems.keys() - set(held) <= {*asked["mid"], *asked["val"]}
 
 
 def test_bad_lines_are_named_counted_and_skipped(base, tmp_path, capsys, monkeypatch):
@@ -3979,7 +4190,9 @@ TURN = st.fixed_dictionaries({
 
 
 @settings(max_examples=400, deadline=None)
-@given(JSON | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)}))
+@given(JSON | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
+       | st.fixed_dictionaries({"question": JSON, "answer": st.text().map("{0}####1{0}".format)})
+)  # fmt: skip
 def test_any_value_is_a_conversation_or_has_a_reason(value):
     try:
         item = prepare.own_conversation(value)
@@ -4247,10 +4460,12 @@ def test_conversations_of_the_hub_follow_the_mixture(base, chat_hub, capsys):
     assert 20 < len(talks["sft"]) < 60 and 8 < len(talks["val"]) < 32  # about 40 and 20
     problems = {name: {line for line in lines[name] if '"gsm8k"' in line} for name in lines}
     assert problems["mid"] == problems["sft"] and 2 < len(problems["val"]) < 25
-    assert len(problems["mid"] | problems["val"]) == 60
-    asked = [{item["messages"][0]["content"] for item in files[name] if item["kind"] == "gsm8k"}
-             for name in ("mid", "rl")]  # fmt: skip
-    assert asked[0] == asked[1] and all(i["answer"].isdigit() for i in files["rl"])
+    asked = {name: [i["messages"][0]["content"] for i in files[name] if i["kind"] == "gsm8k"]
+             for name in ("mid", "rl")}  # fmt: skip
+    kept = len(files["rl"]) // 10  # what rl validates on
+    assert kept > 2 and sorted(asked["mid"]) == sorted(asked["rl"][kept:])
+    assert len(problems["mid"] | problems["val"]) == 60 - kept
+    assert all(i["answer"].isdigit() for i in files["rl"])
     assert by_kind["mid"]["mmlu"] == 39 and by_kind["val"]["mmlu"] == 6  # one is of the test
     assert by_kind["sft"]["arc-easy"] == 20 and by_kind["val"]["arc-easy"] == 5
     assert 30 < by_kind["mid"]["spelling"] <= 60 and "identity" in by_kind["sft"]
@@ -4298,6 +4513,62 @@ def test_evaluation_sets_of_the_hub_are_graded_items(base, chat_hub, capsys):
     assert prepare.main(prepare.Settings(eval_data="hub"), quick_net()) == manifest
     assert "nothing to do" in capsys.readouterr().out
     assert (base / "data/eval/MMLU.jsonl").stat().st_ino == made.st_ino
+
+
+def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path):
+    core = {
+        "commonsense_reasoning/piqa": {"query": "Question: Why does ice float?\n", "gold": 0,
+                                       "choices": ["It is lighter.", "It is salty."]},
+        "commonsense_reasoning/copa": {"query": "Books", "choices": ["a", "b"], "gold": 0},
+        "language_understanding/winograd_wsc": {
+            "context_options": ["The cup fell since the cup", "The cup fell since the shelf"],
+            "continuation": "was round.", "gold": 0},
+        "reading_comprehension/squad": {
+            "context": "Context: Ann has a red barn.\nQuestion: Who has a barn?\nAnswer:",
+            "continuation": "Ann"},
+        "symbolic_problem_solving/bigbench_dyck_languages": {
+            "context": "Close them.\nInput: [ <\nOutput:", "continuation": "> ]"},
+    }  # fmt: skip
+    chat_hub.plain["eval_bundle.zip"] = core_zip(
+        [(f"eval_bundle/eval_data/{name}.jsonl", json.dumps(row)) for name, row in core.items()]
+    )
+    prepare.main(prepare.Settings(eval_data="hub"), quick_net())
+    sets = {p.stem: read_jsonl(p) for p in (base / "data/eval").glob("*.jsonl")}
+    asked = [items[-1]["messages"][0]["content"].upper() for items in sets.values()]
+    asked += ["why does ice float", "The cup fell since the shelf was round!"]
+    asked += [row["context"] for row in core.values() if "context" in row]
+    assert len(sets) == 6 and len(asked) == 10
+    planted = [talk("Hi", "Hello!", text, "Sure.") for text in asked]
+    fine = ["Close them.\nInput: [ (\nOutput:", "Question", "Answer: ?", "What is the cup?", "Books?",
+            "Context: Ann has a red barn.\nQuestion: What colour is it?\nAnswer:"]  # fmt: skip
+    rows = planted + [talk(text, "Sure.") for text in fine]
+    test = sets["GSM8K"][0]
+    problems = [{"question": test["messages"][0]["content"], "answer": "#### 905"},
+                talk("What is 2+2?", grade="number", answer="4"),
+                {key: test[key] for key in ("messages", "grade", "answer")}]  # fmt: skip
+    write_lines(tmp_path / "mine.jsonl", rows + problems)
+    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
+    assert dropped == {"questions of the evaluation sets": len(planted) + 2}
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    chat_hub.repos["HuggingFaceTB/smol-smoltalk"]["data/train-smol-1.parquet"] = out.getvalue()
+    dropped = fetch_chat()[0]["dropped"]
+    assert dropped["questions of the evaluation sets"] == len(planted) + 2  # two are in the others
+
+    def plain(text):
+        return "".join(text.casefold().split()).removeprefix("question:")
+
+    for folder in ("mine", "chat"):
+        items = [
+            i for name in prepare.FILES for i in read_jsonl(base / f"data/{folder}/{name}.jsonl")
+        ]
+        said = {plain(m["content"]) for i in items for m in i["messages"] if m["role"] == "user"}
+        assert set(map(plain, fine)) <= said, folder
+        assert not set(map(plain, asked)) & said, folder
+    # what is asked later counts too: the same conversations are then made anew
+    write_lines(base / "data/eval/New.jsonl", [{**test, **talk("What is the cup?")}])
+    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
+    assert dropped == {"questions of the evaluation sets": len(planted) + 3}
 
 
 def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub):
