@@ -399,7 +399,7 @@ def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_pat
     (tmp_path / "tale.txt").write_text("".join(draw.choices(SENTENCES, k=3000)))
     monkeypatch.setenv("NANOCHAT_PYTHON", sys.executable)
     flags = ["--depth=2", "--max-seq-len=64", "--total-batch-size=256", "--device-batch-size=2",
-             "--num-iterations=150", "--save-every=10", "--eval-every=0", "--bigram-steps=5",
+             "--num-iterations=100", "--save-every=10", "--eval-every=0", "--bigram-steps=5",
              "--compile=no", "--device=cpu", "--dtype=float32"]  # fmt: skip
     words = ["--tier=cpu", f"--data={tmp_path / 'tale.txt'}", "--tag=broken", "--vocab-size=300",
              "eval:--device=cpu", "eval:--task=bpb", *flags]  # fmt: skip
@@ -414,7 +414,7 @@ def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     steps = [path.name for path in common.list_checkpoints("broken", "base")]
-    assert steps and "step-000150" not in steps
+    assert steps and "step-000100" not in steps
     out = run_sh(*words)
     assert "prepare: " in out and "nothing to do" in out and "going on from " in out
     assert "have the model complete a text" in out
@@ -423,7 +423,7 @@ def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_pat
     shutil.copytree(common.run_dir("broken") / "tokenizer", run / "tokenizer")
     whole = ["--tag=unbroken", "--source=tale", *flags]
     pretrain.main(common.parse_settings(pretrain.Settings, "", whole))
-    a, b = (final_weights(tag, 150) for tag in ("broken", "unbroken"))
+    a, b = (final_weights(tag, 100) for tag in ("broken", "unbroken"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
