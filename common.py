@@ -2050,7 +2050,7 @@ def write_rows(rows: Iterable[list[int]], T: int, bos: int, dtype: Any, out: Pat
     """Write rows of at most T + 1 ids as an array, filled up with bos, beside and renamed."""
     arrays = [np.array(row + [bos] * (T + 1 - len(row)), dtype) for row in rows]
     with written_beside(out) as beside, open(beside, "wb") as file:
-        plain: Any = SimpleNamespace(write=file.write)  # into a file numpy writes past a full disk
+        plain: Any = SimpleNamespace(write=file.write)  # numpy's own way may miss a full disk
         np.save(plain, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
 
 

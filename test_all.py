@@ -1831,6 +1831,18 @@ def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source,
     )
 
 
+def test_rows_whose_end_finds_no_room_are_an_error(tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, before[1]))  # of 2108 bytes
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            common.write_rows([[7] * 33] * 30, 32, 0, np.uint16, tmp_path / "rows.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
 def test_filling_is_never_a_target(text_source, tokenizer):
     rows = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
     ids, targets = rows.gather(np.array([len(rows) - 1, -1]))
