@@ -388,24 +388,30 @@ def can_compile(device: torch.device) -> bool:
     return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
 
 
-def compile_or_not(run: Run, saved: dict[str, Any], seconds: float) -> bool:
-    """Decide on torch.compile, and say it: yes, no, or auto as saved, else where it is earned back.
+def compile_choice(run: Run, saved: dict[str, Any]) -> str:
+    """Return --compile: yes, no, or auto, which in a run that goes on is what it was."""
+    if run.settings.compile != "auto" or "compiled" not in saved:
+        return run.settings.compile
+    return "yes" if saved["compiled"] else "no"
+
+
+def compile_or_not(
+    choice: str, seconds: float, device: torch.device, say: Callable[[str], None]
+) -> bool:
+    """Decide on torch.compile, and say it: yes, no, or auto where the run earns it back.
 
     seconds is the run's estimated length without it. Compiling saves about a fifth of it and
     costs about a minute (README, Choices).
     """
-    choice = run.settings.compile
-    if choice == "auto" and "compiled" in saved:
-        choice = "yes" if saved["compiled"] else "no"
     if choice == "no" or (choice == "auto" and seconds < 300):
         short = f": a run of about {format_duration(seconds)} would not earn it back"
-        run.say(f"compile: off{short if choice == 'auto' else ''}")
+        say(f"compile: off{short if choice == 'auto' else ''}")
         return False
-    if not can_compile(run.device):
-        need = "Triton" if run.device.type == "cuda" else "a C++ compiler"
-        run.say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
+    if not can_compile(device):
+        need = "Triton" if device.type == "cuda" else "a C++ compiler"
+        say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
         return False
-    run.say("compile: on: the first step takes a minute or so")
+    say("compile: on: the first step takes a minute or so")
     return True
 
 
@@ -3078,8 +3084,10 @@ def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> 
         picked = torch.minimum(picked, torch.searchsorted(sums, total))
         if filtered:  # from the place in the order to the id: the n-th of those with this value
             value = top.gather(1, picked)
-            n = picked - (top > value).sum(-1, keepdim=True) + 1
-            picked = torch.searchsorted((z == value).cumsum(-1), n)
+            n = picked - (top > value).sum(-1, keepdim=True)
+            equal_rows, equal_ids = (z == value).nonzero().t().contiguous()  # in order
+            begins = torch.searchsorted(equal_rows, torch.arange(len(rows), device=z.device))
+            picked = equal_ids[begins[:, None] + n]
         chosen[rows] = picked[:, 0]
     return chosen.tolist()
 

@@ -41,6 +41,7 @@ from common import (
     check_data,
     check_name,
     choose_micro_batch,
+    compile_choice,
     compile_or_not,
     evaluate_bpb,
     format_count,
@@ -469,7 +470,7 @@ def main(settings: Settings) -> dict:
         peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
         describe(run, config, horizon, micro, dtype, peak)
         seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.3)
-        compiled = compile_or_not(run, saved, seconds)
+        compiled = compile_or_not(compile_choice(run, saved), seconds, run.device, run.say)
 
         model = GPT.create(config, run.device, dtype)
         model.recompute = settings.recompute

@@ -93,7 +93,9 @@ class Settings:
     max_connections: int = setting(256, "open connections")
     max_body_bytes: int = setting(1 << 20, "size of a request's body")
     max_messages: int = setting(500, "messages of a conversation")
-    max_chars: int = setting(0, "characters of a conversation or prompt; 0 = 16 a token of context")
+    max_input_chars: int = setting(
+        0, "characters of a conversation or prompt; 0 = 16 a token of context"
+    )
     max_choices: int = setting(8, "answers to one request (n)")
     timeout_s: float = setting(30.0, "seconds that a request may take to arrive, a client to read")
     drain_s: float = setting(60.0, "seconds in which running answers may end after SIGTERM")
@@ -121,8 +123,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
         if not 0 <= self.port < 65536 or self.timeout_s <= 0:
             raise ValueError("--port must be from 0 to 65535, --timeout-s above 0")
-        if self.max_waiting < 0 or self.max_chars < 0:
-            raise ValueError("--max-waiting and --max-chars must be 0 or more")
+        if self.max_waiting < 0 or self.max_input_chars < 0:
+            raise ValueError("--max-waiting and --max-input-chars must be 0 or more")
         if self.export and self.int8:
             raise ValueError("--export writes whole weights: leave --int8 out")
         if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
@@ -656,7 +658,7 @@ class Model:
 
     def max_chars(self, settings: Settings) -> int:
         """Return how many characters are tokenized for one answer."""
-        return settings.max_chars or 16 * self.context
+        return settings.max_input_chars or 16 * self.context
 
 
 class Server(http.server.ThreadingHTTPServer):

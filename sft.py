@@ -27,6 +27,7 @@ from common import (
     check_data,
     check_name,
     choose_micro_batch,
+    compile_choice,
     compile_or_not,
     continue_stage,
     conversation_rows,
@@ -146,7 +147,7 @@ def main(settings: Settings) -> dict:
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()
         seconds = num_steps * batch_rows * T * flops / (peak * run.world_size * 0.3)
-        compiled = compile_or_not(run, saved, seconds)
+        compiled = compile_or_not(compile_choice(run, saved), seconds, run.device, run.say)
         model, optimizer = continue_stage(run, parent, newest, compiled, dtype, settings.warm_start)
         forward = torch.compile(model, dynamic=False) if compiled else model
 
