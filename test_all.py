@@ -1813,7 +1813,7 @@ def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source,
             print(f"rank {{rank}} ended: {{stop}}\\n", end="", flush=True)  # in one piece
         """,
         )
-        ended = re.findall(r"^rank [01] ended: (.*)$", capfd.readouterr().out, re.MULTILINE)
+        ended = re.findall(r"rank [01] ended: (.*)", capfd.readouterr().out)
         assert len(ended) == 2 and ended[0] == ended[1]
         return ended[0]
 
