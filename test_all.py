@@ -9093,6 +9093,16 @@ def opened(chromium, url, **options):
     context.close()
 
 
+@contextlib.contextmanager
+def talking(tokenizer, chromium, model, slots, **options):
+    """A server of a model and its page; yields the server, its address and the page."""
+    with (
+        serving(tokenizer, slots, model, **options) as (server, url),
+        opened(chromium, url) as page,
+    ):
+        yield server, url, page
+
+
 def answered(page, number):
     """Wait for the answer with this number to be whole; return its element."""
     article = page.locator("article.assistant").nth(number)
@@ -9124,10 +9134,7 @@ def cut(monkeypatch):
 @pytest.mark.browser
 def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
     model = Talker(tokenizer, answer_script(tokenizer), pause=0.01)
-    with (
-        serving(tokenizer, 2, model, max_tokens=400) as (_, url),
-        opened(chromium, url) as page,
-    ):
+    with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
         page.fill("#text", "<img src=x onerror=\"document.title='owned'\">")
         page.press("#text", "Enter")
         said = page.locator("article.assistant .said")
@@ -9191,9 +9198,10 @@ def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
 @pytest.mark.browser
 def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, cut):
     model = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
-    with (
-        serving(tokenizer, 1, model, max_tokens=900, max_waiting=0) as (server, url),
-        opened(chromium, url) as page,
+    with talking(tokenizer, chromium, model, 1, max_tokens=900, max_waiting=0) as (
+        server,
+        url,
+        page,
     ):
         page.fill("#text", "Go")
         page.press("#text", "Enter")
@@ -9264,10 +9272,7 @@ def test_the_page_fits_phones_and_wide_screens_in_light_and_dark(
 @pytest.mark.browser
 def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with (
-        serving(tokenizer, 2, model, max_tokens=99) as (_, url),
-        opened(chromium, url) as page,
-    ):
+    with talking(tokenizer, chromium, model, 2, max_tokens=99) as (_, url, page):
         other = page.context.new_page()
         other.goto(url)
         for tab, text in ((page, "First"), (other, "Second")):
@@ -9312,10 +9317,7 @@ def test_conversations_of_an_earlier_page_are_taken_over(served, chromium):
 @pytest.mark.browser
 def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with (
-        serving(tokenizer, 1, model, max_tokens=99) as (_, url),
-        opened(chromium, url) as page,
-    ):
+    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
         for i, text in enumerate(("One", "Two")):
             send(page, text)
             answered(page, i)
@@ -9390,9 +9392,10 @@ SOON = "const real = setInterval; window.setInterval = (f, ms) => real(f, ms / 5
 @pytest.mark.browser
 def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, base_dir):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with (
-        serving(tokenizer, 1, model, max_tokens=99, api_key="secret") as (server, url),
-        opened(chromium, url) as page,
+    with talking(tokenizer, chromium, model, 1, max_tokens=99, api_key="secret") as (
+        server,
+        _,
+        page,
     ):
         page.add_init_script(SOON)
         page.reload()
@@ -9425,9 +9428,10 @@ def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, b
 @pytest.mark.browser
 def test_the_page_says_what_it_cannot_do(tokenizer, chromium, base_dir):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with (
-        serving(tokenizer, 1, model, max_tokens=99, max_waiting=0) as (server, url),
-        opened(chromium, url) as page,
+    with talking(tokenizer, chromium, model, 1, max_tokens=99, max_waiting=0) as (
+        server,
+        url,
+        page,
     ):
         notice = page.locator("#notice")
         page.get_by_text("This is t-sft").wait_for()
@@ -9516,10 +9520,7 @@ def test_answers_are_copied_exported_and_their_tables_drawn(tokenizer, chromium)
 def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
     script = [*tokenizer.encode("word " * 60), tokenizer.specials["<|assistant_end|>"]]
     model = Talker(tokenizer, script, pause=0.02)
-    with (
-        serving(tokenizer, 2, model, max_tokens=400) as (_, url),
-        opened(chromium, url) as page,
-    ):
+    with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
         send(page, "Other")
         page.click("#send")  # stop
         page.get_by_text("stopped").wait_for()
