@@ -155,7 +155,10 @@ def main(settings: Settings) -> dict:
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()
         seconds = num_steps * batch_rows * T * flops / (peak * run.world_size * 0.3)
-        compiled = compile_or_not(compile_choice(run, saved), seconds, run.device, run.say)
+        compiled = compile_or_not(
+            compile_choice(run, saved), seconds, run.device, run.say,
+            before=base["compiled"] and micro == base["micro_batch"],
+        )  # fmt: skip
         model, optimizer = continue_stage(run, parent, newest, compiled, dtype, settings.warm_start)
         forward = torch.compile(model, dynamic=False) if compiled else model
 

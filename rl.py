@@ -342,6 +342,7 @@ def main(settings: Settings) -> dict:
         copy = GPT.create(model.config, run.device, dtype)
         copy.load_state_dict(model.state_dict())
         engine = Engine(copy, tokenizer, settings.slots)
+        engine.expect(num_steps * most * settings.max_tokens)
 
         def compute_loss(batch: WeightedBatch) -> Tensor:
             return model(batch.ids, batch.targets, batch.weights)

@@ -265,7 +265,7 @@ def commands_of(stage, *words):
     return [settings for name, settings in commands(*words) if name == stage]
 
 
-TIERS = ["cpu", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
+TIERS = ["cpu", "cpu-bf16", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
 
 
 def test_every_action_and_tier_of_run_sh_prints_its_commands():
@@ -286,7 +286,7 @@ def test_every_action_and_tier_of_run_sh_prints_its_commands():
     [
         (["tset"], "tset is not an action; choose one of: all setup"),
         (["learn"], "learn follows bench"),
-        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-amx laptop"),
+        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-amx"),
         (["--data=wrld"], "--data=wrld: no such file or folder, nor world, hub or climbmix"),
         (["--conversations=nowhere.jsonl"], "no such file, nor world or hub"),
         (["setup", "--teir=cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
@@ -333,6 +333,22 @@ def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards,
         smi.write_text("#!/bin/sh\nexit 9\n")  # no driver
         monkeypatch.setenv("NANOCHAT_PYTHON", "false")
         assert "wants GPUs, and nvidia-smi shows none" in run_sh(f"--tier={tier}", code=2)
+
+
+@pytest.mark.parametrize(
+    ("features", "tier"),
+    [("avx2", "cpu"), ("avx2 avx512_bf16", "cpu-bf16"), ("avx512_bf16 amx_bf16", "cpu-amx")],
+)
+def test_run_sh_takes_the_tier_that_fits_the_processor(tmp_path, monkeypatch, features, tier):
+    if sys.platform == "darwin":
+        pytest.skip("run.sh takes mps there")
+    flags = f'case "$*" in *cpuinfo) case " {features} " in *" $2 "*) exit;; esac; exit 1;; esac'
+    stubs = {"nvidia-smi": "exit 9", "grep": f'{flags}\nexec {shutil.which("grep")} "$@"'}
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert run_sh("--dry-run") == run_sh("--dry-run", f"--tier={tier}")
 
 
 def test_run_sh_gives_the_name_to_what_makes_the_conversations():
@@ -920,7 +936,7 @@ def test_one_name_is_one_setting_in_every_stage():
 
 
 def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
-    for ratio, dtype in ((0.002, torch.float32), (1.5, torch.float32), (4, torch.bfloat16)):
+    for ratio, dtype in ((0.002, torch.float32), (1.2, torch.float32), (1.9, torch.bfloat16)):
         rates = {torch.float32: 1e11, torch.bfloat16: ratio * 1e11}
         monkeypatch.setattr(common, "measure_matmul", lambda dev, dt, n, r=rates: r[dt])
         common.pick_dtype.cache_clear()
@@ -966,6 +982,26 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
     assert not compiles("auto", 1e6, {"compiled": False}) and compiles(
         "yes", 1, {"compiled": False}
     )
+    for seconds in (30, 100):  # where a former stage was compiled it costs less
+        assert common.compile_or_not("auto", seconds, CPU, print, before=True) == (seconds > 60)
+
+
+def test_an_engine_compiles_for_much_work_alone_and_works_without(tokenizer, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("no room")
+
+    engine, asked = common.Engine(random_model(), tokenizer), []
+    monkeypatch.setattr(engine, "compile", lambda: asked.append(1))
+    monkeypatch.setattr(common, "can_compile", lambda device: True)
+    engine.expect(common.MANY_TOKENS - 1)
+    assert not asked
+    engine.expect(common.MANY_TOKENS)
+    assert asked
+    monkeypatch.setattr(engine, "compile", fail)
+    engine.expect(common.MANY_TOKENS)
+    assert "going on without" in capsys.readouterr().out
+    monkeypatch.setattr(common, "can_compile", lambda device: False)
+    engine.expect(common.MANY_TOKENS)
 
 
 @pytest.mark.parametrize(
@@ -1406,6 +1442,20 @@ def test_a_layer_with_a_window_keeps_that_and_a_prefix_is_used_where_it_is_held(
         logits = model.logits(model.hidden(rest, cache.part(1, 2)))
         whole = model(torch.cat((ids[:, :n], rest), 1))[:, n:]
         torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("T", [7, 128, 300])
+def test_attention_in_products_is_torchs_own(T):
+    mine = [torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3)]
+    plain = [x.detach().clone().requires_grad_() for x in mine]
+    weights = torch.randn(2, 3, T, 8)
+    y = common.attend_in_products(*mine)
+    expected = F.scaled_dot_product_attention(*plain, is_causal=True)
+    (y * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(mine, plain):
+        torch.testing.assert_close(a.grad, b.grad)
 
 
 def test_rows_of_unequal_length_go_on_by_several_positions(spare):
