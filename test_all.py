@@ -112,6 +112,13 @@ def TOKENIZER():
     return common.Tokenizer(nanochat_bpe.PATTERN, merges)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """Let what the tests start hear Ctrl-C: a shell's background jobs inherit that it is ignored."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def tokenizer():
     fresh = TOKENIZER()
