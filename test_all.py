@@ -6187,8 +6187,8 @@ def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shar
     assert codes == [0, 0], said
     a, b = base_losses("u"), base_losses("t")
     assert a.keys() == b.keys() and len(a) == 20
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=1e-3)
+    for step in a:  # what rounds otherwise grows from step to step, a fault is there at once
+        assert a[step] == pytest.approx(b[step], abs=5e-4 if step <= 5 else 5e-3)
     rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
     assert [path.read_bytes() for path in rows[0]] == [path.read_bytes() for path in rows[1]] != []
 
