@@ -342,6 +342,19 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: in
     return 2 * n**3 / best
 
 
+def matmul_ratio(device: torch.device, n: int, rounds: int) -> float:
+    """Measure how many times as fast bf16's products of n x n matrices are as fp32's.
+
+    They take turns: on a busy machine a thread that waits for its core makes any of them slow.
+    """
+    rates = [
+        [measure_matmul(device, dtype, n, 1) for dtype in (torch.bfloat16, torch.float32)]
+        for _ in range(rounds)
+    ]
+    bf16, fp32 = map(max, zip(*rates, strict=True))
+    return bf16 / fp32
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the matmul peak in FLOP/s: the maker's bf16 figure, else measured here."""
     if device.type == "cuda" and dtype == torch.bfloat16:
@@ -368,11 +381,8 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
             return torch.float16
         fast = capability >= (8, 0)
     elif device.type == "cpu":
-        fast = all(
-            measure_matmul(device, torch.bfloat16, n)
-            > factor * measure_matmul(device, torch.float32, n)
-            for n, factor in ((128, 0.3), (1024, 1.5))
-        )
+        fast = all(matmul_ratio(device, n, 4) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
+        fast = any_rank(fast, device)  # each has timed by itself, beside the others
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
@@ -3261,6 +3271,10 @@ class Engine:
         """Prepare to generate up to so many tokens: where it pays, compile the step of a CPU."""
         if tokens < MANY_TOKENS or self.device.type != "cpu" or not can_compile(self.device):
             return
+        self.try_to_compile(say)
+
+    def try_to_compile(self, say: Callable[[str], None]) -> None:
+        """Compile the step, or say that this failed: the engine works without."""
         try:
             self.compile()
         except (RuntimeError, OSError) as error:

@@ -1277,11 +1277,12 @@ def load(settings: Settings) -> tuple[Engine, str]:
     # a minute of compiling brings a small model, which is fast enough, nothing that is noticed
     pays = device.type == "cuda" or model.config.num_params() > 5e7
     choice = {"auto": "yes" if pays else "no"}.get(settings.compile, settings.compile)
-    if compile_or_not(choice, 0, device, lambda text: print(f"serve: {text}", flush=True)):
-        try:
-            engine.compile()
-        except (RuntimeError, OSError) as error:
-            print(f"serve: compile: failed ({type(error).__name__}), going on without")
+
+    def say(text: str) -> None:
+        print(f"serve: {text}", flush=True)
+
+    if compile_or_not(choice, 0, device, say):
+        engine.try_to_compile(say)
     return engine, stage
 
 

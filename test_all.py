@@ -945,7 +945,7 @@ def test_one_name_is_one_setting_in_every_stage():
 def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
     for ratio, dtype in ((0.002, torch.float32), (1.2, torch.float32), (1.9, torch.bfloat16)):
         rates = {torch.float32: 1e11, torch.bfloat16: ratio * 1e11}
-        monkeypatch.setattr(common, "measure_matmul", lambda dev, dt, n, r=rates: r[dt])
+        monkeypatch.setattr(common, "measure_matmul", lambda dev, dt, n, _, r=rates: r[dt])
         common.pick_dtype.cache_clear()
         assert common.pick_dtype(CPU) == dtype
     monkeypatch.setattr(common, "measure_matmul", lambda *_: 1 / 0)
@@ -6187,8 +6187,8 @@ def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shar
     assert codes == [0, 0], said
     a, b = base_losses("u"), base_losses("t")
     assert a.keys() == b.keys() and len(a) == 20
-    for step in a:  # what rounds otherwise grows from step to step, a fault is there at once
-        assert a[step] == pytest.approx(b[step], abs=5e-4 if step <= 5 else 5e-3)
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=1e-3)
     rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
     assert [path.read_bytes() for path in rows[0]] == [path.read_bytes() for path in rows[1]] != []
 
@@ -6517,11 +6517,18 @@ def test_all_samples_are_used_whatever_the_micro_batch(tokenizer):
 
 
 def test_rl_learns_what_is_rewarded(chat_run):
+    words = "red blue green tan".split()  # of which the model knows no reason to prefer one
+    folder = common.data_dir(chat_run)
+    write_lines(folder / "mid.jsonl", [one_turn("Say it.", f"A {word} one.") for word in words * 8])
+    problem = {"messages": one_turn("Say it.", "")["messages"][:1], "grade": "text",
+               "answer": "tan", "accept": ["tan"], "reject": [], "kind": "problem"}  # fmt: skip
+    write_lines(folder / "rl.jsonl", [problem] * 30)
+    midtrain.main(midtrain.Settings(tag="t", **OFTEN, num_iterations=100))
     run_stage("rl", "t", num_iterations=30, problems_per_step=4, num_samples=8,
                               lr_scale=1.0, warmdown=0.0, save_every=0)  # fmt: skip
     lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
     rates = [x["pass_at_1"] for x in lines if x["stage"] == "rl" and "pass_at_1" in x]
-    assert sum(rates[-5:]) / 5 > sum(rates[:5]) / 5 + 0.1
+    assert rates[0] < 0.7 and sum(rates[-5:]) / 5 > 0.9
 
 
 def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
