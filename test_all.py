@@ -159,7 +159,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_ranks(world_size, code, timeout_s=120):
+def run_ranks(world_size, code, timeout_s=120, folder=HERE):
     """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand."""
     script = "import os, sys, torch, test_all, common, midtrain, pretrain, rl, sft\nrank = int(os.environ['RANK'])\n"
     if "main(" not in code:
@@ -173,7 +173,7 @@ def run_ranks(world_size, code, timeout_s=120):
         env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
                "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
                "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, "-c", script], cwd=HERE, env=env))
+        processes.append(subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=env))
     codes = [process.wait(timeout_s) for process in processes]
     assert codes == [0] * world_size
 
@@ -6012,6 +6012,31 @@ def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
     pretrain.main(tiny_pretrain())  # one rank goes on from what several saved
     for step, loss in base_losses("t").items():
         assert loss == pytest.approx(a[step], abs=1e-3)
+
+
+def test_ranks_differ_by_rounding_alone(tiny_run, tmp_path):
+    """The same code with fp64 for fp32 and bf16: what is left of a difference is a fault."""
+    folder = tmp_path / "doubles"
+    folder.mkdir()
+    for path in HERE.glob("*.py"):
+        text = re.sub(r"torch\.(float32|bfloat16)\b", "torch.float64", path.read_text("utf-8"))
+        text = text.replace(".float()", ".double()")
+        if path.name == "common.py":
+            head = "\nimport torch\n"
+            assert text.count(head) == 1
+            text = text.replace(head, f"{head}torch.set_default_dtype(torch.float64)\n")
+        (folder / path.name).write_text(text, "utf-8")
+    losses = []
+    for world_size in (1, 2, 3):
+        options = dataclasses.asdict(tiny_pretrain(dtype="float64", num_iterations=20))
+        code = f"pretrain.main(pretrain.Settings(**{options!r}))"
+        run_ranks(world_size, code, folder=folder)
+        losses.append(base_losses())
+        shutil.rmtree(common.run_dir("t") / "base")
+        (common.run_dir("t") / "metrics.jsonl").unlink()
+    assert len(losses[0]) == 20 and losses[0].keys() == losses[1].keys() == losses[2].keys()
+    for step, loss in losses[0].items():
+        assert [x[step] for x in losses] == pytest.approx([loss] * 3, abs=1e-9)
 
 
 def test_a_run_goes_on_with_1_2_3_and_1_ranks_as_if_unbroken(tiny_run):
