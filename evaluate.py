@@ -853,17 +853,28 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
     """Train depths 4 and 6 for equal times, with and without each choice; compare bits per byte.
 
     The pace of each is measured first; vocabulary and text are those of the run's tokenizer.
+    What was measured is kept until the table is whole: stopped, it goes on from there.
     """
     table: dict[str, list[dict]] = {}
     Tokenizer.load(run_dir(run.tag) / "tokenizer")  # raises where there is none
+    path = run_dir(run.tag) / "learning.json"
+    kept: dict[str, dict] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    if kept:
+        run.say(f"bench: going on after {len(kept)} runs; without {path} it would begin anew")
+
+    def train(tag: str, depth: int, steps: int, flags: list[str]) -> dict:
+        if tag not in kept:
+            kept[tag] = train_for_bench(run, tag, depth, steps, flags)
+            write_json(path, kept)
+        return kept[tag]
 
     def measure(depth: int, name: str, seconds: float, flags: list[str], seeds: int) -> None:
         tag = f"{run.tag}-d{depth}-{seconds:.0f}s-{re.sub('[^a-z]+', '-', name)}"
-        pace = train_for_bench(run, f"{tag}-pace", depth, PACE_STEPS, flags)
+        pace = train(f"{tag}-pace", depth, PACE_STEPS, flags)
         steps = max(PACE_STEPS, round(seconds / pace["seconds"] * PACE_STEPS))
         for seed in range(seeds):
             seeded = [*flags, f"--seed={seed}"]
-            measures = train_for_bench(run, f"{tag}-{seed}", depth, steps, seeded)
+            measures = train(f"{tag}-{seed}", depth, steps, seeded)
             table.setdefault(f"depth {depth}, {seconds:.0f} s, {name}", []).append(measures)
 
     for depth in (4, 6):
@@ -881,6 +892,7 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
         run.say(f"| {name} | {len(runs)} | {mean['tokens']:,.0f} | {mean['seconds']:.0f} | "
                 f"{mean['bpb']:.3f}{spread} |")  # fmt: skip
     update_bench(run, {"learning": table})
+    path.unlink()
     return table
 
 

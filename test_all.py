@@ -2782,10 +2782,13 @@ def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_
 
 
 def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatch, capsys):
-    asked = []
+    asked, stopped = [], []
 
     def train(run, tag, depth, steps, flags):
         """Stand in for training: smears cost time, values gain a tenth, seeds differ a little."""
+        if len(asked) == 5 and not stopped:
+            stopped.append(tag)
+            raise KeyboardInterrupt
         asked.append((tag, depth, steps, flags))
         pace = 0.5 if "--no-smear" in flags else 1.0
         seed = next((int(f[-1]) for f in flags if f.startswith("--seed")), 0)
@@ -2794,8 +2797,11 @@ def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatc
 
     monkeypatch.setattr(evaluate, "train_for_bench", train)
     settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(settings)
     table = evaluate.main(settings)
     out = capsys.readouterr().out
+    assert "going on after 5 runs" in out
     assert "| depth 6, 480 s, all choices | 3 | 983,040 | 480 | 2.010 (2.000 to 2.020) |" in out
     assert "| depth 4, 120 s, without smear | 1 | 491,520 | 120 | 2.000 |" in out
     assert "| depth 4, 120 s, without value embeddings | 1 | 245,760 | 120 | 2.100 |" in out
@@ -2805,6 +2811,8 @@ def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatc
     fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
     assert {re.sub("^--(no-)?|=.*", "", flag) for flag in left_out} < fields
     assert len(left_out) == len(evaluate.LEFT_OUT)
+    evaluate.main(settings)
+    assert len({tag for tag, *_ in asked}) * 2 == len(asked), "once whole, it begins anew"
 
 
 @pytest.mark.slow
