@@ -2797,7 +2797,7 @@ def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatc
 
     monkeypatch.setattr(evaluate, "train_for_bench", train)
     settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(common.Stop):
         evaluate.main(settings)
     table = evaluate.main(settings)
     out = capsys.readouterr().out
