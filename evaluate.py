@@ -770,6 +770,8 @@ def run_stage(run: Run, stage: str, tag: str, *flags: str) -> list[dict[str, Any
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, errors="replace")
     if done.returncode:
         raise Stop(f"{shlex.join(command)} failed:\n{done.stdout[-1000:]}")
+    if run.stopping:  # the stage has heard it too, and ended early
+        raise Stop("bench: stopped; run the same command again")
     return training_log(tag, "base" if stage == "pretrain" else stage)
 
 
@@ -782,6 +784,8 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
     )  # fmt: skip
     times = [(line["step"], line["time"]) for line in logged if "loss" in line]
     (first, began), (last, ended) = times[1], times[-1]  # the first is of a step that compiled
+    if last != steps:
+        raise Stop(f"bench: {tag} was stopped at step {last}; run the same command again")
     return {
         "steps": steps,
         "tokens": steps * BATCH_TOKENS,

@@ -2815,6 +2815,24 @@ def test_the_comparison_of_choices_gives_each_the_same_time(tiny_run, monkeypatc
     assert len({tag for tag, *_ in asked}) * 2 == len(asked), "once whole, it begins anew"
 
 
+def test_a_training_that_was_stopped_is_no_measure(tiny_run, monkeypatch):
+    def stopped(command, **options):
+        run.stopping = True  # Ctrl-C in a terminal reaches this program and the stage
+        return subprocess.CompletedProcess(command, 0, "")
+
+    run = common.Run("eval", "t", None, CPU, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", stopped)
+        with pytest.raises(common.Stop, match="run the same command again"):
+            evaluate.run_stage(run, "pretrain", "t-one")
+    lines = [{"step": step, "time": step / 2, "loss": 1.0} for step in (1, 10, 20, 23)]
+    lines.append({"step": 0, "time": 0, "val_bpb": 2.0})
+    monkeypatch.setattr(evaluate, "run_stage", lambda *_: lines)
+    assert evaluate.train_for_bench(run, "t-one", 1, 23, [])["bpb"] == 2.0
+    with pytest.raises(common.Stop, match="stopped at step 23"):
+        evaluate.train_for_bench(run, "t-one", 1, 40, [])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 def test_a_model_is_trained_for_the_comparison(tiny_run):
