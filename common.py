@@ -342,14 +342,14 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: in
     return 2 * n**3 / best
 
 
-def matmul_ratio(device: torch.device, n: int, rounds: int) -> float:
+def matmul_ratio(device: torch.device, n: int) -> float:
     """Measure how many times as fast bf16's products of n x n matrices are as fp32's.
 
     They take turns: on a busy machine a thread that waits for its core makes any of them slow.
     """
     rates = [
         [measure_matmul(device, dtype, n, 1) for dtype in (torch.bfloat16, torch.float32)]
-        for _ in range(rounds)
+        for _ in range(4)
     ]
     bf16, fp32 = map(max, zip(*rates, strict=True))
     return bf16 / fp32
@@ -381,7 +381,7 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
             return torch.float16
         fast = capability >= (8, 0)
     elif device.type == "cpu":
-        fast = all(matmul_ratio(device, n, 4) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
+        fast = all(matmul_ratio(device, n) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
         fast = any_rank(fast, device)  # each has timed by itself, beside the others
     else:
         fast = False

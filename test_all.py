@@ -687,19 +687,24 @@ def test_documents_are_boundaries_and_short_text_gives_fewer_merges():
     assert nanochat_bpe.train([], 300) == nanochat_bpe.train(["", ""], 300, 3) == []
 
 
+PEAK = """
+import resource
+def peak():  # Linux's getrusage counts the process that started this one, too
+    try:
+        return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+"""
+
+
 def test_text_is_streamed():
     """200 MB pass through a generator and leave no trace in the memory of the process."""
     program = """if True:
-        import random, resource, nanochat_bpe
+        import itertools, random, nanochat_bpe
         letters = [*b"etaoinshrdlu    "] * 16
         def documents():
             for i in range(200):
                 yield random.Random(i % 3).randbytes(1_000_000).translate(bytes(letters)).decode()
-        def peak():  # Linux's getrusage counts the process that started this one, too
-            try:
-                return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
-            except OSError:
-                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         nanochat_bpe.train(itertools.islice(documents(), 9), 300, 2)
         before = peak()
         nanochat_bpe.train(DOCUMENTS, 300, 2)
@@ -707,7 +712,7 @@ def test_text_is_streamed():
     """
 
     def growth(texts):
-        code = "import itertools\n" + program.replace("DOCUMENTS", texts)
+        code = PEAK + program.replace("DOCUMENTS", texts)
         output = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
         ).stdout
@@ -810,10 +815,7 @@ while size < 1e8:
                 size += len(texts[-1])
 start = time.perf_counter()
 {call}
-seconds = time.perf_counter() - start
-# getrusage would count the process that started this one, before it became this program
-status = pathlib.Path("/proc/self/status").read_text()
-print(seconds, status.partition("VmHWM:")[2].split()[0])
+print(time.perf_counter() - start, peak())
 """
 
 
@@ -821,13 +823,11 @@ print(seconds, status.partition("VmHWM:")[2].split()[0])
 def test_training_is_faster_than_other_packages_at_no_more_memory():
     pytest.importorskip("rustbpe")
     pytest.importorskip("tokenizers")
-    if not Path("/proc/self/status").exists():
-        pytest.skip("peaks of memory are read from /proc")
     if not (SHARED / "text").is_dir():
         pytest.skip(f"{SHARED} is not there")
     runs = collections.defaultdict(list)
     for package in [*TRAINERS] * 3:
-        code = RACE.format(package=package, call=TRAINERS[package])
+        code = PEAK + RACE.format(package=package, call=TRAINERS[package])
         out = subprocess.run([sys.executable, "-c", code, str(SHARED / "text")], check=True,
                              capture_output=True, env={**os.environ, "RAYON_NUM_THREADS": "2"})  # fmt: skip
         runs[package].append([float(word) for word in out.stdout.split()])
