@@ -36,6 +36,7 @@ import json
 import math
 import operator
 import os
+import platform
 import queue
 import re
 import secrets
@@ -1105,6 +1106,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.scale: Tensor | None = None  # of the rows of a weight rounded to int8
+        self.packed: Tensor | None = None  # the weight once more, as the library lays it out
         self.fp8 = False  # products are made in 8 bits while training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1112,7 +1114,7 @@ class Linear(nn.Module):
             rows = x.flatten(0, -2)
             if rows.size(0) % 16 == 0:  # as its kernel asks
                 return Float8Product.apply(rows, self.weight).view(*x.shape[:-1], -1)
-        return product(x, self.weight, self.scale)
+        return product(x, self.weight, self.scale, self.packed)
 
     @torch.no_grad()
     def quantize(self) -> None:
@@ -1169,27 +1171,66 @@ def row_sizes(x: Tensor) -> Tensor:
 
 
 FEW_ROWS = 64  # as many as the engine's slots
+PACKED = 1 << 18  # numbers in the smallest weight that is packed: each call has a price
+AMX = torch.cpu._is_amx_tile_supported()  # its products of 8 bits want the weight first
+
+packed_products = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
+packed_products.define("packed_product(Tensor x, Tensor packed) -> Tensor")
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+@torch.library.impl(packed_products, "packed_product", "MkldnnCPU")
+def packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    """Multiply x (N, n_in) by what pack() made of a weight (n_out, n_in), turned: (N, n_out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+@torch.library.register_fake("nanochat::packed_product", lib=packed_products)
+def _packed_shape(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), packed.size(0))
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """Lay a weight out in the blocks that oneDNN reads; None where that is not known to pay."""
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    if not torch.backends.mkldnn.is_available() or weight.numel() < PACKED:
+        return None
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not bf16:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+
+
+def product(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
     """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
 
     An int8 weight has scales (n_out,). Few rows of x are rounded to 8 bits as well, as in
     arXiv:2208.07339: their sums are exact, and a row's result depends on no other row.
+    `packed` is what pack() made of the weight.
     """
     rows = x.flatten(0, -2)
     n = rows.size(0)
-    few = n <= FEW_ROWS and x.device.type == "cpu" and not torch.is_grad_enabled()
+    one_loop = x.dtype == torch.float32 and torch.compiler.is_compiling()
+    training = torch.is_grad_enabled()
+    few = n <= FEW_ROWS and x.device.type == "cpu" and not training
     if scale is not None and n <= FEW_ROWS:
         size = row_sizes(rows)
         small = (rows / size).round().to(torch.int8)
-        if x.device.type == "cuda":
-            small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
-        y = (torch._int_mm(weight, small.t())[:, :n].t() * size * scale).to(x.dtype)
+        if few and n == 1 and not AMX:
+            y = torch._int_mm(small, weight.t())
+        else:
+            if x.device.type == "cuda":
+                small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
+            y = torch._int_mm(weight, small.t())[:, :n].t()
+        y = (y * size * scale).to(x.dtype)
+    elif few and n == 1 and one_loop:
+        y = (weight * rows).sum(-1)  # on some CPUs twice as fast as their library
+    elif packed is not None and not training and (n > 1 or x.dtype == torch.float32):
+        y = torch.ops.nanochat.packed_product(rows, packed)
     elif few and n > 1:
         y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
-    elif few and x.dtype == torch.float32 and torch.compiler.is_compiling():
-        y = (weight * rows).sum(-1)  # one loop, on some CPUs twice as fast as their library
     else:
         weight = weight if scale is None else weight * scale[:, None]
         y = F.linear(rows, weight.to(x.dtype))
@@ -1461,6 +1502,7 @@ class Attention(nn.Module):
         has_values = layer in config.value_layers
         self.gate = Linear(config.gate_channels, config.n_kv_head) if has_values else None
         self.joined: tuple[Tensor, Tensor | None] | None = None
+        self.packed: Tensor | None = None  # as in Linear, of what is joined
 
     @torch.no_grad()
     def join(self) -> None:
@@ -1481,7 +1523,11 @@ class Attention(nn.Module):
             q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
         else:
             sizes = [part.weight.size(0) // self.head_dim for part in (self.q, self.k, self.v)]
-            q, k, v = product(x, *self.joined).view(B, T, -1, self.head_dim).split(sizes, dim=2)
+            q, k, v = (
+                product(x, *self.joined, self.packed)
+                .view(B, T, -1, self.head_dim)
+                .split(sizes, dim=2)
+            )
         if self.gate is not None and values is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # (B, T, K)
             v = v + gate[..., None] * values.view(B, T, -1, self.head_dim)
@@ -1590,7 +1636,22 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.join()
+        self.pack()
         return self
+
+    def pack(self) -> None:
+        """Lay the weights out once more where that is faster and memory is no question.
+
+        Whoever changes the weights does it again.
+        """
+        device = self.embed.weight.device
+        if sum(weight.nbytes for weight in self.parameters()) > free_bytes(device) / 4:
+            return
+        for name, module in self.named_modules():
+            if isinstance(module, Attention) and module.joined:
+                module.packed = pack(module.joined[0])
+            elif type(module) is Linear and not name.endswith((".q", ".k", ".v")):
+                module.packed = pack(module.weight)
 
     def train_in_fp8(self) -> None:
         """Make the blocks' products in 8 bits while training; gates and head keep the dtype.
@@ -3287,6 +3348,7 @@ class Engine:
         """Take over the weights of a model in training; nothing may be at work."""
         assert not self.load, f"{self.load} requests are at work"
         self.model.load_state_dict(model.state_dict())
+        self.model.pack()
         self.clear()  # keys and values of other weights
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import email.utils
 import errno
@@ -28,6 +29,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shlex
@@ -1377,6 +1379,51 @@ def test_products_of_few_rows_and_of_int8_equal_the_plain_ones(rows, dtype):
     assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="weights are packed on x86 alone")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 17, 100])
+def test_products_of_packed_weights_are_the_plain_ones(dtype, rows, monkeypatch):
+    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this processor has no products in bf16")
+    weight, x = torch.randn(96, 80).to(dtype), torch.randn(rows, 1, 80).to(dtype)
+    assert common.pack(weight) is None, "small ones are not worth a call"
+    monkeypatch.setattr(common, "PACKED", 96 * 80)
+    packed, asked = common.pack(weight), []
+    linear_pointwise = torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise",
+                        lambda x, *rest: asked.append(len(x)) or linear_pointwise(x, *rest))  # fmt: skip
+    with torch.no_grad():
+        y = common.product(x, weight, packed=packed)
+    exact = (x.double() @ weight.double().t()).to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    torch.testing.assert_close(y, exact, **close)
+    assert asked == ([] if rows == 1 and dtype == torch.bfloat16 else [rows])
+    trained = weight.float().requires_grad_()
+    common.product(x.float(), trained, packed=packed).sum().backward()
+    assert trained.grad.any(), "training goes on with the weight itself"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="weights are packed on x86 alone")
+def test_an_engine_packs_new_weights_and_not_what_leaves_no_memory(tokenizer, monkeypatch):
+    monkeypatch.setattr(common, "PACKED", 1)
+    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 64}
+    old, new = random_model(**shape), random_model(seed=1, **shape)
+    engine, fresh = (common.Engine(copy.deepcopy(m), tokenizer, 2) for m in (old, new))
+    requests = [greedy([tokenizer.bos, i], 8) for i in range(2)]
+    before = dict(engine.run(requests))
+    engine.refresh(new)
+    after = dict(engine.run(requests))
+    assert after == dict(fresh.run(requests)) and after != before
+    attention = engine.model.blocks[0].attention
+    assert (
+        attention.packed is not None
+        and attention.q.packed is None
+        and attention.out.packed is not None
+    )
+    monkeypatch.setattr(common, "free_bytes", lambda device: 1000)
+    assert common.Engine(old, tokenizer, 1).model.head.packed is None
+
+
 def test_products_in_fp8_are_those_of_rounded_factors():
     x, weight = torch.randn(32, 48).bfloat16(), torch.randn(80, 48)
     x.requires_grad_(), weight.requires_grad_()
@@ -2602,8 +2649,12 @@ def test_a_common_prefix_is_counted(both, a, b):
 
 
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
-@pytest.mark.parametrize("int8", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, monkeypatch):
+@pytest.mark.parametrize(
+    "int8, packed",
+    [(False, True), *(pytest.param(i, False, marks=pytest.mark.slow) for i in (0, 1))],
+)
+def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, packed, monkeypatch):
+    monkeypatch.setattr(common, "PACKED", 1 if packed else 1 << 40)
     monkeypatch.setattr(common.KVCache, "SPARE", 9)
     shape = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "window_pattern": "SL"}
     shape |= {"max_seq_len": 64}
