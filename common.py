@@ -1025,6 +1025,7 @@ class GPTConfig:
     smear: bool = True  # each position's input has a linear part of the token before
     value_embeds: bool = True  # every other layer's values have a part of the token alone
     skip: bool = True  # every block's input has a part of the first one
+    bigram_rows: int = 0  # of a table that embeds a token with the one before it; 0: none
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head or self.head_dim % 2:
@@ -1067,14 +1068,15 @@ class GPTConfig:
         return blocks + gates + self.smear * self.n_embd**2
 
     def scaling_params(self) -> int:
-        """Count the weights that ask for more text: all but the value embeddings' tables."""
+        """Count the weights that ask for more text: all but the tables beside the embedding."""
         scalars = 2 * self.n_layer * self.skip
         return self.matrix_params() + 2 * self.padded_vocab_size * self.n_embd + scalars
 
     def num_params(self) -> int:
         """Count all weights."""
         width = len(self.value_layers) * self.n_kv_head * self.head_dim
-        return self.scaling_params() + self.padded_vocab_size * width
+        tables = self.padded_vocab_size * width + self.bigram_rows * self.n_embd
+        return self.scaling_params() + tables
 
     def flops_per_token(self, seq_len: int = 0) -> float:
         """Count the FLOPs that train on one token: 6 a weight in a product, and attention.
@@ -1564,6 +1566,7 @@ class GPT(nn.Module):
     """A decoder-only transformer: RoPE, QK-norm, ReLU squared, untied head, no biases.
 
     Each of the smear, the value embeddings and the skip can be left out by its name in GPTConfig.
+    A table of pairs of tokens, found by a hash (arXiv:1709.03933), can be added.
     """
 
     def __init__(self, config: GPTConfig):
@@ -1575,6 +1578,8 @@ class GPT(nn.Module):
         self.sin: Tensor
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.smear = Linear(config.n_embd, config.n_embd) if config.smear else None
+        rows = config.bigram_rows
+        self.bigrams = Embedding(config.n_embd, rows) if rows else None
         self.value_embeds = nn.ModuleDict({
             str(i): Embedding(config.n_kv_head * config.head_dim, config.padded_vocab_size)
             for i in config.value_layers
@@ -1613,8 +1618,9 @@ class GPT(nn.Module):
                 nn.init.uniform_(weight, -bound, bound)
         for table in self.value_embeds.parameters():
             nn.init.uniform_(table, -bound, bound)
-        if self.smear is not None:
-            nn.init.zeros_(self.smear.weight)
+        for part in (self.smear, self.bigrams):
+            if part is not None:
+                nn.init.zeros_(part.weight)
         if c.skip:
             self.mix.copy_(torch.tensor([1.0, 0.0]).expand(c.n_layer, 2))
         self.init_rope()
@@ -1702,6 +1708,9 @@ class GPT(nn.Module):
         else:  # copying from the context needs to know what came before a token, at once
             both = self.embed(torch.cat((before, ids), 1)).to(self.dtype)  # (B, T+1, C)
             x = both[:, 1:] + self.smear(both[:, :-1])
+        if self.bigrams is not None:
+            pairs = torch.cat((before, ids), 1)[:, :-1] * 1_000_003 + ids * 8_191
+            x = x + self.bigrams(pairs % self.config.bigram_rows).to(self.dtype)
         x = first = rms_norm(x)
         for i, block in enumerate(self.blocks):
             if self.config.skip:
@@ -2062,6 +2071,7 @@ class Optimizer:
 
 ADAMW = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.0}
 MIX_LR = 0.02  # of the scalars that mix a block's input
+BIGRAM_LR = 0.3  # factor on the embedding's rate for the table of pairs
 
 
 def optimizer_groups(
@@ -2082,6 +2092,9 @@ def optimizer_groups(
         {**ADAMW, "params": tables, "lr": embed_lr * width},
         {**ADAMW, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip
+    if model.bigrams is not None:
+        lr = BIGRAM_LR * embed_lr * width
+        groups.append({**ADAMW, "params": [model.bigrams.weight], "lr": lr})
     return groups + ([{**ADAMW, "params": [model.mix], "lr": MIX_LR}] if model.config.skip else [])
 
 
@@ -2533,7 +2546,9 @@ def memory_bytes(
     }
     backward = again + 10 * N * C * item + 4 * V * C
     # the largest array is of the attention's matrices: its copy, and what makes it orthogonal
-    update = max(16 * V * C, (8 + 6 * item) * (4 * L + config.smear) * C * C)
+    update = max(
+        16 * max(V, config.bigram_rows) * C, (8 + 6 * item) * (4 * L + config.smear) * C * C
+    )
     update -= parts["activations"] + casts
     return {**parts, "workspace": max(0, int(max(backward, update)) - parts["logits"])}
 

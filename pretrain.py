@@ -87,6 +87,7 @@ class Settings:
     smear: bool = setting(True, "mix the token before into each position's input")
     value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
     skip: bool = setting(True, "mix the first block's input into every block's")
+    bigram_rows: int = setting(0, "rows of a table that embeds pairs of tokens; 0 = none")
     bigram_steps: int = setting(60, "steps that first fit embedding and head to pairs of tokens")
     bigram_tokens: float = setting(1e9, "runs of more tokens than this do without that")
     qk_scale: float = setting(1.2, "factor on normalised queries and keys")
@@ -155,7 +156,7 @@ class Settings:
             )
         for name in (
             "head_dim", "n_kv_head", "num_iterations", "target_flops", "device_batch_size",
-            "total_batch_size", "warmup", "keep", "seed",
+            "total_batch_size", "warmup", "keep", "seed", "bigram_rows",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
@@ -189,6 +190,7 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         smear=settings.smear,
         value_embeds=settings.value_embeds,
         skip=settings.skip,
+        bigram_rows=settings.bigram_rows,
     )
 
 

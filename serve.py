@@ -1177,6 +1177,7 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
     parts = {
         "--no-smear": c.smear, "--no-value-embeds": c.value_embeds, "--no-skip": c.skip,
         "--qk-scale=1": c.qk_scale != 1, "--window-pattern=L": windows,
+        "--bigram-rows=0": c.bigram_rows > 0,
     }  # fmt: skip
     if flags := " ".join(flag for flag, has in parts.items() if has):
         raise Stop(f"the format has no place for parts of this model: train one with {flags}")

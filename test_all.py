@@ -1163,6 +1163,7 @@ CONFIGS = {
     "grouped": {"n_kv_head": 1},
     "window": {"window_pattern": "SSL"},
     "both": {"n_kv_head": 2, "window_pattern": "SL", "n_layer": 3},
+    "bigrams": {"bigram_rows": 37, "n_layer": 1},
     "bare": {"smear": False, "value_embeds": False, "skip": False, "qk_scale": 1.0},
 }
 
@@ -1239,6 +1240,9 @@ def plain_logits(model, ids):
     stream = [w["embed.weight"][i] for i in ids]
     if c.smear:
         stream = [x + w["smear.weight"] @ stream[max(0, t - 1)] for t, x in enumerate(stream)]
+    if c.bigram_rows:
+        slots = [(a * 1000003 + b * 8191) % c.bigram_rows for a, b in zip([ids[0], *ids], ids)]
+        stream = [x + w["bigrams.weight"][slot] for x, slot in zip(stream, slots)]
     stream = first = [norm(x) for x in stream]
     for layer in range(c.n_layer):
         own = {n.split(".", 2)[2]: p for n, p in w.items() if n.startswith(f"blocks.{layer}.")}
@@ -1278,9 +1282,9 @@ def test_the_model_equals_the_plain_formulas(changes):
         torch.testing.assert_close(model(ids[None])[0], expected.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("switch", ["smear", "value_embeds", "skip"])
+@pytest.mark.parametrize("switch", ["smear", "value_embeds", "skip", "bigram_rows"])
 def test_a_part_of_the_model_can_be_left_out(switch):
-    whole, without = random_model(), random_model(**{switch: False})
+    whole, without = random_model(bigram_rows=8), random_model(**{"bigram_rows": 8, switch: 0})
     assert without.config.num_params() < whole.config.num_params()
     assert without.config.num_params() == sum(p.numel() for p in without.parameters())
 
@@ -1692,6 +1696,7 @@ class LiveBytes(torch.utils._python_dispatch.TorchDispatchMode):
         {"n_layer": 6, "n_embd": 384, "n_head": 3, "n_kv_head": 3},
         {"n_layer": 4, "n_kv_head": 1, "vocab_size": 8192},
         {"n_layer": 3, "smear": False, "value_embeds": False, "skip": False},
+        {"bigram_rows": 4096},
     ],
 )
 def test_the_estimate_of_memory_is_what_training_takes(changes, dtype, recompute):
@@ -9184,6 +9189,7 @@ def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path
     for changes, flag in (({"smear": True}, "--no-smear"), ({"skip": True}, "--no-skip"),
                           ({"value_embeds": True}, "--no-value-embeds"),
                           ({"window_pattern": "SL"}, "--window-pattern=L"),
+                          ({"bigram_rows": 64}, "--bigram-rows=0"),
                           ({"qk_scale": 1.2}, "--qk-scale=1")):  # fmt: skip
         with pytest.raises(common.Stop, match=flag):
             serve.export(tmp_path / "out", random_model(**{**bare, **changes}), tokenizer)
