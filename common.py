@@ -1525,11 +1525,8 @@ class Attention(nn.Module):
             q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q, self.k, self.v))
         else:
             sizes = [part.weight.size(0) // self.head_dim for part in (self.q, self.k, self.v)]
-            q, k, v = (
-                product(x, *self.joined, self.packed)
-                .view(B, T, -1, self.head_dim)
-                .split(sizes, dim=2)
-            )
+            joined = product(x, *self.joined, self.packed).view(B, T, -1, self.head_dim)
+            q, k, v = joined.split(sizes, dim=2)
         if self.gate is not None and values is not None:
             gate = 2 * torch.sigmoid(self.gate(x[..., : self.gate_channels]))  # (B, T, K)
             v = v + gate[..., None] * values.view(B, T, -1, self.head_dim)
@@ -1578,8 +1575,7 @@ class GPT(nn.Module):
         self.sin: Tensor
         self.head = Linear(config.n_embd, config.padded_vocab_size)
         self.smear = Linear(config.n_embd, config.n_embd) if config.smear else None
-        rows = config.bigram_rows
-        self.bigrams = Embedding(config.n_embd, rows) if rows else None
+        self.bigrams = Embedding(config.n_embd, config.bigram_rows) if config.bigram_rows else None
         self.value_embeds = nn.ModuleDict({
             str(i): Embedding(config.n_kv_head * config.head_dim, config.padded_vocab_size)
             for i in config.value_layers
@@ -1703,13 +1699,14 @@ class GPT(nn.Module):
         else:
             before = past.before
             cos, sin = (x[0, past.positions].to(self.dtype) for x in (self.cos, self.sin))
+        both = torch.cat((before, ids), 1)  # (B, T+1)
         if self.smear is None:
             x = self.embed(ids).to(self.dtype)  # (B, T, C)
         else:  # copying from the context needs to know what came before a token, at once
-            both = self.embed(torch.cat((before, ids), 1)).to(self.dtype)  # (B, T+1, C)
-            x = both[:, 1:] + self.smear(both[:, :-1])
+            embedded = self.embed(both).to(self.dtype)  # (B, T+1, C)
+            x = embedded[:, 1:] + self.smear(embedded[:, :-1])
         if self.bigrams is not None:
-            pairs = torch.cat((before, ids), 1)[:, :-1] * 1_000_003 + ids * 8_191
+            pairs = both[:, :-1] * 1_000_003 + ids * 8_191
             x = x + self.bigrams(pairs % self.config.bigram_rows).to(self.dtype)
         x = first = rms_norm(x)
         for i, block in enumerate(self.blocks):
