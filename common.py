@@ -1831,6 +1831,12 @@ POLAR_EXPRESS = [
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
+# three of them, best for singular values from 0.01 of the norm up, found by Remez' exchange
+SHORT_EXPRESS = [
+    (8.09336851255, -23.6204303288, 17.4461517498),
+    (3.63658555426, -2.72192674661, 0.536546288327),
+    (2.66129998578, -1.97715452188, 0.452616406996),
+]
 
 
 def orthogonalize(g: Tensor, coefficients: list, dtype: torch.dtype) -> Tensor:
@@ -1844,7 +1850,7 @@ def orthogonalize(g: Tensor, coefficients: list, dtype: torch.dtype) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # the smaller side squared is the cheaper product
     # Polar Express needs all singular values safely below 1, Newton-Schulz only at most 1
-    margin = 1.02 if coefficients is POLAR_EXPRESS else 1.0
+    margin = 1.0 if coefficients is NEWTON_SCHULZ else 1.02
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
     for a, b, c in coefficients:
         xx = x @ x.mT
@@ -2072,20 +2078,25 @@ BIGRAM_LR = 0.3  # factor on the embedding's rate for the table of pairs
 
 
 def optimizer_groups(
-    model: GPT, matrix_lr: float, embed_lr: float, head_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
+    model: GPT, matrix_lr: float, embed_lr: float, head_lr: float, weight_decay: float,
+    muon_steps: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Make the parameter groups of a GPT: Muon for matrices, AdamW for tables, head, scalars.
 
     The AdamW rates are those of width 768 and fall with the root of the width (muP's direction,
-    arXiv:2203.03466). weight_decay is that of the matrices.
+    arXiv:2203.03466). weight_decay is that of the matrices, muon_steps how many polynomials, 3 or
+    5, make their updates orthogonal; 0 = 5, or 3 below width 512, where small batches make them
+    dear.
     """
+    muon_steps = muon_steps or (3 if model.config.n_embd < 512 else 5)
+    polynomials = {3: SHORT_EXPRESS, 5: POLAR_EXPRESS}[muon_steps]
     width = (model.config.n_embd / 768) ** -0.5
     matrices = list(model.blocks.parameters())
     matrices += [] if model.smear is None else [model.smear.weight]
     tables = [model.embed.weight, *model.value_embeds.parameters()]
     groups = [
         {"kind": "muon", "params": matrices, "lr": matrix_lr,
-         "momentum": 0.95, "weight_decay": weight_decay, "coefficients": POLAR_EXPRESS},
+         "momentum": 0.95, "weight_decay": weight_decay, "coefficients": polynomials},
         {**ADAMW, "params": tables, "lr": embed_lr * width},
         {**ADAMW, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip
@@ -2984,6 +2995,7 @@ def continue_stage(
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
     decay = run.settings.weight_decay
     rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
+    rates.append(base["settings"].get("muon_steps", 0))
     muon_dtype = pick_dtype(run.device, base["muon_dtype"])
     optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None

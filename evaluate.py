@@ -134,7 +134,7 @@ class Settings:
         choices=("", "speed", "learn", "gpu"),
     )
     bench_seconds: int = setting(480, "of training in the comparisons of --bench=learn")
-    bench_seeds: int = setting(3, "runs of each depth; 1 with one choice left out, a quarter long")
+    bench_seeds: int = setting(3, "runs of each depth; one with each choice, a quarter long")
     report: bool = setting(False, "write the run's report.md and report.html from what is on disk")
     cost_per_hour: float = setting(0.0, "price of the machine in USD, for the report; 0 = free")
     seed: int = setting(0, "of the samples")
@@ -748,12 +748,14 @@ def update_bench(run: Run, report: dict[str, Any]) -> None:
     run.say(f"written: {path}")
 
 
-LEFT_OUT = {  # choices of pretrain.py, and how each is switched off
-    "the fit to pairs of tokens": ["--bigram-steps=0"],
-    "value embeddings": ["--no-value-embeds"],
-    "smear": ["--no-smear"],
-    "skip": ["--no-skip"],
-    "scaled queries and keys": ["--qk-scale=1"],
+CHOICES = {  # of pretrain.py, and how each is switched off
+    "without the fit to counts": "--bigram-steps=0",
+    "without the table of pairs": "--bigram-rows=0",
+    "without value embeddings": "--no-value-embeds",
+    "without smear": "--no-smear",
+    "without skip": "--no-skip",
+    "without scaled queries and keys": "--qk-scale=1",
+    "with five steps of Muon": "--muon-steps=5",
 }
 PACE_STEPS, BATCH_TOKENS = 40, 2048
 
@@ -782,15 +784,18 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
         f"--total-batch-size={BATCH_TOKENS}", "--dtype=float32", "--compile=yes",
         "--eval-tokens=300000", f"--num-iterations={steps}", f"--eval-every={steps}", *flags,
     )  # fmt: skip
-    times = [(line["step"], line["time"]) for line in logged if "loss" in line]
-    (first, began), (last, ended) = times[1], times[-1]  # the first is of a step that compiled
-    if last != steps:
-        raise Stop(f"bench: {tag} was stopped at step {last}; run the same command again")
+    lines = [line for line in logged if "loss" in line]
+    first, last = lines[1], lines[-1]  # the very first is of a step that compiled
+    if last["step"] != steps:
+        raise Stop(f"bench: {tag} was stopped at step {last['step']}; run the same command again")
+    # what else a machine does only slows a run, so two are compared by their fastest tenths
+    rates = sorted(line["tok_per_s"] for line in lines[1:])
     return {
         "steps": steps,
         "tokens": steps * BATCH_TOKENS,
-        "seconds": (ended - began) / (last - first) * steps,
-        "bpb": [line["val_bpb"] for line in logged if "val_bpb" in line][-1],
+        "seconds": (last["time"] - first["time"]) / (last["step"] - first["step"]) * steps,
+        "tok_per_s": rates[len(rates) * 9 // 10],
+        "bpb": next((line["val_bpb"] for line in reversed(logged) if "val_bpb" in line), math.nan),
     }
 
 
@@ -824,7 +829,8 @@ def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
     first = f"{run.tag}-{next(iter(GPU_RUNS)).split()[0]}"
     for name, flags in GPU_RUNS.items():
         tag = f"{run.tag}-{name.split()[0]}"
-        flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-steps=0"]
+        flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-steps=0",
+                 "--bigram-rows=0"]  # fmt: skip
         lines = run_stage(run, "pretrain", tag, *flags)
         rows[name] = steady(lines, "tok_per_s", "mfu", "data", "memory")
         if tag != first:
@@ -854,10 +860,12 @@ def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
 
 
 def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
-    """Train depths 4 and 6 for equal times, with and without each choice; compare bits per byte.
+    """Train depths 4 and 6 for a time, and with each of CHOICES on a quarter of the tokens.
 
-    The pace of each is measured first; vocabulary and text are those of the run's tokenizer.
-    What was measured is kept until the table is whole: stopped, it goes on from there.
+    Vocabulary and text are those of the run's tokenizer. A choice that costs time would see fewer
+    tokens in the same time: the last column adds what these bring, by the slope between the
+    short and the long runs. What was measured is kept until the table is whole: stopped, it
+    goes on from there.
     """
     table: dict[str, list[dict]] = {}
     Tokenizer.load(run_dir(run.tag) / "tokenizer")  # raises where there is none
@@ -866,35 +874,37 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
     if kept:
         run.say(f"bench: going on after {len(kept)} runs; without {path} it would begin anew")
 
-    def train(tag: str, depth: int, steps: int, flags: list[str]) -> dict:
+    def train(depth: int, name: str, steps: int, *flags: str) -> dict:
+        tag = f"{run.tag}-d{depth}-{re.sub('[^a-z0-9]+', '-', name)}"
         if tag not in kept:
-            kept[tag] = train_for_bench(run, tag, depth, steps, flags)
+            kept[tag] = train_for_bench(run, tag, depth, steps, list(flags))
             write_json(path, kept)
         return kept[tag]
 
-    def measure(depth: int, name: str, seconds: float, flags: list[str], seeds: int) -> None:
-        tag = f"{run.tag}-d{depth}-{seconds:.0f}s-{re.sub('[^a-z]+', '-', name)}"
-        pace = train(f"{tag}-pace", depth, PACE_STEPS, flags)
-        steps = max(PACE_STEPS, round(seconds / pace["seconds"] * PACE_STEPS))
-        for seed in range(seeds):
-            seeded = [*flags, f"--seed={seed}"]
-            measures = train(f"{tag}-{seed}", depth, steps, seeded)
-            table.setdefault(f"depth {depth}, {seconds:.0f} s, {name}", []).append(measures)
-
     for depth in (4, 6):
-        measure(depth, "all choices", settings.bench_seconds, [], settings.bench_seeds)
-        measure(depth, "all choices", settings.bench_seconds / 4, [], 1)
-        for name, flags in LEFT_OUT.items():
-            measure(depth, f"without {name}", settings.bench_seconds / 4, flags, 1)
+        pace = train(depth, "pace", PACE_STEPS, "--bigram-steps=0", "--eval-every=0")
+        seconds, whole = settings.bench_seconds, f"depth {depth}, all choices"
+        steps = max(4 * PACE_STEPS, round(seconds / pace["seconds"] * PACE_STEPS))
+        seeds = range(settings.bench_seeds)
+        table[whole] = [train(depth, f"seed-{i}", steps, f"--seed={i}") for i in seeds]
+        long = sum(one["bpb"] for one in table[whole]) / len(seeds)
+        short = train(depth, "short", steps // 4)
+        slope = (short["bpb"] - long) / math.log(4)
+        for name, *flags in [["all choices, a quarter of the time"], *CHOICES.items()]:
+            one = train(depth, name, steps // 4, *flags) if flags else short
+            fewer = slope * math.log(short["tok_per_s"] / one["tok_per_s"])
+            table[f"depth {depth}, {name}"] = [one | {"in_time": one["bpb"] + fewer}]
     run.say(
-        "| training | runs | tokens | seconds | bits per byte |\n| --- | ---: | ---: | ---: | ---: |"
+        "| training | runs | tokens | seconds | tokens/s | bits per byte | in equal time |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
     )
     for name, runs in table.items():
         bpb = [one["bpb"] for one in runs]
         mean = {key: sum(one[key] for one in runs) / len(runs) for key in runs[0]}
         spread = f" ({min(bpb):.3f} to {max(bpb):.3f})" if len(runs) > 1 else ""
+        in_time = f"{mean['in_time']:.3f}" if "in_time" in mean else ""
         run.say(f"| {name} | {len(runs)} | {mean['tokens']:,.0f} | {mean['seconds']:.0f} | "
-                f"{mean['bpb']:.3f}{spread} |")  # fmt: skip
+                f"{mean['tok_per_s']:,.0f} | {mean['bpb']:.3f}{spread} | {in_time} |")  # fmt: skip
     update_bench(run, {"learning": table})
     path.unlink()
     return table

@@ -87,9 +87,9 @@ class Settings:
     smear: bool = setting(True, "mix the token before into each position's input")
     value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
     skip: bool = setting(True, "mix the first block's input into every block's")
-    bigram_rows: int = setting(0, "rows of a table that embeds pairs of tokens; 0 = none")
+    bigram_rows: int = setting(32768, "rows of a table that embeds pairs of tokens; 0 = none")
     bigram_steps: int = setting(60, "steps that first fit embedding and head to pairs of tokens")
-    bigram_tokens: float = setting(1e9, "runs of more tokens than this do without that")
+    bigram_tokens: float = setting(1e9, "runs of more tokens than this do without those two")
     qk_scale: float = setting(1.2, "factor on normalised queries and keys")
     num_iterations: int = setting(0, "optimizer steps; 0 = from the next two")
     target_flops: float = setting(0.0, "train for this many FLOPs; 0 = from the next one")
@@ -102,6 +102,7 @@ class Settings:
     matrix_lr: float = setting(0.02, "learning rate of the blocks' matrices (Muon)")
     embed_lr: float = setting(0.2, "learning rate of the embedding at width 768 (AdamW)")
     head_lr: float = setting(0.004, "learning rate of the head at width 768 (AdamW)")
+    muon_steps: int = setting(0, "of Muon's orthogonalisation; 0 = 5, or 3 below width 512")
     weight_decay: float = setting(0.0, "decay of the matrices per unit of learning rate")
     warmup: int = setting(10, "steps in which the learning rate rises")
     warmdown: float = setting(0.6, "share of the run in which the learning rate falls")
@@ -163,6 +164,8 @@ class Settings:
         for name in ("target_param_data_ratio", "lr_scale", "plan_count", "plan_vocab_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if self.muon_steps not in (0, 3, 5):
+            raise ValueError("--muon-steps must be 3, 5 or 0")
         if not 0 <= self.warmdown <= 1:
             raise ValueError("--warmdown must be from 0 to 1")
         model_config(self, 512)  # raises for heads that do not fit
@@ -174,11 +177,12 @@ class Settings:
 def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
     """Derive the model's shape: width 64 x depth, rounded up to whole heads.
 
-    With two heads of 128 a depth of 4 copies worse from its context than with four of 64.
+    With two heads of 128 a depth of 4 copies worse from its context than with four of 64. Long
+    runs have no table of pairs: published runs of depth 25 gained nothing by one.
     """
     head_dim = settings.head_dim or (128 if settings.depth >= 8 else 64)
     n_head = max(1, math.ceil(settings.depth * 64 / head_dim))
-    return GPTConfig(
+    config = GPTConfig(
         vocab_size=vocab_size,
         n_layer=settings.depth,
         n_embd=n_head * head_dim,
@@ -190,8 +194,9 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         smear=settings.smear,
         value_embeds=settings.value_embeds,
         skip=settings.skip,
-        bigram_rows=settings.bigram_rows,
     )
+    tokens = derive_horizon(settings, config).tokens(settings.max_seq_len)
+    return replace(config, bigram_rows=settings.bigram_rows * (tokens <= settings.bigram_tokens))
 
 
 @dataclass(frozen=True)
@@ -481,8 +486,9 @@ def main(settings: Settings) -> dict:
         pairs = bigram_steps(settings, config, horizon.tokens(T))
         head_lr = settings.head_lr * (FITTED_HEAD_LR if pairs else 1)
         groups = optimizer_groups(
-            model, settings.matrix_lr, settings.embed_lr, head_lr, settings.weight_decay
-        )
+            model, settings.matrix_lr, settings.embed_lr, head_lr, settings.weight_decay,
+            settings.muon_steps,
+        )  # fmt: skip
         # Muon's products may be bf16 where that is fast, also in fp32 training (as torch's own)
         muon_dtype = pick_dtype(run.device, saved.get("muon_dtype", ""))
         optimizer = Optimizer(groups, muon_dtype, compiled)
@@ -544,7 +550,8 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and (new or not start):
+            curve = settings.eval_every < num_steps  # which begins before the first step
+            if s.due(settings.eval_every, first=curve) and (new or not start):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 best = min(best, val_bpb)
                 run.log(s.step, val_bpb=val_bpb)

@@ -439,6 +439,8 @@ case $data in
 esac
 source=${named:-$source}
 tag=${tag:-$source}
+# what the table brings there, its time takes (README, Choices)
+if [ "$data" = world ]; then train+=(--bigram-rows=0); fi
 if [ -z "$conversations" ]; then
   case $data in world) conversations=world ;; hub | climbmix) conversations=hub ;; esac
 fi
