@@ -749,7 +749,7 @@ def update_bench(run: Run, report: dict[str, Any]) -> None:
 
 
 CHOICES = {  # of pretrain.py, and how each is switched off
-    "without the fit to counts": "--bigram-steps=0",
+    "without the fit to pairs of tokens": "--bigram-steps=0",
     "without the table of pairs": "--bigram-rows=0",
     "without value embeddings": "--no-value-embeds",
     "without smear": "--no-smear",
@@ -829,8 +829,7 @@ def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
     first = f"{run.tag}-{next(iter(GPU_RUNS)).split()[0]}"
     for name, flags in GPU_RUNS.items():
         tag = f"{run.tag}-{name.split()[0]}"
-        flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-steps=0",
-                 "--bigram-rows=0"]  # fmt: skip
+        flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-tokens=0"]
         lines = run_stage(run, "pretrain", tag, *flags)
         rows[name] = steady(lines, "tok_per_s", "mfu", "data", "memory")
         if tag != first:

@@ -550,8 +550,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            curve = settings.eval_every < num_steps  # which begins before the first step
-            if s.due(settings.eval_every, first=curve) and (new or not start):
+            if s.due(settings.eval_every, first=True) and (new or not start):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 best = min(best, val_bpb)
                 run.log(s.step, val_bpb=val_bpb)
