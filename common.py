@@ -390,11 +390,13 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Say whether torch.compile can work here: Python's headers, and Triton or a C++ compiler."""
+    """Say whether torch.compile can work here: Python's headers, a compiler, on a GPU Triton."""
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False
     if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
+        compiler = os.environ.get("CC") or "gcc"  # of what launches Triton's programs
+        found = any(map(shutil.which, (compiler, "gcc", "clang")))
+        return found and importlib.util.find_spec("triton") is not None
     compiler = os.environ.get("CXX") or "g++"
     return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
 
@@ -423,7 +425,7 @@ def compile_or_not(
         say(f"compile: off{short if choice == 'auto' else ''}")
         return False
     if not can_compile(device):
-        need = "Triton" if device.type == "cuda" else "a C++ compiler"
+        need = "Triton, a C compiler" if device.type == "cuda" else "a C++ compiler"
         say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
         return False
     say(f"compile: on: the first step takes {'some seconds' if before else 'a minute or so'}")
@@ -1208,8 +1210,8 @@ def product(
 ) -> Tensor:
     """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
 
-    An int8 weight has scales (n_out,). Few rows of x are rounded to 8 bits as well, as in
-    arXiv:2208.07339: their sums are exact, and a row's result depends on no other row.
+    An int8 weight has scales (n_out,), and the rows of x are rounded to 8 bits as well, as in
+    arXiv:2208.07339: the sums are exact, and a row's result depends on no other row.
     `packed` is what pack() made of the weight.
     """
     rows = x.flatten(0, -2)
@@ -1217,10 +1219,10 @@ def product(
     one_loop = x.dtype == torch.float32 and torch.compiler.is_compiling()
     training = torch.is_grad_enabled()
     few = n <= FEW_ROWS and x.device.type == "cpu" and not training
-    if scale is not None and n <= FEW_ROWS:
+    if scale is not None:
         size = row_sizes(rows)
         small = (rows / size).round().to(torch.int8)
-        if few and n == 1 and not AMX:
+        if n > FEW_ROWS or (few and n == 1 and not AMX):
             y = torch._int_mm(small, weight.t())
         else:
             if x.device.type == "cuda":
@@ -1234,7 +1236,6 @@ def product(
     elif few and n > 1:
         y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
     else:
-        weight = weight if scale is None else weight * scale[:, None]
         y = F.linear(rows, weight.to(x.dtype))
     if not torch.compiler.is_compiling():
         y = y.contiguous()  # attention is slow on what lies turned
@@ -1399,8 +1400,10 @@ class KVCache:
     def swap_rows(self, a: int, b: int) -> None:
         """Let two rows change places."""
         n = max(self.lengths[a], self.lengths[b])
-        for x in (*self.k, *self.v, self.ids):
-            x[[a, b], :n] = x[[b, a], :n]
+        for x in (*self.k, *self.v, self.ids):  # by slices: a GPU waits for a list of indices
+            kept = x[a, :n].clone()
+            x[a, :n] = x[b, :n]
+            x[b, :n] = kept
         for xs in (self.lengths, self.reached):
             xs[a], xs[b] = xs[b], xs[a]
 
@@ -1743,9 +1746,12 @@ class GPT(nn.Module):
         return HeadLoss.apply(flat, self.head.weight, targets.flatten(), mask, self.config)
 
 
-def logits_at_once(device: torch.device) -> int:
-    """Return how many the loss makes: 2 M stay in a CPU's cache, 64 M keep a GPU busy."""
-    return 1 << (21 if device.type == "cpu" else 26)
+def logits_at_once(device: torch.device, logits: int = 0) -> int:
+    """Return how many of the loss's logits are made: 2 M stay in a CPU's cache, 64 M keep a GPU busy.
+
+    At least a 64th: each chunk adds to the gradient of the whole head.
+    """
+    return max(1 << (21 if device.type == "cpu" else 26), logits // 64)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -1764,7 +1770,7 @@ class HeadLoss(torch.autograd.Function):
         loss = torch.zeros((), device=hidden.device)
         d_weight = torch.zeros_like(weight)
         d_hidden = []
-        chunk = logits_at_once(hidden.device) // W.size(0) or 1
+        chunk = logits_at_once(hidden.device, len(hidden) * W.size(0)) // W.size(0) or 1
         for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
             z = (h @ W.t()).float()
             t = t.clamp_min(0)[:, None]
@@ -2469,6 +2475,7 @@ class Step:
     tok_per_s: float = 0.0  # of all that goes through the model, learned or not
     left_s: float = math.nan
     data: float = 0.0  # share of the steps' time in which they waited for their rows
+    update: float = 0.0  # share that the optimizer took, its exchange with other ranks too
     micro: int = 0  # rows of a forward pass: fewer once memory has run out
     stopping: bool = False  # the user asked to stop: this is the last one yielded
 
@@ -2549,7 +2556,7 @@ def memory_bytes(
         "gradients": 4 * params,
         "optimizer": (4 * matrices + 8 * (params - matrices)) // world_size,
         "activations": int(N * C * kept),
-        "logits": 24 * min(N * V, logits_at_once(device)) + 8 * V * C,
+        "logits": 24 * min(N * V, logits_at_once(device, N * V)) + 8 * V * C,
         "cache": slots * config.cache_bytes(item),
     }
     backward = again + 10 * N * C * item + 4 * V * C
@@ -2647,6 +2654,15 @@ def try_micro_batch(
     return rows
 
 
+def timestamp(device: torch.device) -> Any:
+    """Return a time in seconds, or an event that a GPU reaches when what was launched is done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
 def training_steps(
     batches: Iterator[Any],
     compute_loss: Callable[[Any], Tensor],
@@ -2670,7 +2686,7 @@ def training_steps(
     """
     device = optimizer.units[0].params[0].device
     s = Step(start, num_steps, micro=micro, stopping=any_rank(stop(), device))
-    times: collections.deque[tuple[float, float, float]] = collections.deque(maxlen=20)
+    times: collections.deque[tuple[float, ...]] = collections.deque(maxlen=20)
     scaler, collecting = optimizer.scaler, gc.isenabled()
     try:
         while True:
@@ -2694,12 +2710,13 @@ def training_steps(
                 s.micro = fewer_rows(s.micro, device)
                 say(f"memory ran out in step {s.step + 1}: on in passes of {s.micro} rows")
             assert total is not None
-            s.lr = schedule(s.step)
+            s.lr, first = schedule(s.step), timestamp(device)
             if scaler and scaler.unscale(optimizer):
                 optimizer.clear_gradients()
                 say(f"fp16 overflowed in step {s.step + 1}: no update, scale {scaler.scale:g}")
             else:
                 optimizer.step(s.lr)
+            last = timestamp(device)
             sums = all_sum(torch.stack([total, torch.tensor(float(stop()), device=device)]))
             s.loss, stopping = sums.tolist()
             s.step, s.stopping = s.step + 1, stopping > 0
@@ -2711,9 +2728,10 @@ def training_steps(
                 )
             if s.step == start + 2:
                 times.clear()  # the first step compiled and warmed up
-            times.append((time.perf_counter() - began, num_tokens.item(), waited))
-            seconds, tokens, waits = map(sum, zip(*times))
-            s.tok_per_s, s.data = tokens / seconds, waits / seconds
+            updated = last - first if isinstance(last, float) else first.elapsed_time(last) / 1e3
+            times.append((time.perf_counter() - began, num_tokens.item(), waited, updated))
+            seconds, tokens, waits, updates = map(sum, zip(*times))
+            s.tok_per_s, s.data, s.update = tokens / seconds, waits / seconds, updates / seconds
             s.left_s = seconds / len(times) * (num_steps - s.step)
             if collecting:
                 gc.enable()
@@ -2996,7 +3014,9 @@ def continue_stage(
     decay = run.settings.weight_decay
     rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
     rates.append(base["settings"].get("muon_steps", 0))
-    muon_dtype = pick_dtype(run.device, base["muon_dtype"])
+    # the base run's, unless this machine computes in another: bf16 crawls on a card without it
+    as_before = str(dtype)[6:] == base["dtype"]
+    muon_dtype = pick_dtype(run.device, base["muon_dtype"] if as_before else "")
     optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
@@ -3167,48 +3187,52 @@ class Sampling:
 COLDEST = 1e-5  # a lower temperature is this one: in fp32 it would come to 0, and its logits to NaN
 
 
+def to_device(values: list, device: torch.device) -> Tensor:
+    """Copy numbers to a device, without waiting for what it is at."""
+    x = torch.tensor(values)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:
     """Choose an id from each row of logits (B, V) by its own settings and uniform number.
 
     Temperature, then the k likeliest, then those of total probability p (arXiv:1904.09751), then
     the first whose cumulated weight passes the number; of equal logits the lower id comes first.
-    A row's choice depends on no other.
+    A row's choice depends on no other. A GPU is waited for once, for the ids.
     """
-    chosen = logits.argmax(-1)
+    chosen, V = logits.argmax(-1), logits.size(-1)
     for filtered in (False, True):
         rows = [i for i, s in enumerate(samplings)
                 if s.temperature and (s.top_k > 0 or s.top_p < 1) == filtered]  # fmt: skip
         if not rows:
             continue
-
-        def column(values: Iterable[float]) -> Tensor:
-            return torch.tensor(list(values), device=logits.device)[:, None]
-
         mine = [samplings[i] for i in rows]
-        z = logits[rows].float() / column(max(s.temperature, COLDEST) for s in mine)
+        columns = [[max(s.temperature, COLDEST) for s in mine], [s.top_k or V for s in mine],
+                   [s.top_p for s in mine], [uniforms[i] for i in rows]]  # fmt: skip
+        whole = len(rows) == len(samplings)
+        index = None if whole else to_device(rows, logits.device)
+        temperatures, ks, ps, us = to_device(columns, logits.device)[..., None]
+        z = (logits if index is None else logits[index]).float() / temperatures
         top = z
         if filtered:  # the largest values are the same, however many are taken; their ids are not
-            V = z.size(-1)
             k = max(min(s.top_k or V, V) for s in mine)
             top = z.topk(k).values if k < V else z.sort(descending=True).values
-            top[torch.arange(k, device=z.device) >= column(s.top_k or V for s in mine)] = -math.inf
+            top = top.masked_fill(torch.arange(k, device=z.device) >= ks, -math.inf)
         # unlike softmax's, these sums grow from the left: what other rows' k adds leaves them be
         weights = (top - top.amax(-1, keepdim=True)).exp()
         sums = weights.cumsum(-1)
         if filtered:  # the first is always kept
-            weights[sums - weights >= sums[:, -1:] * column(s.top_p for s in mine)] = 0
-            sums = weights.cumsum(-1)
+            sums = weights.masked_fill(sums - weights >= sums[:, -1:] * ps, 0).cumsum(-1)
         total = sums[:, -1:].contiguous()
-        picked = torch.searchsorted(sums, total * column(uniforms[i] for i in rows), right=True)
+        picked = torch.searchsorted(sums, total * us, right=True)
         # rounding may pass the end: the first sum that is the whole ends on an id that counts
         picked = torch.minimum(picked, torch.searchsorted(sums, total))
         if filtered:  # from the place in the order to the id: the n-th of those with this value
             value = top.gather(1, picked)
             n = picked - (top > value).sum(-1, keepdim=True)
-            equal_rows, equal_ids = (z == value).nonzero().t().contiguous()  # in order
-            begins = torch.searchsorted(equal_rows, torch.arange(len(rows), device=z.device))
-            picked = equal_ids[begins[:, None] + n]
-        chosen[rows] = picked[:, 0]
+            same = z == value
+            picked = (same & (same.cumsum(-1) > n)).int().argmax(-1, keepdim=True)
+        chosen = picked[:, 0] if index is None else chosen.index_copy(0, index, picked[:, 0])
     return chosen.tolist()
 
 
@@ -3311,7 +3335,14 @@ class Engine:
         slot_bytes = model.config.cache_bytes(model.dtype.itemsize)
         while slots > 1 and slots * slot_bytes > free_bytes(self.device) / 2:
             slots = -(-slots // 2)
-        self.cache = KVCache(model.config, slots, self.device, model.dtype)
+        while True:
+            try:
+                self.cache = KVCache(model.config, slots, self.device, model.dtype)
+                break
+            except RuntimeError as error:  # what is free may lie in pieces
+                if slots == 1 or not out_of_memory(error):
+                    raise
+                slots = -(-slots // 2)
         self.rows = [_Row() for _ in range(slots)]
         self.waiting: collections.deque[Job] = collections.deque()
         self.prompts: list[_Prompt] = []  # the i-th has the i-th row from the end
@@ -3459,7 +3490,7 @@ class Engine:
             fed[1] = torch.tensor(lengths, device=self.device)[:, None]
             self.graphs[rows, end] = fed, *record(step, self.device, self.pool)
         fed, replay, logits = self.graphs[rows, end]
-        fed.copy_(torch.tensor([[*last_ids, *[0] * (rows - n)], lengths])[..., None])
+        fed.copy_(to_device([[*last_ids, *[0] * (rows - n)], lengths], self.device)[..., None])
         replay()
         return logits[:n]
 

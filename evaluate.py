@@ -67,6 +67,7 @@ from common import (
     list_shards,
     load_model,
     measure_matmul,
+    memory_bytes,
     parent_key,
     parse_settings,
     pick_dtype,
@@ -610,7 +611,8 @@ def bench_decoding(
 ) -> dict[str, float]:
     """Measure the engine with a random model: tokens/s, each beside its bound, and first tokens.
 
-    A step's bound is to read weights and cache once, a prompt's its FLOPs at the matmul rate.
+    A step's bound is to read weights and cache once, a prompt's its FLOPs at the matmul rate, a
+    turn's first token's the larger of both.
     """
     rng = random.Random(0)
 
@@ -663,10 +665,12 @@ def bench_decoding(
     measured |= {"prefill": n / seconds, "prefill of bound": n * flops / rate / seconds}
     said: list[int] = []
     for turn in range(1, 11):
-        said += ids(24 if turn in (1, 10) else 238)
-        if turn == 10:
-            measured["history"] = len(said)
-        measured[f"turn {turn}"] = first_token(said)
+        new = 24 if turn in (1, 10) else 238
+        said += ids(new)
+        measured["history"] = len(said)
+        bound = max((weights + len(said) * token_bytes) / bandwidth, new * flops / rate)
+        seconds = first_token(said)
+        measured |= {f"turn {turn}": seconds, f"turn {turn} of bound": bound / seconds}
     return measured
 
 
@@ -733,7 +737,8 @@ def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
     for name, m in decoding.items():
         cells = [f"{m[key]:,.0f} ({m[f'{key} of bound']:.0%})" for key in ("x1", "x16", "x64")]
         cells.append(f"{m['prefill']:,.0f} ({m['prefill of bound']:.0%})")
-        cells += [f"{1e3 * m[key]:,.0f} ms" for key in ("turn 1", "turn 10")]
+        cells += [f"{1e3 * m[key]:,.0f} ms ({m[f'{key} of bound']:.0%})"
+                  for key in ("turn 1", "turn 10")]  # fmt: skip
         run.say(f"| {name} | {' | '.join(cells)} |")
     report = {"machine": machine, "torch": torch.__version__, **rows, "decoding": decoding}
     update_bench(run, report)
@@ -809,7 +814,8 @@ GPU_RUNS = {  # what is trained for some steps on one GPU: its flags
 GPU_FLAGS = "--max-seq-len=2048 --total-batch-size=524288 --dtype=bfloat16 --compile=yes".split()
 GPU_STEPS = 20
 LOG_NAMES = {"tok_per_s": "tokens/s", "mfu": "MFU", "data": "share of waiting for data",
-             "memory": "GB at the peak"}  # fmt: skip
+             "update": "share of the optimizer", "memory": "GB at the peak",
+             "rows": "rows of a pass", "estimate": "GB estimated, not compiled"}  # fmt: skip
 
 
 def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
@@ -831,9 +837,16 @@ def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
         tag = f"{run.tag}-{name.split()[0]}"
         flags = [*flags, *GPU_FLAGS, *steps, "--eval-every=0", "--bigram-tokens=0"]
         lines = run_stage(run, "pretrain", tag, *flags)
-        rows[name] = steady(lines, "tok_per_s", "mfu", "data", "memory")
+        rows[name] = steady(lines, "tok_per_s", "mfu", "data", "update", "memory")
+        meta = read_meta(find_checkpoint(tag, "base"))
+        config = GPTConfig(**meta["config"])
+        parts = memory_bytes(config, meta["micro_batch"], 2, torch.device("cuda"))
+        rows[name] |= {"vocabulary": config.vocab_size, "rows": meta["micro_batch"],
+                       "estimate": sum(parts.values()) / 1e9}  # fmt: skip
         if tag != first:
             shutil.rmtree(run_dir(tag))  # some ten gigabytes
+    fp8 = rows["d26 fp8"]
+    fp8["of bfloat16"] = fp8["tok_per_s"] / rows["d26 bfloat16"]["tok_per_s"]
     conversations = [*steps, f"--chats={settings.source or 'world'}", "--eval-every=0"]
     lines = run_stage(
         run, "sft", first, "--start-from=base", *conversations, *GPU_FLAGS[1:]
@@ -1484,6 +1497,8 @@ def main(settings: Settings) -> dict[str, Any]:
     """Run the tasks that are not done for this checkpoint yet; return all its results."""
     with start_run("eval", settings) as run:
         if settings.bench:
+            if settings.bench == "gpu" and run.device.type != "cuda":
+                raise MissingInput("bench gpu needs an NVIDIA GPU: `bash run.sh bench` does not")
             benches = {"speed": print_bench, "learn": bench_learning, "gpu": bench_gpu}
             return benches[settings.bench](run, settings)
         if settings.report:

@@ -54,6 +54,7 @@ from common import (
     memory_bytes,
     newest_checkpoint,
     optimizer_groups,
+    out_of_memory,
     parse_settings,
     peak_flops,
     pick_dtype,
@@ -243,6 +244,9 @@ def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
 # 3. Memory and plan --------------------------------------------------------------------------
 
 PRICE_PER_HOUR = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "A6000": 0.8, "RTX 4090": 0.5}  # USD
+# bytes a second that a rank sends: over NVLink, as its maker says, and between nodes of 8 H100s with
+# a port of 400 Gb/s each, where reduce-scatter was measured at 360 (4 nodes) to 260 (NVIDIA/nccl#1229)
+NODE_RATE, NETWORK_RATE = 450e9, 300e9
 MEMORY_GB = {"H200": 141, "H100": 80, "A100": 80, "A6000": 48, "RTX 4090": 24, "L4": 24}
 
 
@@ -274,8 +278,9 @@ def print_plan(settings: Settings) -> dict[str, float]:
     share = 0.45 if name else 0.5  # of the peak: about what is measured (README)
     tokens = horizon.tokens(T)
     flops = tokens * config.flops_per_token()
-    seconds = flops / (peak * count * share)
-    rows = settings.device_batch_size or max(1, horizon.batch_rows // count)
+    each = -(-horizon.batch_rows // count)  # rows; with more ranks than rows some have filling
+    seconds = flops / (peak * horizon.batch_rows / each * share)
+    rows = settings.device_batch_size or each
     room = MEMORY_GB.get(name, 0) * 1e9 if name else free_bytes(device)
     kind = torch.device("cuda") if name else device
 
@@ -291,7 +296,8 @@ def print_plan(settings: Settings) -> dict[str, float]:
     numbers = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
         "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
-        "flops": flops, "seconds": seconds, "exchanged_bytes": exchanged_bytes(config, count),
+        "flops": flops, "seconds": seconds, "step_seconds": seconds / horizon.num_steps,
+        "exchanged_bytes": exchanged_bytes(config, count),
         **{f"{k}_bytes": v for k, v in parts.items()},
     }  # fmt: skip
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
@@ -302,8 +308,11 @@ def print_plan(settings: Settings) -> dict[str, float]:
     split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
     print(f"memory       {sum(parts.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
-    print(f"exchanged    {numbers['exchanged_bytes'] / 1e9:.2f} GB sent and received by each a step of "
-          f"{1e3 * seconds / horizon.num_steps:,.0f} ms")  # fmt: skip
+    rate = NODE_RATE if count <= 8 else NETWORK_RATE
+    numbers["exchange_seconds"] = numbers["exchanged_bytes"] / rate
+    print(f"step         {1e3 * numbers['step_seconds']:,.0f} ms, and {1e3 * numbers['exchange_seconds']:,.0f} ms "
+          f"for {numbers['exchanged_bytes'] / 1e9:.1f} GB that each sends and receives, "
+          f"at {rate / 1e9:.0f} GB/s")  # fmt: skip
     print(f"time         {format_duration(seconds)} at {share:.0%} of the peak")
     if price := PRICE_PER_HOUR.get(name):
         numbers["cost_usd"] = price * count * seconds / 3600
@@ -349,12 +358,17 @@ def print_samples(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
     """Print greedy completions of a few prompts; training's weights are left as they are."""
     if run.rank:
         return
-    copy = GPT.create(model.config, run.device, model.dtype)
-    copy.load_state_dict(model.state_dict())
-    engine = Engine(copy, tokenizer, slots=1)
-    for prompt in PROMPTS:
-        pieces = engine.complete(prompt, Sampling(max_tokens=24, temperature=0))
-        run.say(f"sample: {prompt}|{''.join(pieces)!r}")
+    try:
+        copy = GPT.create(model.config, run.device, model.dtype)
+        copy.load_state_dict(model.state_dict())
+        engine = Engine(copy, tokenizer, slots=1)
+        for prompt in PROMPTS:
+            pieces = engine.complete(prompt, Sampling(max_tokens=24, temperature=0))
+            run.say(f"sample: {prompt}|{''.join(pieces)!r}")
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        run.say("sample: none, as memory is full: --sample-every=0 leaves them out")
 
 
 def validation_texts(source: str, max_tokens: int) -> list[str]:
@@ -535,7 +549,7 @@ def main(settings: Settings) -> dict:
                 mfu = s.tok_per_s * flops / (peak * run.world_size)
                 run.log(
                     s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, data=s.data,
-                    left_s=s.left_s,
+                    update=s.update, left_s=s.left_s,
                 )  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {

@@ -39,6 +39,7 @@ import sys
 import threading
 import time
 import traceback
+import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,7 @@ from common import (
     Sampling,
     Stop,
     Tokenizer,
+    calculate,
     check_name,
     compile_or_not,
     load_for_answers,
@@ -127,7 +129,7 @@ class Settings:
             raise ValueError("--max-waiting and --max-input-chars must be 0 or more")
         if self.export and self.int8:
             raise ValueError("--export writes whole weights: leave --int8 out")
-        if self.cors_origin and not re.fullmatch(r"https?://[^\s/]+", self.cors_origin):
+        if self.cors_origin and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]+", self.cors_origin):
             raise ValueError("--cors-origin must be like https://a.example, without a path")
         try:
             read_page(self.page)
@@ -166,7 +168,7 @@ class Worker:
         self.owners: dict[Job, tuple[News, int]] = {}  # of the jobs that are not ended
         self.lock, self.open = threading.Lock(), 0  # requests that are not ended
         self.seconds_a_request = 1.0  # of late
-        self.generated = 0
+        self.generated, self.failures = 0, 0  # failures: of steps, in a row
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.thread.start()
 
@@ -189,9 +191,14 @@ class Worker:
         self.inbox.put(lambda: self._end(news))
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, which a device that hangs may not let end."""
         self.inbox.put(None)
-        self.thread.join()
+        self.thread.join(timeout=5)
+
+    @property
+    def fails(self) -> bool:
+        """Say whether nobody can be answered: the thread is gone, or step after step fails."""
+        return self.failures > 2 or not self.thread.is_alive()
 
     def _work(self) -> None:
         while True:
@@ -204,8 +211,11 @@ class Worker:
                 for job in self.engine.step():
                     self.generated += 1
                     self._tell(job, job.reply.ids[-1], job.reply.reason)
-            # such as a device out of memory: those at work fail, others go on
-            except Exception:  # noqa: BLE001
+                self.failures = 0
+            # such as a device out of memory, or a panic of the tokenizer, which is no Exception:
+            # those at work fail, others go on
+            except BaseException:  # noqa: BLE001
+                self.failures += 1
                 traceback.print_exc()
                 self.engine.clear()
                 for job in tuple(self.owners):
@@ -332,7 +342,8 @@ UNSUPPORTED = {
     "logprobs": (None, False), "top_logprobs": (None, 0), "logit_bias": (None, {}),
     "presence_penalty": (None, 0), "frequency_penalty": (None, 0), "modalities": (None, ["text"]),
     "audio": (None,), "prediction": (None,), "web_search_options": (None,), "suffix": (None, ""),
-    "echo": (None, False), "best_of": (None, 1),
+    "echo": (None, False), "best_of": (None, 1), "min_p": (None, 0), "min_tokens": (None, 0),
+    "repetition_penalty": (None, 1), "stop_token_ids": (None, []), "ignore_eos": (None, False),
 }  # fmt: skip
 MOST = 1 << 31  # a number that stands for any
 
@@ -390,7 +401,8 @@ def text_of(value: Any, where: str) -> str:
 def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
     """Return the conversation in this project's form: turns alternate, a user's is the last.
 
-    Raises Refusal, which names the message that is wrong.
+    A note to the system that nothing follows is read as the user's. Raises Refusal, which names
+    the message that is wrong.
     """
     check(given and isinstance(given, list), "messages", "must be a list of one message or more")
     check(len(given) <= most, "messages", f"has {len(given)} messages: {most} are allowed")
@@ -399,11 +411,14 @@ def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
         where = f"messages[{i}]"
         check(isinstance(message, dict), where, "must be an object with role and content")
         role = "system" if message.get("role") == "developer" else message.get("role")
+        role = "user" if role == "system" and i == len(given) - 1 else role
         roles = ("system", "user", "assistant")
         check(role in roles, f"{where}.role", "must be system, user or assistant")
         called = role == "assistant" and message.get("tool_calls")
         check(not called, f"{where}.tool_calls", "is not supported")
         parts = parse_content(message.get("content"), role, f"{where}.content")
+        if role == "assistant":
+            parts = calls_in(parts, message.get("parts"))
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
         else:
@@ -435,6 +450,33 @@ def parse_content(content: Any, role: str, where: str) -> list[dict[str, str]]:
     return parts or [{"type": "text", "text": ""}]
 
 
+CALL = re.compile(r"\[([^\[\]=]{1,200}) = ([^\[\]=]{1,200})\]")
+
+
+def calls_in(parts: list[dict[str, str]], kept: Any) -> list[dict[str, str]]:
+    """Return the parts of an answer that a client sends back, its calls of the tool restored.
+
+    Clients keep its text, where a call is `[37*12 = 444]`, and some the `parts` beside it. What
+    the model would read otherwise is a form that it has never seen. A call is taken for one where
+    the calculator says the same.
+    """
+    if any(part["type"] != "text" for part in parts):
+        return parts
+    text = text_in(parts)
+    with contextlib.suppress(Refusal):
+        same = parse_content(kept, "assistant", "parts")
+        shown = Shown()
+        if text == "".join([shown.feed(**part) for part in [*same, {"type": "text", "text": ""}]]):
+            return same
+    found, at = [], 0
+    for call in CALL.finditer(text):
+        if calculate(call[1]) == call[2] != "error":
+            found += [{"type": "text", "text": text[at : call.start()]}]
+            found += [{"type": "python", "text": call[1]}, {"type": "output", "text": call[2]}]
+            at = call.end()
+    return [part for part in [*found, {"type": "text", "text": text[at:]}] if part["text"]] or parts
+
+
 def strings(value: Any, where: str, most: int) -> list[str]:
     """Return a string, or each of a list. Raises Refusal."""
     several = [value] if isinstance(value, str) else value
@@ -452,27 +494,28 @@ class Wanted:
     sampling: Sampling
     stops: tuple[str, ...]
     chat: bool
+    tool: bool
     stream: bool
     usage: bool  # a stream's last chunk tells it
 
     def requests(self) -> list[Request]:
         """Return the engine's requests; answers to one prompt differ by their seeds."""
-        kinds = [dataclasses.replace(self.sampling, seed=self.sampling.seed + i)
+        # seeds that no other request can have asked for
+        kinds = [dataclasses.replace(self.sampling, seed=self.sampling.seed + (i << 64))
                  for i in range(self.n)]  # fmt: skip
-        return [Request(p, kind, self.chat, self.stops) for p in self.prompts for kind in kinds]
+        return [Request(p, kind, self.tool, self.stops) for p in self.prompts for kind in kinds]
 
 
 def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Settings) -> Wanted:
     """Check a request for completions. Raises Refusal, which says what is wrong with it."""
     for name, harmless in UNSUPPORTED.items():
-        if body.get(name) not in harmless:
+        value = body.get(name)
+        some = name == "logprobs" and value == 0 and value is not False  # a text completion's
+        if some or value not in harmless:
             raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
-    name = body.get("model")
-    if name is not None and name not in model.names:
-        raise Refusal(404, f"the model {repr(name)[:80]} is not served here: {model.id} is",
-                      "model", "model_not_found")  # fmt: skip
+    model.check_name(body.get("model"))
     tokenizer, context = model.engine.tokenizer, model.context
-    field, most = ("messages" if chat else "prompt"), settings.max_choices
+    field, most = ("messages" if chat else "prompt"), min(settings.max_choices, model.worker.room)
 
     def fits(size: int, limit: int, unit: str) -> None:
         if size > limit:
@@ -511,7 +554,8 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     usage = switch(options or {}, "include_usage", "stream_options.")
     stops = strings([] if body.get("stop") is None else body["stop"], "stop", 4)
     check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
-    return Wanted(prompts, n, sampling, tuple(stops), chat, switch(body, "stream"), usage)
+    tool, stream = chat and body.get("tool_choice") != "none", switch(body, "stream")
+    return Wanted(prompts, n, sampling, tuple(stops), chat, tool, stream, usage)
 
 
 # 5. What is answered -------------------------------------------------------------------------
@@ -523,18 +567,18 @@ class Shown:
     def __init__(self) -> None:
         self.kind, self.end = "text", "\n"  # of what was shown last: its type, its last character
 
-    def feed(self, kind: str, piece: str) -> str:
-        """Return the text of the next piece, "" and "text" at the end."""
+    def feed(self, type: str, text: str) -> str:  # noqa: A002  # named as a part's fields are
+        """Return what is shown of the next piece, which is of type "text" and empty at the end."""
         head = ""
-        if (self.kind, kind) == ("python", "output"):
+        if (self.kind, type) == ("python", "output"):
             head = " = "
-        elif kind != self.kind:
+        elif type != self.kind:
             if self.kind != "text":
-                head = "] " if kind == "text" and piece[:1].isalnum() else "]"
-            if kind != "text":
+                head = "] " if type == "text" and text[:1].isalnum() else "]"
+            if type != "text":
                 head += "[" if (head or self.end)[-1].isspace() else " ["
-        self.kind, self.end = kind, piece[-1:] or self.end
-        return head + piece
+        self.kind, self.end = type, text[-1:] or self.end
+        return head + text
 
 
 @dataclass
@@ -656,6 +700,12 @@ class Model:
     def context(self) -> int:
         return self.engine.model.config.max_seq_len
 
+    def check_name(self, name: Any) -> None:
+        """Raise a Refusal where another model is asked for; None is any."""
+        if name is not None and name not in self.names:
+            raise Refusal(404, f"the model {ascii(name)[:80]} is not served here: {self.id} is",
+                          "model", "model_not_found")  # fmt: skip
+
     def max_chars(self, settings: Settings) -> int:
         """Return how many characters are tokenized for one answer."""
         return settings.max_input_chars or 16 * self.context
@@ -687,6 +737,7 @@ class Server(http.server.ThreadingHTTPServer):
                 return super().process_request(request, client_address)
             except RuntimeError:  # no more threads
                 self.free.release()
+        self.count('nanochat_requests_total{path="none",code="503"}')
         body = json.dumps(Refusal(503, "too many connections: try again in a while").body())
         head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         with contextlib.suppress(OSError):
@@ -785,6 +836,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True
         try:
             self.raw_requestline = self.rfile.readline(65537)
+            if self.raw_requestline in (b"\r\n", b"\n"):  # some clients end a body so
+                self.raw_requestline = self.rfile.readline(65537)
             if len(self.raw_requestline) > 65536:
                 self.send_error(414)
             elif self.raw_requestline and self.parse_request():  # else it has answered
@@ -830,7 +883,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise Refusal(400, "there must be one Host header")
         self.incoming.deadline = time.monotonic() + self.settings.timeout_s
         if codings:
-            if lengths or codings != ["chunked"] or self.request_version == "HTTP/1.0":
+            chunked = [coding.casefold() for coding in codings] == ["chunked"]
+            if lengths or not chunked or self.request_version == "HTTP/1.0":
                 raise Refusal(400, "Transfer-Encoding must be chunked, without Content-Length")
             body = self.read_chunks()
         elif lengths:
@@ -935,16 +989,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def route(self) -> None:
         """Find who answers, after the checks that all have in common. Raises Refusal."""
         headers, path = self.headers, self.path.split("?")[0].split("#")[0]
-        self.path = path
         host, origin = headers.get("Host", ""), headers.get("Origin")
+        if whole := re.fullmatch("https?://([^/]*)(.*)", path, re.IGNORECASE):  # for a proxy
+            host, path = whole[1], whole[2] or "/"
+        self.path = path
         if host and not self.server.is_ours(host):
             raise Refusal(403, "this server has another name: --allow-host takes further ones")
         ours = (None, f"http://{host}", f"https://{host}", self.settings.cors_origin or None)
         if origin not in ours:
             raise Refusal(403, "pages of another origin may not use this: --cors-origin lets one")
-        if path not in ROUTES:
+        known = "/v1/models/" if path.startswith("/v1/models/") else path
+        if known not in ROUTES:
             raise Refusal(404, f"there is no {ascii(path)[1:-1][:100]}: see /v1/models, /health")
-        method, act = ROUTES[path]
+        method, act = ROUTES[known]
         allowed = ["GET", "HEAD", "OPTIONS"] if method == "GET" else ["OPTIONS", method]
         allow = {"Allow": ", ".join(allowed)}
         if self.command not in allowed:
@@ -984,13 +1041,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, page.encode(), "text/html; charset=utf-8", **policy)
 
     def get_models(self) -> None:
+        """Answer with the list of models, or with the one that the path names."""
         model = self.ready()
         one = {"id": model.id, "object": "model", "created": model.created, "owned_by": "you"}
-        self.send_json(200, {"object": "list", "data": [one]})
+        _, of_one, name = self.path.partition("/models/")
+        if of_one:
+            model.check_name(urllib.parse.unquote(name))
+        self.send_json(200, one if of_one else {"object": "list", "data": [one]})
 
     def get_health(self) -> None:
         server, model = self.server, self.server.model
         status = "draining" if server.draining else "ready" if model else "loading"
+        status = "failing" if status == "ready" and model and model.worker.fails else status
         health: dict[str, Any] = {"status": status, "tag": self.settings.tag}
         if model:
             device = model.engine.device
@@ -1024,7 +1086,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lines = []
         for name, group in itertools.groupby(sorted(values), lambda key: key.split("{")[0]):
             kind = "counter" if name.endswith(("_total", "_sum", "_count")) else "gauge"
-            lines += [f"# TYPE {name} {kind}", *(f"{key} {values[key]:g}" for key in group)]
+            lines += [f"# TYPE {name} {kind}", *(f"{key} {values[key]:.15g}" for key in group)]
         self.send(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
     def complete(self) -> None:
@@ -1077,7 +1139,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Send an answer as server-sent events, piece by piece as it is made."""
         chunked = self.request_version != "HTTP/1.0"
         self.close_connection = self.close_connection or not chunked
-        head = {"Content-Type": "text/event-stream; charset=utf-8"}
+        head = {"Content-Type": "text/event-stream; charset=utf-8",
+                "X-Accel-Buffering": "no"}  # fmt: skip  # nginx would hold it back
         self.begin(200, {**head, "Transfer-Encoding": "chunked"} if chunked else head)
 
         def send(values: list[Any], end: str = "") -> None:
@@ -1140,7 +1203,10 @@ ROUTES: dict[str, tuple[str, Callable[[Handler], None]]] = {
     "/v1/chat/completions": ("POST", Handler.complete),
     "/chat/completions": ("POST", Handler.complete),
     "/v1/completions": ("POST", Handler.complete),
+    "/completions": ("POST", Handler.complete),
     "/v1/models": ("GET", Handler.get_models),
+    "/models": ("GET", Handler.get_models),
+    "/v1/models/": ("GET", Handler.get_models),  # and a name
     "/health": ("GET", Handler.get_health),
     "/config": ("GET", Handler.get_config),
     "/metrics": ("GET", Handler.get_metrics),
@@ -1193,7 +1259,8 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
         "attention_bias": False, "tie_word_embeddings": False, **eos,
     })  # fmt: skip
-    write_json(folder / "generation_config.json", {**eos, "do_sample": True})
+    ends = {"eos_token_id": [ids["assistant_end"], ids["bos"]]}  # a base model ends in a new text
+    write_json(folder / "generation_config.json", {**eos, **ends, "do_sample": True})
     write_safetensors(folder / "model.safetensors", exported_weights(model))
     write_json(folder / "tokenizer.json", exported_tokenizer(tokenizer))
     write_json(folder / "tokenizer_config.json", {
@@ -1273,8 +1340,10 @@ def load(settings: Settings) -> tuple[Engine, str]:
     """Load the model that the settings name into an engine; say which stage it is of."""
     model, tokenizer, folder = load_for_answers(settings)
     engine, stage = Engine(model, tokenizer, settings.slots), folder.parent.name
-    device = engine.device
+    device, slots = engine.device, len(engine.rows)
     print(f"serve: {stage} model of run {settings.tag}, {folder.name}, on {device.type}")
+    if slots < settings.slots:
+        print(f"serve: memory holds {slots} slots, not {settings.slots}: more requests wait")
     # a minute of compiling brings a small model, which is fast enough, nothing that is noticed
     pays = device.type == "cuda" or model.config.num_params() > 5e7
     choice = {"auto": "yes" if pays else "no"}.get(settings.compile, settings.compile)
@@ -1320,7 +1389,8 @@ def main(settings: Settings) -> None:
     ending = threading.Event()
 
     def end(*_: Any) -> None:
-        if server.model is None:  # nobody is answered yet, and compiling may take minutes
+        # nobody is answered yet, and compiling may take minutes; or it is asked for again
+        if server.model is None or ending.is_set():
             os._exit(0)
         ending.set()
 
@@ -1339,6 +1409,9 @@ def main(settings: Settings) -> None:
         print("serve: ready; Ctrl-C ends", flush=True)
         ending.wait()
         server.draining = True
+        if running := worker.open:
+            print(f"serve: {running} answers may end within {settings.drain_s:g} s; Ctrl-C ends "
+                  "at once", flush=True)  # fmt: skip
         deadline = time.monotonic() + settings.drain_s
         while server.counts[ANSWERING] and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -1488,11 +1561,11 @@ aside output { float: right }
       <option value="">Export</option><option value="md">Markdown</option>
       <option value="json">JSON</option>
     </select>
-    <button id="view" aria-pressed="false">Training</button>
+    <button id="view">Training</button>
     <button id="options" aria-expanded="false" aria-controls="drawer">Settings</button>
   </header>
   <p id="notice" role="alert"></p>
-  <div id="log" role="log" aria-label="Conversation" tabindex="0"></div>
+  <div id="log" role="log" aria-live="off" aria-label="Conversation" tabindex="0"></div>
   <div id="training" aria-label="Training" tabindex="0" hidden></div>
   <form id="form">
     <div>
@@ -1668,6 +1741,8 @@ function open(id) {
   edit(null);
 }
 function begin() {
+  const blank = chats.find((c) => !c.messages.length && !c.title);
+  if (blank) return open(blank.id);
   const id = String(Date.now()) + Math.random().toString(16).slice(2, 8);
   chats.unshift({ id, title: "", messages: [] });
   open(id);
@@ -1715,7 +1790,7 @@ function drawSaid(message) {
     if (part.type === "python") {
       out.push(...markdown(text));
       text = "";
-      call = h("span", { class: "card", "aria-label": "calculator" }, h("span", {}, part.text));
+      call = h("span", { class: "card", role: "group", "aria-label": "calculator" }, h("span", {}, part.text));
       out.push(h("p", {}, call));
     } else if (call) call.append(h("b", {}, "= " + part.text));
   }
@@ -1730,6 +1805,7 @@ function drawMessage(message) {
   else if (!busy) {
     tools.append(copier(textOf(message)));
     if (last) tools.append(button(message.trouble ? "Try again" : "Regenerate", again));
+    if (last && message.before) tools.append(button("Undo", undo));
     if (message.note) tools.append(h("span", {}, message.note));
     if (message.trouble) {
       tools.append(h("span", { class: "trouble", role: last && "alert" }, message.trouble));
@@ -1764,16 +1840,27 @@ function follow(change) {
 function ask(text) {
   const c = chat(), at = c.messages.indexOf(editing);
   if (running() || !text.trim()) return;
-  if (at < 0) tab.draft = ""; else c.messages.length = at;
+  const before = at < 0 ? null : { at, messages: c.messages.splice(at) };
+  if (at < 0) tab.draft = "";
   c.messages.push({ role: "user", content: text });
   c.title ||= text.trim().slice(0, 60);
   editing = null;
-  keepTab(); fill(); answer();
+  keepTab(); fill(); answer(before);
 }
 function again() {
-  const { messages } = chat();
-  while (messages.length && messages.at(-1).role === "assistant") messages.pop();
-  answer();
+  const { messages } = chat(), at = messages.findLastIndex((m) => m.role === "user") + 1;
+  const old = messages.splice(at);
+  answer(old[0].before || (old[0].content.length ? { at, messages: old } : null));
+}
+// What an answer was to take the place of is kept until something of it has come.
+function undo() {
+  const { messages } = chat(), { at, messages: old } = messages.at(-1).before;
+  const [made] = messages.splice(at, messages.length, ...old);
+  keep();
+  if (old[0].role !== "user") return draw();
+  edit(old[0]);
+  $("text").value = made.content;
+  grow();
 }
 function edit(message) {
   editing = message;
@@ -1785,7 +1872,7 @@ function fill() {
 }
 function stop(c) { const run = running(c); if (run) run.abort.abort() }
 
-async function answer() {
+async function answer(before) {
   const c = chat(), message = { role: "assistant", content: [] };
   const mine = { abort: new AbortController(), message };
   const sent = c.messages.map((m) => ({ role: m.role, content: m.content }));
@@ -1793,7 +1880,7 @@ async function answer() {
   runs.set(c.id, mine);
   keep(); draw(); say("Answering");
   const began = performance.now();
-  let tokens = 0, reason = "", frame = 0;
+  let tokens = 0, total = 0, reason = "", frame = 0;
   try {
     const system = options.system ? [{ role: "system", content: options.system }] : [];
     const body = { stream: true, stream_options: { include_usage: true } };
@@ -1806,7 +1893,7 @@ async function answer() {
     if (!response.ok) throw new Error(await trouble(response));
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.usage) tokens = event.usage.completion_tokens;
+      if (event.usage) ({ completion_tokens: tokens, total_tokens: total } = event.usage);
       for (const choice of event.choices) {
         const part = choice.delta ? choice.delta.part : { type: "text", text: choice.text };
         if (part && part.text) add(message, part);
@@ -1819,9 +1906,11 @@ async function answer() {
     }
     if (!reason) throw new Error("The server ended before the answer did.");
     const seconds = (performance.now() - began) / 1000;
-    const why = reason === "length" ? ", cut at the limit" : "";
-    message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second${why}`;
+    const full = total < config.context ? "cut at the limit of tokens" : "the context is full";
+    const why = reason === "length" ? full : "finished";
+    message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second, ${why}`;
   } catch (error) {
+    if (before && !message.content.length) message.before = before;
     if (mine.abort.signal.aborted) message.note = "stopped";
     else {
       message.trouble = error instanceof TypeError ? `${UNREACHED} What you wrote is kept.`
@@ -1833,7 +1922,7 @@ async function answer() {
   runs.delete(c.id);
   keep(c);
   if (chat() === c) follow(draw);
-  say(message.trouble || "Answered");
+  say(message.trouble || textOf(message) || "Stopped");
 }
 function add(message, part) {
   const last = message.content.at(-1);
@@ -1925,7 +2014,6 @@ let watching = 0;
 function look(training) {
   for (const id of ["log", "form"]) $(id).hidden = training;
   $("training").hidden = !training;
-  $("view").setAttribute("aria-pressed", training);
   $("view").textContent = training ? "Chat" : "Training";
   clearInterval(watching);
   warn("training", "");
@@ -1996,7 +2084,8 @@ $("text").oninput = () => {
   keepTab(); grow();
 };
 $("text").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+  // 229: Safari's, of the key that ends a composition
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) {
     event.preventDefault();
     ask($("text").value);
   }
@@ -2013,7 +2102,7 @@ $("export").onchange = () => {
   $("export").value = "";
 };
 document.onkeydown = (event) => {
-  if (event.key !== "Escape" || event.isComposing) return;
+  if (event.key !== "Escape" || event.isComposing || event.target === $("find")) return;
   if (document.body.classList.contains("open")) { menu(false); $("menu").focus() }
   else if (!$("drawer").hidden) toggle(false);
   else if (editing) edit(null);

@@ -236,17 +236,18 @@ def test_a_device_is_never_compared_with_a_string(name):
 
 
 def test_every_command_in_the_readme_parses():
-    text = (HERE / "README.md").read_text("utf-8")
+    text = (HERE / "README.md").read_text("utf-8").replace("\\\n", " ")
     commands = re.findall(r"(?:python|torchrun[^\n`#]*?) (\w+)\.py([^\n`#|]*)", text)
     parsed = 0
     for name, rest in commands:
         if name in STAGES:
             cls = importlib.import_module(name).Settings
             rest = rest.replace("~/my/chats.jsonl", str(HERE / "README.md"))
+            rest = re.sub("(' *|\" & done.*)$", "", rest)  # the end of a shell's own words
             words = shlex.split(rest.replace("~/my/notes", str(HERE)))
             assert common.parse_settings(cls, "", words), rest
             parsed += 1
-    assert parsed >= 8
+    assert parsed >= 20
 
 
 def run_sh(*words, code=0):
@@ -278,7 +279,7 @@ TIERS = ["cpu", "cpu-bf16", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh1
 
 
 def test_every_action_and_tier_of_run_sh_prints_its_commands():
-    for words in ["test", "bench", "bench learn", "setup"]:
+    for words in ["test", "bench", "bench learn", "bench gpu", "setup"]:
         commands(*words.split())
     for tier in TIERS:
         found = commands(f"--tier={tier}")
@@ -989,6 +990,7 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
         run = common.Run("base", "t", SimpleNamespace(compile=choice), CPU, 0, 1)
         return common.compile_or_not(common.compile_choice(run, saved or {}), seconds, CPU, run.say)
 
+    real = common.can_compile
     assert not compiles("auto", 30)
     assert not compiles("no", 1e6)
     monkeypatch.setattr(common, "can_compile", lambda device: False)
@@ -996,6 +998,13 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
     assert not compiles("yes", 1)
     monkeypatch.setattr(common, "can_compile", lambda device: True)
     assert compiles("auto", 1e6)
+    with monkeypatch.context() as patch:  # Triton builds what launches its programs
+        patch.setattr(importlib.util, "find_spec", lambda name: name)
+        patch.setattr(Path, "exists", lambda path: True)
+        for compilers in ((), ("clang",), ("my-cc",)):
+            patch.setattr(shutil, "which", lambda name, have=compilers: name in have or None)
+            patch.setenv("CC", "my-cc")
+            assert real(torch.device("cuda")) == bool(compilers)
     said = capsys.readouterr().out.splitlines()
     assert "C++ compiler" in said[2] and "python3-dev" in said[3] and len(said) == 5
     # a run that goes on is compiled as it was, but for an explicit choice
@@ -1369,15 +1378,12 @@ def test_products_of_few_rows_and_of_int8_equal_the_plain_ones(rows, dtype):
         linear.quantize()
         y = linear(x)
         assert linear.weight.dtype == torch.int8 and y.shape == (rows, 1, 80) and y.dtype == dtype
-        for i in range(rows if rows <= common.FEW_ROWS else 0):
+        for i in range(rows):
             assert torch.equal(linear(x[i : i + 1]), y[i : i + 1]), "a row depends on no other"
     stepped = linear.weight * linear.scale[:, None]
     assert ((stepped - weight).abs() <= linear.scale[:, None] * 0.5001).all()
     step = x.float().abs().amax(-1, keepdim=True) / 127
-    if rows <= common.FEW_ROWS:
-        rounded = (x.float() / step).round() * step
-    else:
-        rounded, stepped = x, stepped.to(dtype)
+    rounded = (x.float() / step).round() * step
     expected = rounded.double() @ stepped.double().t()
     torch.testing.assert_close(y, expected.to(dtype), rtol=1e-2 if close == {} else 1e-5, atol=1e-3)
     assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
@@ -2630,12 +2636,16 @@ def check_rows(engine):
     assert engine._at_work() <= slots
 
 
-@pytest.mark.parametrize(("slots", "chunk", "window"), [(1, 512, "L"), (3, 3, "SL"), (8, 5, "L")])
+@pytest.mark.parametrize(
+    ("slots", "chunk", "window", "int8"),
+    [(1, 512, "L", 0), (3, 3, "SL", 0), (8, 5, "L", 0), (8, 512, "SL", 1)],
+)
 def test_jobs_that_come_and_go_get_the_replies_they_get_alone(
-    tokenizer, slots, chunk, window, monkeypatch
+    tokenizer, slots, chunk, window, int8, monkeypatch
 ):
     monkeypatch.setattr(common.KVCache, "SPARE", 9)
     model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
+    model = model.quantize() if int8 else model
     engine = common.Engine(model, tokenizer, slots, chunk)
     rng, jobs = random.Random(slots), []
     for _ in range(600):
@@ -2796,12 +2806,22 @@ def test_the_estimated_memory_is_a_gpus(recompute):
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("compiled", ["no", "yes"])
-def test_a_few_steps_on_a_gpu_are_those_on_a_cpu(tiny_run, dtype, compiled):
+def test_a_few_steps_on_a_gpu_are_those_on_a_cpu(tiny_run, dtype, compiled, monkeypatch):
+    create = common.GPT.create
+
+    def create_on_cpu(config, device, dtype):
+        """Draw the weights that a CPU draws: a GPU has random numbers of its own."""
+        model = create(config, device, dtype)
+        model.load_state_dict(create(config, CPU, dtype).state_dict())
+        return model
+
+    monkeypatch.setattr(pretrain.GPT, "create", create_on_cpu)
     pretrain.main(tiny_pretrain(tag="u"))
     pretrain.main(tiny_pretrain(dtype=dtype, device="cuda", compile=compiled))
     a, b = base_losses("u"), base_losses("t")
     assert a.keys() == b.keys()
-    assert max(abs(a[step] - b[step]) for step in a) < (5e-3 if dtype == "float32" else 0.1)
+    # tensor cores round fp32's products, Muon's are bf16
+    assert max(abs(a[step] - b[step]) for step in a) < (0.02 if dtype == "float32" else 0.1)
 
 
 @pytest.mark.gpu
@@ -2821,9 +2841,9 @@ def test_a_gpu_that_is_too_small_takes_fewer_rows(tiny_run, capsys):
 @pytest.mark.gpu
 @needs_gpu
 def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
-    cuda, bf16 = torch.device("cuda"), torch.bfloat16
+    cuda = torch.device("cuda")
     config = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL").config
-    model = common.GPT.create(config, cuda, bf16)
+    model = common.GPT.create(config, cuda, torch.float32)  # in bf16 two may be equally likely
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(0, 0.1)
@@ -2848,14 +2868,20 @@ def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_
             slow = 50 * (step < 3)
             lines.append({
                 "step": step, "loss": 1.0, "tok_per_s": rate - slow, "mfu": 0.5, "memory": 7.0,
-                "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
+                "update": 0.04, "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
                 "data": 1.25 / 1.95, "left_s": (20 - step) * 1.95,
             })  # fmt: skip
             lines[-1]["time"] -= 50 * (step == 2)  # only the very first is slow to be there
         return lines
 
     monkeypatch.setattr(evaluate, "run_stage", logged)
+    monkeypatch.setattr(evaluate, "find_checkpoint", lambda tag, stage: tag)
+    config = common.GPTConfig(65536, 12, 768, 6, 6, 2048)
+    meta = {"config": dataclasses.asdict(config), "micro_batch": 64}
+    monkeypatch.setattr(evaluate, "read_meta", lambda folder: meta)
     settings = evaluate.Settings(tag="t", bench="gpu", device="cpu")
+    with pytest.raises(common.MissingInput, match="needs an NVIDIA GPU"):
+        evaluate.main(settings)
     with common.start_run("eval", settings) as run:
         rows = evaluate.bench_gpu(run, settings)
     assert [stage for stage, _, _ in asked] == ["pretrain"] * len(evaluate.GPU_RUNS) + ["sft", "rl"]
@@ -2866,6 +2892,8 @@ def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_
                for name, one in by_name.items())  # fmt: skip
     first = rows["d12 bfloat16"]
     assert (first["tok_per_s"], first["mfu"], first["memory"]) == (1000, 0.5, 7)
+    assert (first["update"], first["vocabulary"], first["rows"]) == (0.04, 65536, 64)
+    assert 40 < first["estimate"] < 141 and rows["d26 fp8"]["of bfloat16"] == 1
     assert rows["sft"]["of pretraining"] == pytest.approx(0.9)
     assert rows["rl"] == pytest.approx({"sampling": 0.6, "training": 0.35, "idle": 0.05})
     assert json.loads((base_dir / "bench.json").read_text())["gpu"] == rows
@@ -2969,6 +2997,8 @@ def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monk
         assert measured["history"] > 1990
         for key in ("x1", "x16", "x64", "prefill"):
             assert measured[key] > 10 and 0 < measured[f"{key} of bound"] < 3
+        for key in ("turn 1", "turn 10"):
+            assert 0 < measured[key] < 10 and 0 < measured[f"{key} of bound"] < 3
 
 
 @pytest.mark.slow
@@ -3034,6 +3064,32 @@ def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     job = engine.submit(greedy(prompt, 1))
     engine.step()
     assert job.reused == 0, "what other weights made is not gone on from"
+
+
+def test_an_engine_takes_fewer_slots_where_memory_has_no_room(tokenizer, monkeypatch):
+    cache, asked = common.KVCache, []
+
+    def small(config, slots, *rest):
+        asked.append(slots)
+        if slots > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return cache(config, slots, *rest)
+
+    monkeypatch.setattr(common, "KVCache", small)
+    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 9)
+    assert asked == [9, 5, 3] and len(engine.rows) == 3
+    assert len(list(engine.generate(greedy([tokenizer.bos, 5], 4)))) == 4
+
+
+def test_equal_prompts_are_computed_once(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    engine, widths = common.Engine(model, tokenizer, 6), []
+    hidden = model.hidden
+    model.hidden = lambda ids, *rest: widths.append(list(ids.shape)) or hidden(ids, *rest)
+    prompt = [tokenizer.bos, *range(40)]
+    jobs = [engine.submit(common.Request(prompt, common.Sampling(9, seed=i))) for i in range(5)]
+    engine.step()
+    assert widths == [[1, 41]] and all(len(job.reply.ids) == 1 for job in jobs)
 
 
 def test_others_go_on_while_a_long_prompt_is_computed(tokenizer):
@@ -6468,7 +6524,7 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert numbers["parameters"] == (2 + 10) * 65536 * 1280 + blocks + 1280**2
     assert 11e9 < numbers["tokens"] < 11.5e9 and 2 * 3600 < numbers["seconds"] < 6 * 3600
     assert 50 < numbers["cost_usd"] < 150
-    for word in ("parameters", "FLOPs", "tokens", "memory", "exchanged", "time", "cost"):
+    for word in ("parameters", "FLOPs", "tokens", "memory", "sends", "time", "cost"):
         assert word in out
     # 7/8 of 2 x 4 bytes; by eights go 20 matrices of a shape in 24 slots, 81 in 88, 10 in 16
     slots = (2 * 24 * 4 + 88) * 1280**2 + 16 * 10 * 32 + 12 * 65536 * 1280 + 2 * 20
@@ -6477,6 +6533,41 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert limits == sorted(limits, key=lambda x: x[:2]) and limits[0][0] >= 4
     assert all(plain < recomputed for plain, recomputed, _ in limits)
     assert not list(base_dir.iterdir())
+
+
+def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
+    text = (HERE / "README.md").read_text("utf-8")
+
+    def table(head):
+        """The rows of numbers below a head, without their units."""
+        rows = text.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
+        return [[float(x) for x in re.findall(r"[0-9.]+", row.replace(",", ""))] for row in rows]
+
+    cards = {gb: tuple(limits) for gb, *limits in table("card")}
+    settings = pretrain.Settings()
+    assert cards == {gb: pretrain.card_limits(gb, settings) for gb in pretrain.CARDS_GB}
+    rows = table("GPUs")
+    assert len(rows) > 3
+    for count, *cells in rows:
+        for depth, (step, sent, takes) in ((20, cells[:3]), (32, cells[3:])):
+            options = {"plan": True, "plan_device": "H100", "plan_count": int(count)}
+            plan = pretrain.main(pretrain.Settings(depth=depth, **options))
+            assert step == round(1e3 * plan["step_seconds"])
+            assert sent == round(plan["exchanged_bytes"] / 1e9, 1)
+            assert takes == round(1e3 * plan["exchange_seconds"])
+
+
+def test_samples_that_memory_has_no_room_for_end_no_run(tokenizer, monkeypatch, capsys):
+    run, model = common.Run("base", "t", None, CPU, 0, 1), random_model(vocab_size=300)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another")):
+        failing = unittest.mock.Mock(side_effect=error)
+        monkeypatch.setattr(pretrain.GPT, "create", failing)
+        if error.args == ("another",):
+            with pytest.raises(RuntimeError, match="another"):
+                pretrain.print_samples(run, model, tokenizer)
+        else:
+            pretrain.print_samples(run, model, tokenizer)
+    assert "sample: none, as memory is full" in capsys.readouterr().out
 
 
 # midtrain.py, sft.py, rl.py --------------------------------------------------------------------
@@ -6551,6 +6642,20 @@ def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
     assert stage_losses("u", name) == stage_losses("t", name)
     before = common.load_file(common.find_checkpoint("t", "base"), "model.pt", CPU)
     assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
+
+
+def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another(
+    chat_run, monkeypatch
+):
+    asked, pick = [], common.pick_dtype
+    monkeypatch.setattr(
+        common, "pick_dtype", lambda device, name="": asked.append(name) or torch.float32
+    )
+    base = common.read_meta(common.find_checkpoint("t", "base"))
+    assert base["dtype"] == "float32" and pick(CPU, base["muon_dtype"])
+    for dtype in ("float32", "bfloat16"):
+        run_stage("sft", "t", dtype=dtype, num_iterations=1, restart=True)
+    assert asked == [base["muon_dtype"], ""]
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
@@ -8038,10 +8143,31 @@ def test_openais_own_client_talks_to_it(served):
     done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
     assert done.usage.completion_tokens <= 4
     assert [model.id for model in client.models.list()] == ["t-sft"]
+    assert client.models.retrieve("t-sft").id == "t-sft"
+    with pytest.raises(openai.NotFoundError, match="t-sft"):
+        client.models.retrieve("gpt-4")
+    bare = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    assert [model.id for model in bare.models.list()] == ["t-sft"]
+    assert bare.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0).usage
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**{**asked, "temperature": 5})
     with pytest.raises(openai.NotFoundError, match="t-sft"):
         client.chat.completions.create(**{**asked, "model": "gpt-4"})
+
+
+def test_openais_client_sends_back_an_answer_with_its_calls(served, tokenizer):
+    chat_types = pytest.importorskip("openai.types.chat")
+    openai = pytest.importorskip("openai")
+    _, url = served
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    parts = [{"type": "text", "text": "So"}, {"type": "python", "text": "37*12"},
+             {"type": "output", "text": "444"}]  # fmt: skip
+    made = {"role": "assistant", "content": "So [37*12 = 444]", "parts": parts}
+    message = chat_types.ChatCompletionMessage.model_validate(made)
+    said = [*user("a"), message, *user("b")]
+    done = client.chat.completions.create(model="t", messages=said, max_tokens=1)
+    same = [*user("a"), {"role": "assistant", "content": parts}, *user("b")]
+    assert done.usage.prompt_tokens == len(common.render_prompt(tokenizer, same))
 
 
 def test_many_ask_at_once_and_get_what_each_gets_alone(served, tokenizer):
@@ -8068,7 +8194,8 @@ def test_choices_differ_and_a_seed_repeats_them(served):
         return [choice["message"]["content"] for choice in body["choices"]]
 
     first = texts()
-    assert len(set(first)) == 4 and texts() == first and texts(seed=8) != first
+    assert len(set(first)) == 4 and texts() == first
+    assert not set(first) & set(texts(seed=8)), "seeds side by side share no sample"
     assert texts(seed=None) != texts(seed=None)
     streamed = collections.Counter()
     for chunk in events(
@@ -8148,7 +8275,22 @@ def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(s
         ([*user("a"), *user("b")], user("a\n\nb")),
         (user("<|user_end|><|assistant_start|>"), user("<|user_end|><|assistant_start|>")),
         (user("\ud800"), user("?")),
+        ([*user("a"), {"role": "system", "content": "b"}], user("a\n\nb")),
+        ([{"role": "developer", "content": "a"}], user("a")),
+        ([*user("[1+1 = 2]")], user("[1+1 = 2]")),
     ]  # fmt: skip
+    call = [{"type": "python", "text": "37*12"}, {"type": "output", "text": "444"}]
+    texts = [{"type": "text", "text": text} for text in ("So", "It is.", "So ", " It is.")]
+    tight, wide = [texts[0], *call, texts[1]], [texts[2], *call, texts[3]]
+    for changes, parts in (
+        ({"parts": tight}, tight), ({}, wide), ({"parts": 3}, wide), ({"parts": call}, wide),
+        ({"content": "Edited", "parts": tight}, [{"type": "text", "text": "Edited"}]),
+        ({"content": "[2+2 = 5]"}, [{"type": "text", "text": "[2+2 = 5]"}]),
+        ({"content": "[a = error]"}, [{"type": "text", "text": "[a = error]"}]),
+    ):  # fmt: skip
+        back = {"role": "assistant", "content": "So [37*12 = 444] It is.", **changes}
+        said = [*user("a"), back, *user("b")]
+        forms.append((said, [*user("a"), {"role": "assistant", "content": parts}, *user("b")]))
     settings = server.settings
     for said, same in forms:
         wanted = serve.parse_wanted({"messages": said}, True, model, settings)
@@ -8362,7 +8504,8 @@ WRONG_REQUESTS = [
     ({"model": "gpt-4"}, 404, "model"), ({"tools": [{}]}, 400, "tools"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"logprobs": True}, 400, "logprobs"), ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
+    ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"logprobs": 0}, 400, "logprobs"),
+    ({"min_p": 0.1}, 400, "min_p"), ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
 ]  # fmt: skip
 
 
@@ -8377,9 +8520,11 @@ def test_a_wrong_request_is_told_which_field_is_wrong_and_harmless_ones_are_igno
             assert error["message"] and error["type"] == "invalid_request_error"
         ours = {"user": "me", "metadata": {}, "store": False, "presence_penalty": 0.0, "tools": [],
                 "logit_bias": None, "service_tier": "auto", "model": "t", "response_format":
-                {"type": "text"}, "temperature": None, "made_up": 1, "max_tokens": 2}  # fmt: skip
+                {"type": "text"}, "temperature": None, "made_up": 1, "max_tokens": 9, "logprobs": None,
+                "max_completion_tokens": 2, "repetition_penalty": 1.0}  # fmt: skip
         whole = {"messages": user("Hi"), **ours}
-        assert session.post(url + "/v1/chat/completions", json=whole).status_code == 200
+        response = session.post(url + "/v1/chat/completions", json=whole)
+        assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] <= 2
     long = requests.post(url + "/v1/chat/completions", json={"messages": user("word " * 500)})
     assert long.json()["error"]["code"] == "context_length_exceeded"
     assert "128" in long.json()["error"]["message"]
@@ -8431,6 +8576,9 @@ SHAPES = [  # bytes, the statuses of the answers: what follows a doubtful reques
     (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n" + LAST, [400]),
     (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n" + LAST, [403, 200]),
     (b"GET /health HTTP/1.0\r\n\r\n" + LAST, [200]),
+    (b"GET http://localhost/health?a HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
+    (b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [403, 200]),
+    (posted("Transfer-Encoding: Chunked", body=CHUNKS) + b"\r\n" + LAST, [200, 200]),
     (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [404, 200]),
     (b"DELETE /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
     (b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
@@ -8832,6 +8980,8 @@ def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
             responses = list(pool.map(ask, range(8)))
         codes = collections.Counter(response.status_code for response in responses)
         assert set(codes) == {200, 429} and codes[200] >= 2
+        never = requests.post(url + "/v1/chat/completions", json={**asked, "n": 3})
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         refused = next(r for r in responses if r.status_code == 429)
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
@@ -9097,7 +9247,15 @@ def test_the_training_view_reads_what_a_run_has_written(served, base_dir):
 
 def test_the_server_tells_how_it_is(served):
     server, url = served
-    assert requests.get(url + "/health").json()["status"] == "ready"
+    health = requests.get(url + "/health").json()
+    assert health.pop("memory_bytes") > 1e6
+    assert health == {
+        "status": "ready",
+        "tag": "main",
+        "model": "t-sft",
+        "stage": "sft",
+        "device": "cpu",
+    }
     config = requests.get(url + "/config").json()
     assert config["defaults"]["temperature"] == server.settings.temperature
     assert config["context"] == 128 and config["model"] == "t-sft"
@@ -9109,12 +9267,71 @@ def test_the_server_tells_how_it_is(served):
     label = 'nanochat_requests_total{path="/v1/chat/completions",code="200"}'
     assert values[label] == "1" and values["nanochat_slots"] == "4"
     assert 1 <= int(values["nanochat_tokens_generated_total"]) <= 3
+    server.model.worker.generated = 123_456_789
+    assert "nanochat_tokens_generated_total 123456789\n" in requests.get(url + "/metrics").text
     model, server.model = server.model, None
     assert requests.get(url + "/health").json()["status"] == "loading"
     assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
     server.model, server.draining = model, True
     assert requests.get(url + "/health").json()["status"] == "draining"
     assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
+
+
+def test_a_server_whose_steps_all_fail_says_so(tokenizer):
+    class Failing:
+        """A model whose device is gone."""
+
+        def __init__(self, model):
+            self.model = model
+
+        def __getattr__(self, name):
+            return getattr(self.model, name)
+
+        def hidden(self, *_):
+            raise failure
+
+    class PanicException(BaseException):
+        """What a package in Rust raises."""
+
+    with serving(tokenizer, 2) as (server, url):
+        engine, asked = server.model.engine, {"messages": user("Hi"), "max_tokens": 2}
+        sound, engine.model = engine.model, Failing(engine.model)
+        for failure in (RuntimeError("gone"), PanicException(), RuntimeError("gone")):
+            assert requests.get(url + "/health").json()["status"] == "ready"
+            two = {**asked, "n": 2}
+            assert requests.post(url + "/v1/chat/completions", json=two).status_code == 500
+        response = requests.get(url + "/health")
+        assert (response.status_code, response.json()["status"]) == (503, "failing")
+        streamed = requests.post(url + "/v1/chat/completions", json={**asked, "stream": True})
+        last = streamed.text.split("\n\n")[-2]
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        engine.model = sound
+        assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 200
+        assert requests.get(url + "/health").status_code == 200
+
+
+def test_a_second_signal_ends_a_server_at_once(chat_run):
+    code = ("import common, serve, time\n"
+            "common.Engine.step = lambda self: time.sleep(0.1) or []\n"
+            "serve.main(serve.Settings(tag='t', stage='base', port=0, device='cpu'))")  # fmt: skip
+    command = [sys.executable, "-c", code]
+    with (
+        subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+    ):
+        url = next(line for line in process.stdout if "http" in line).split()[-1]
+        assert any("ready" in line for line in process.stdout)
+        asked = {"prompt": "The", "max_tokens": 2}
+        answer = pool.submit(requests.post, url + "/v1/completions", json=asked)
+        while "nanochat_requests_open 1" not in requests.get(url + "/metrics").text:
+            time.sleep(0.05)
+        process.terminate()
+        assert any("1 answers may end" in line for line in process.stdout)
+        assert requests.get(url + "/health").json()["status"] == "draining"
+        process.terminate()
+        assert process.wait(5) == 0
+        with pytest.raises(requests.ConnectionError):
+            answer.result()
 
 
 def test_sigterm_ends_a_server_that_still_loads_at_once(base_dir):
@@ -9365,6 +9582,7 @@ def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
         assert "<b>not bold</b> <script>" in first.inner_text()
         assert first.locator("li").count() == 2 and first.locator("td").count() == 2
         assert first.locator("pre code").inner_text() == "x = 1"
+        assert first.inner_text().endswith("a second, finished")
 
         page.fill("#text", "And again?")  # a second turn, by the button
         page.click("#send")
@@ -9560,6 +9778,40 @@ def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
         answered(page, 0)
         assert page.locator("article").count() == 2 and first.inner_text().startswith("half")
         assert page.input_value("#text") == "a draft"
+
+
+@pytest.mark.browser
+def test_what_is_to_be_replaced_is_kept_until_something_has_come(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (server, _, page):
+        for i, text in enumerate(("One", "Two")):
+            send(page, text)
+            answered(page, i)
+        count = page.locator("article").count
+        first, undo = (page.locator("article.user").first,
+                       page.get_by_role("button", name="Undo"))  # fmt: skip
+        server.draining = True
+        page.get_by_role("button", name="Regenerate").click()
+        page.get_by_role("button", name="Try again").click()
+        page.get_by_text("shutting down").wait_for()
+        undo.click()
+        answered(page, 1)
+        assert count() == 4 and not undo.count()
+
+        first.get_by_role("button", name="Edit").click()
+        send(page, "half")
+        page.get_by_text("shutting down").wait_for()
+        assert count() == 2
+        page.reload()
+        undo.click()
+        assert count() == 4 and page.input_value("#text") == "half", "and it can be sent again"
+        assert "One" in first.inner_text()
+        page.press("#text", "Enter")
+        page.get_by_text("shutting down").wait_for()
+        server.draining = False
+        page.get_by_role("button", name="Try again").click()
+        answered(page, 0)
+        assert count() == 2 and first.inner_text().startswith("half") and not undo.count()
 
 
 @pytest.mark.browser
