@@ -3190,7 +3190,8 @@ COLDEST = 1e-5  # a lower temperature is this one: in fp32 it would come to 0, a
 def to_device(values: list, device: torch.device) -> Tensor:
     """Copy numbers to a device, without waiting for what it is at."""
     x = torch.tensor(values)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:

@@ -3067,15 +3067,15 @@ def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
 
 
 def test_an_engine_takes_fewer_slots_where_memory_has_no_room(tokenizer, monkeypatch):
-    cache, asked = common.KVCache, []
+    init, asked = common.KVCache.__init__, []
 
-    def small(config, slots, *rest):
+    def small(cache, config, slots, *rest):
         asked.append(slots)
         if slots > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return cache(config, slots, *rest)
+        init(cache, config, slots, *rest)
 
-    monkeypatch.setattr(common, "KVCache", small)
+    monkeypatch.setattr(common.KVCache, "__init__", small)
     engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 9)
     assert asked == [9, 5, 3] and len(engine.rows) == 3
     assert len(list(engine.generate(greedy([tokenizer.bos, 5], 4)))) == 4
@@ -9793,21 +9793,21 @@ def test_what_is_to_be_replaced_is_kept_until_something_has_come(tokenizer, chro
         server.draining = True
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_role("button", name="Try again").click()
-        page.get_by_text("shutting down").wait_for()
+        page.locator("#log").get_by_text("shutting down").wait_for()
         undo.click()
         answered(page, 1)
         assert count() == 4 and not undo.count()
 
         first.get_by_role("button", name="Edit").click()
         send(page, "half")
-        page.get_by_text("shutting down").wait_for()
+        page.locator("#log").get_by_text("shutting down").wait_for()
         assert count() == 2
         page.reload()
         undo.click()
         assert count() == 4 and page.input_value("#text") == "half", "and it can be sent again"
         assert "One" in first.inner_text()
         page.press("#text", "Enter")
-        page.get_by_text("shutting down").wait_for()
+        page.locator("#log").get_by_text("shutting down").wait_for()
         server.draining = False
         page.get_by_role("button", name="Try again").click()
         answered(page, 0)
