@@ -56,7 +56,7 @@ class Settings:
         "of activations; empty = bfloat16 or float16 where fast",
         choices=("", "float32", "bfloat16", "float16"),
     )
-    int8: bool = setting(False, "weights of 8 bits: less memory, on a CPU sooner answers")
+    int8: bool = setting(False, "products of 8 bits: less memory, on a CPU sooner answers")
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")

@@ -196,6 +196,7 @@ LOG_FORMATS: dict[str, Callable[[Any], str]] = {
     "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
     "mfu": lambda v: f"mfu {100 * v:.1f} %",
     "data": lambda v: f"data {100 * v:.1f} %",
+    "update": lambda v: f"update {100 * v:.1f} %",
     "memory": lambda v: f"memory {v:.1f} GB",
     "left_s": lambda v: f"left {format_duration(v)}",
 }
@@ -1747,7 +1748,7 @@ class GPT(nn.Module):
 
 
 def logits_at_once(device: torch.device, logits: int = 0) -> int:
-    """Return how many of the loss's logits are made: 2 M stay in a CPU's cache, 64 M keep a GPU busy.
+    """Return how many of the loss's logits are made: 2 M stay in a CPU's cache, 64 M fill a GPU.
 
     At least a 64th: each chunk adds to the gradient of the whole head.
     """
@@ -3189,9 +3190,8 @@ COLDEST = 1e-5  # a lower temperature is this one: in fp32 it would come to 0, a
 
 def to_device(values: list, device: torch.device) -> Tensor:
     """Copy numbers to a device, without waiting for what it is at."""
-    x = torch.tensor(values)
-    x = x.pin_memory() if device.type == "cuda" else x
-    return x.to(device, non_blocking=device.type == "cuda")
+    cuda = device.type == "cuda"
+    return torch.tensor(values, pin_memory=cuda).to(device, non_blocking=cuda)
 
 
 def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> list[int]:
@@ -3268,7 +3268,7 @@ class Job:
 
     request: Request
     limit: int  # tokens of the reply at most
-    uniforms: np.ndarray
+    uniforms: list[float]
     reply: Reply = field(default_factory=Reply)
     row: int = -1  # of the cache, while decoding
     reused: int = 0  # tokens of the prompt that were found computed
@@ -3433,7 +3433,8 @@ class Engine:
             raise ValueError(f"the prompt has {n} tokens: this model takes 1 to {context - 1}")
         limit = min(request.sampling.max_tokens, context - n)
         draws = np.random.default_rng(request.sampling.seed)
-        job = Job(request, limit, draws.random(limit if request.sampling.temperature else 0))
+        uniforms = draws.random(limit if request.sampling.temperature else 0)
+        job = Job(request, limit, uniforms.tolist())  # numpy's own would make all fp64
         self.waiting.append(job)
         return job
 

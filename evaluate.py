@@ -667,11 +667,11 @@ def bench_decoding(
     for turn in range(1, 11):
         new = 24 if turn in (1, 10) else 238
         said += ids(new)
-        measured["history"] = len(said)
+        history = len(said)
         bound = max((weights + len(said) * token_bytes) / bandwidth, new * flops / rate)
         seconds = first_token(said)
         measured |= {f"turn {turn}": seconds, f"turn {turn} of bound": bound / seconds}
-    return measured
+    return measured | {"history": history}
 
 
 def training_log(tag: str, stage: str = "base") -> list[dict[str, Any]]:
@@ -887,7 +887,7 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
         run.say(f"bench: going on after {len(kept)} runs; without {path} it would begin anew")
 
     def train(depth: int, name: str, steps: int, *flags: str) -> dict:
-        tag = f"{run.tag}-d{depth}-{re.sub('[^a-z0-9]+', '-', name)}"
+        tag = f"{run.tag}-d{depth}-{re.sub('[^a-z0-9]+', '-', name.lower())}"
         if tag not in kept:
             kept[tag] = train_for_bench(run, tag, depth, steps, list(flags))
             write_json(path, kept)

@@ -244,9 +244,10 @@ def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
 # 3. Memory and plan --------------------------------------------------------------------------
 
 PRICE_PER_HOUR = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "A6000": 0.8, "RTX 4090": 0.5}  # USD
-# bytes a second that a rank sends: over NVLink, as its maker says, and between nodes of 8 H100s with
-# a port of 400 Gb/s each, where reduce-scatter was measured at 360 (4 nodes) to 260 (NVIDIA/nccl#1229)
-NODE_RATE, NETWORK_RATE = 450e9, 300e9
+# bytes a second that a rank sends: inside a node over NVLink, as its maker says, or PCIe; between
+# nodes of 8 H100s with a port of 400 Gb/s each, where reduce-scatter was measured at 360 (4 nodes)
+# to 260 GB/s (128; NVIDIA/nccl#1229)
+NODE_RATES, PCIE_RATE, NETWORK_RATE = {"H200": 450e9, "H100": 450e9, "A100": 300e9}, 25e9, 300e9
 MEMORY_GB = {"H200": 141, "H100": 80, "A100": 80, "A6000": 48, "RTX 4090": 24, "L4": 24}
 
 
@@ -279,7 +280,10 @@ def print_plan(settings: Settings) -> dict[str, float]:
     tokens = horizon.tokens(T)
     flops = tokens * config.flops_per_token()
     each = -(-horizon.batch_rows // count)  # rows; with more ranks than rows some have filling
-    seconds = flops / (peak * horizon.batch_rows / each * share)
+    seconds = flops / (peak * horizon.batch_rows / each * share) / horizon.num_steps
+    rate = NETWORK_RATE if count > 8 else NODE_RATES.get(name, PCIE_RATE)
+    exchanged = exchanged_bytes(config, count)
+    total = horizon.num_steps * (seconds + exchanged / rate)
     rows = settings.device_batch_size or each
     room = MEMORY_GB.get(name, 0) * 1e9 if name else free_bytes(device)
     kind = torch.device("cuda") if name else device
@@ -296,8 +300,8 @@ def print_plan(settings: Settings) -> dict[str, float]:
     numbers = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
         "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
-        "flops": flops, "seconds": seconds, "step_seconds": seconds / horizon.num_steps,
-        "exchanged_bytes": exchanged_bytes(config, count),
+        "flops": flops, "seconds": total, "step_seconds": seconds,
+        "exchanged_bytes": exchanged, "exchange_seconds": exchanged / rate,
         **{f"{k}_bytes": v for k, v in parts.items()},
     }  # fmt: skip
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
@@ -308,14 +312,12 @@ def print_plan(settings: Settings) -> dict[str, float]:
     split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
     print(f"memory       {sum(parts.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
-    rate = NODE_RATE if count <= 8 else NETWORK_RATE
-    numbers["exchange_seconds"] = numbers["exchanged_bytes"] / rate
-    print(f"step         {1e3 * numbers['step_seconds']:,.0f} ms, and {1e3 * numbers['exchange_seconds']:,.0f} ms "
-          f"for {numbers['exchanged_bytes'] / 1e9:.1f} GB that each sends and receives, "
-          f"at {rate / 1e9:.0f} GB/s")  # fmt: skip
-    print(f"time         {format_duration(seconds)} at {share:.0%} of the peak")
+    also = (f", and {1e3 * exchanged / rate:,.0f} ms for {exchanged / 1e9:.1f} GB that each sends "
+            f"and receives, at {rate / 1e9:.0f} GB/s")  # fmt: skip
+    print(f"step         {1e3 * seconds:,.0f} ms at {share:.0%} of the peak{also * (count > 1)}")
+    print(f"time         {format_duration(total)}")
     if price := PRICE_PER_HOUR.get(name):
-        numbers["cost_usd"] = price * count * seconds / 3600
+        numbers["cost_usd"] = price * count * total / 3600
         print(f"cost         {numbers['cost_usd']:,.0f} USD at {price} USD a GPU and hour")
     for gb in CARDS_GB:
         plain, recomputed, context = card_limits(gb, settings)

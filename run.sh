@@ -7,7 +7,7 @@
 #         test    set up, then pytest; the words after `test` go to pytest
 #         bench   set up, then measure this machine: a table and bench.json
 #         bench learn  train small models for equal times with and without each choice of
-#                 pretrain.py, on the world's text or --data; two hours
+#                 pretrain.py, on the world's text or --data; two and a half hours
 #         bench gpu    some steps of depths 12 to 26, sft and rl on one GPU; twenty minutes
 #         lock    renew requirements.lock from pyproject.toml
 # --tier  cpu cpu-bf16 cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200   default: what fits

@@ -111,7 +111,7 @@ class Settings:
         "of activations; empty = bfloat16 or float16 where fast",
         choices=("", "float32", "bfloat16", "float16"),
     )
-    int8: bool = setting(False, "weights of 8 bits: less memory, on a CPU sooner answers")
+    int8: bool = setting(False, "products of 8 bits: less memory, on a CPU sooner answers")
     compile: str = setting(
         "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
     )
@@ -398,15 +398,16 @@ def text_of(value: Any, where: str) -> str:
     return value.encode("utf-8", "replace").decode()
 
 
-def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
+def parse_messages(given: Any, most: int, fits: Callable[[int], None]) -> list[dict[str, Any]]:
     """Return the conversation in this project's form: turns alternate, a user's is the last.
 
-    A note to the system that nothing follows is read as the user's. Raises Refusal, which names
-    the message that is wrong.
+    A system message that nothing follows is read as the user's. fits gets the characters so far.
+    Raises Refusal, which names the message that is wrong.
     """
     check(given and isinstance(given, list), "messages", "must be a list of one message or more")
     check(len(given) <= most, "messages", f"has {len(given)} messages: {most} are allowed")
     messages: list[dict[str, Any]] = []
+    size = 0
     for i, message in enumerate(given):
         where = f"messages[{i}]"
         check(isinstance(message, dict), where, "must be an object with role and content")
@@ -417,6 +418,8 @@ def parse_messages(given: Any, most: int) -> list[dict[str, Any]]:
         called = role == "assistant" and message.get("tool_calls")
         check(not called, f"{where}.tool_calls", "is not supported")
         parts = parse_content(message.get("content"), role, f"{where}.content")
+        size += len(text_in(parts))
+        fits(size)
         if role == "assistant":
             parts = calls_in(parts, message.get("parts"))
         if messages and messages[-1]["role"] == role:
@@ -494,7 +497,6 @@ class Wanted:
     sampling: Sampling
     stops: tuple[str, ...]
     chat: bool
-    tool: bool
     stream: bool
     usage: bool  # a stream's last chunk tells it
 
@@ -503,7 +505,7 @@ class Wanted:
         # seeds that no other request can have asked for
         kinds = [dataclasses.replace(self.sampling, seed=self.sampling.seed + (i << 64))
                  for i in range(self.n)]  # fmt: skip
-        return [Request(p, kind, self.tool, self.stops) for p in self.prompts for kind in kinds]
+        return [Request(p, kind, self.chat, self.stops) for p in self.prompts for kind in kinds]
 
 
 def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Settings) -> Wanted:
@@ -517,24 +519,21 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     tokenizer, context = model.engine.tokenizer, model.context
     field, most = ("messages" if chat else "prompt"), min(settings.max_choices, model.worker.room)
 
-    def fits(size: int, limit: int, unit: str) -> None:
+    # characters before the tokenizer: whoever sends megabytes is not to cost the time that they take
+    def fits(size: int, limit: int = model.max_chars(settings), unit: str = "characters") -> None:
         if size > limit:
             raise Refusal(400, f"your {field} have {size:,} {unit}; at most {limit:,} are taken, "
                           f"with a context of {context:,} tokens: shorten them", field,
                           "context_length_exceeded")  # fmt: skip
 
     if chat:
-        messages = parse_messages(body.get("messages"), settings.max_messages)
+        messages = parse_messages(body.get("messages"), settings.max_messages, fits)
         texts = [text_in(message["content"]) for message in messages]
+        prompts = [render_prompt(tokenizer, messages)]
     else:
         texts = strings(body.get("prompt", ""), "prompt", most)
         check(texts, "prompt", "must have a string")
-    sizes = list(map(len, texts))
-    # before the tokenizer: whoever sends megabytes is not to cost the time that they take
-    fits(sum(sizes) if chat else max(sizes), model.max_chars(settings), "characters")
-    if chat:
-        prompts = [render_prompt(tokenizer, messages)]
-    else:
+        fits(max(map(len, texts)))
         prompts = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
     fits(max(map(len, prompts)), context - 1, "tokens")
     if settings.blocked and any(map(settings.blocked.finds, texts)):
@@ -554,8 +553,7 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     usage = switch(options or {}, "include_usage", "stream_options.")
     stops = strings([] if body.get("stop") is None else body["stop"], "stop", 4)
     check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
-    tool, stream = chat and body.get("tool_choice") != "none", switch(body, "stream")
-    return Wanted(prompts, n, sampling, tuple(stops), chat, tool, stream, usage)
+    return Wanted(prompts, n, sampling, tuple(stops), chat, switch(body, "stream"), usage)
 
 
 # 5. What is answered -------------------------------------------------------------------------
@@ -990,7 +988,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Find who answers, after the checks that all have in common. Raises Refusal."""
         headers, path = self.headers, self.path.split("?")[0].split("#")[0]
         host, origin = headers.get("Host", ""), headers.get("Origin")
-        if whole := re.fullmatch("https?://([^/]*)(.*)", path, re.IGNORECASE):  # for a proxy
+        if whole := re.fullmatch("https?://([^/]+)(.*)", path, re.IGNORECASE):  # for a proxy
             host, path = whole[1], whole[2] or "/"
         self.path = path
         if host and not self.server.is_ours(host):
@@ -998,7 +996,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         ours = (None, f"http://{host}", f"https://{host}", self.settings.cors_origin or None)
         if origin not in ours:
             raise Refusal(403, "pages of another origin may not use this: --cors-origin lets one")
-        known = "/v1/models/" if path.startswith("/v1/models/") else path
+        known = re.sub("^((/v1)?/models/).*", r"\1", path)
         if known not in ROUTES:
             raise Refusal(404, f"there is no {ascii(path)[1:-1][:100]}: see /v1/models, /health")
         method, act = ROUTES[known]
@@ -1207,6 +1205,7 @@ ROUTES: dict[str, tuple[str, Callable[[Handler], None]]] = {
     "/v1/models": ("GET", Handler.get_models),
     "/models": ("GET", Handler.get_models),
     "/v1/models/": ("GET", Handler.get_models),  # and a name
+    "/models/": ("GET", Handler.get_models),
     "/health": ("GET", Handler.get_health),
     "/config": ("GET", Handler.get_config),
     "/metrics": ("GET", Handler.get_metrics),
@@ -1790,7 +1789,8 @@ function drawSaid(message) {
     if (part.type === "python") {
       out.push(...markdown(text));
       text = "";
-      call = h("span", { class: "card", role: "group", "aria-label": "calculator" }, h("span", {}, part.text));
+      const named = { class: "card", role: "group", "aria-label": "calculator" };
+      call = h("span", named, h("span", {}, part.text));
       out.push(h("p", {}, call));
     } else if (call) call.append(h("b", {}, "= " + part.text));
   }
@@ -1841,7 +1841,10 @@ function ask(text) {
   const c = chat(), at = c.messages.indexOf(editing);
   if (running() || !text.trim()) return;
   const before = at < 0 ? null : { at, messages: c.messages.splice(at) };
+  const failed = c.messages.at(-1)?.before;
   if (at < 0) tab.draft = "";
+  if (at < 0 && failed?.messages[0].role === "assistant") // who goes on has the old answer again
+    c.messages.splice(failed.at, c.messages.length, ...failed.messages);
   c.messages.push({ role: "user", content: text });
   c.title ||= text.trim().slice(0, 60);
   editing = null;
@@ -1873,7 +1876,7 @@ function fill() {
 function stop(c) { const run = running(c); if (run) run.abort.abort() }
 
 async function answer(before) {
-  const c = chat(), message = { role: "assistant", content: [] };
+  const c = chat(), message = { role: "assistant", content: [], ...(before && { before }) };
   const mine = { abort: new AbortController(), message };
   const sent = c.messages.map((m) => ({ role: m.role, content: m.content }));
   c.messages.push(message);
@@ -1910,7 +1913,6 @@ async function answer(before) {
     const why = reason === "length" ? full : "finished";
     message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second, ${why}`;
   } catch (error) {
-    if (before && !message.content.length) message.before = before;
     if (mine.abort.signal.aborted) message.note = "stopped";
     else {
       message.trouble = error instanceof TypeError ? `${UNREACHED} What you wrote is kept.`
@@ -1922,9 +1924,11 @@ async function answer(before) {
   runs.delete(c.id);
   keep(c);
   if (chat() === c) follow(draw);
-  say(message.trouble || textOf(message) || "Stopped");
+  const done = mine.abort.signal.aborted ? "Stopped" : "Answered";
+  say(message.trouble || (chat() === c && textOf(message)) || done);
 }
 function add(message, part) {
+  delete message.before;
   const last = message.content.at(-1);
   if (last && last.type === part.type) last.text += part.text;
   else message.content.push({ type: part.type, text: part.text });

@@ -2929,6 +2929,7 @@ def test_the_comparison_of_choices_weighs_what_each_costs(tiny_run, monkeypatch,
     assert f"| depth 4, without smear {quarter} | 4,096 | 2.400 | 2.205 |" in out
     assert f"| depth 4, without value embeddings {quarter} | 2,048 | 2.500 | 2.500 |" in out
     assert len({tag for tag, *_ in asked}) == len(asked), "no run takes another's place"
+    assert "t-d4-with-five-steps-of-muon" in {tag for tag, *_ in asked}
     assert json.loads((common.base_dir() / "bench.json").read_text())["learning"] == table
     turned = {flag for *_, flags in asked for flag in flags if "--seed" not in flag}
     fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
@@ -3064,6 +3065,21 @@ def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     job = engine.submit(greedy(prompt, 1))
     engine.step()
     assert job.reused == 0, "what other weights made is not gone on from"
+
+
+def test_what_the_engine_samples_from_is_fp32(tokenizer, monkeypatch):
+    kinds, copy = set(), common.to_device
+
+    def seen(values, device):
+        made = copy(values, device)
+        kinds.add(made.dtype)
+        return made
+
+    monkeypatch.setattr(common, "to_device", seen)
+    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 3)
+    samplings = [common.Sampling(9, seed=i, top_k=5 * i, temperature=i % 3) for i in range(6)]
+    dict(engine.run([common.Request([tokenizer.bos, 5], sampling) for sampling in samplings]))
+    assert kinds == {torch.int64, torch.float32}, "fp64 is slow, and unknown to some devices"
 
 
 def test_an_engine_takes_fewer_slots_where_memory_has_no_room(tokenizer, monkeypatch):
@@ -8148,6 +8164,7 @@ def test_openais_own_client_talks_to_it(served):
         client.models.retrieve("gpt-4")
     bare = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
     assert [model.id for model in bare.models.list()] == ["t-sft"]
+    assert bare.models.retrieve("t-sft").id == "t-sft"
     assert bare.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0).usage
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.chat.completions.create(**{**asked, "temperature": 5})
@@ -9798,13 +9815,30 @@ def test_what_is_to_be_replaced_is_kept_until_something_has_come(tokenizer, chro
         answered(page, 1)
         assert count() == 4 and not undo.count()
 
+        server.draining = False
+        model.pause = 3
+        page.get_by_role("button", name="Regenerate").click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.reload()  # before anything of it has come
+        undo.click()
+        answered(page, 1)
+        model.pause = 0
+        server.draining = True
+        page.get_by_role("button", name="Regenerate").click()
+        page.locator("#log").get_by_text("shutting down").wait_for()
+        send(page, "Three")
+        page.locator("#log").get_by_text("shutting down").wait_for()
+        assert (
+            count() == 6 and page.locator("article.assistant").nth(1).get_by_text("Fine.").count()
+        )
+
         first.get_by_role("button", name="Edit").click()
         send(page, "half")
         page.locator("#log").get_by_text("shutting down").wait_for()
         assert count() == 2
         page.reload()
         undo.click()
-        assert count() == 4 and page.input_value("#text") == "half", "and it can be sent again"
+        assert count() == 6 and page.input_value("#text") == "half", "and it can be sent again"
         assert "One" in first.inner_text()
         page.press("#text", "Enter")
         page.locator("#log").get_by_text("shutting down").wait_for()
