@@ -76,6 +76,9 @@ class MissingInput(Stop):
     """Something that an earlier stage makes, or that the settings name, is not there."""
 
 
+RL_VAL = 128  # of rl.jsonl's first problems at most, and a tenth of all: rl validates on them
+
+
 def base_dir() -> Path:
     """Return the folder that holds everything: NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()

@@ -58,6 +58,7 @@ import requests
 from urllib3.exceptions import MaxRetryError
 
 from common import (
+    RL_VAL,
     MissingInput,
     Stop,
     base_dir,
@@ -1142,7 +1143,6 @@ PLAIN_FILES = {
 OF_A_TEST = "questions of the evaluation sets"
 SPELLING_BEE = 500  # words of the evaluation set
 ZIP_BYTES = 2 * 10**9  # unpacked, at most
-RL_VAL = 128  # rl.py validates on so many of the first problems, a tenth of all at most
 REST = sys.maxsize
 FILES = ("mid", "sft", "rl", "val")
 # Conversations of each kind in FILES. Rows of a split that are counted are taken out by a hash;

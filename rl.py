@@ -8,7 +8,8 @@ Method:  policy gradient with group-relative advantages: each problem is answere
          times with the tool live, and an answer's advantage is its reward less its group's mean
          (GRPO, arXiv:2402.03300). Left out of GRPO: the reference model and its KL term, as the
          rewards cannot be gamed by drift (arXiv:2503.14476); the ratio and its clipping, as each
-         batch of samples makes one update and is on-policy; the division by the group's
+         batch of samples makes one update and is on-policy (at temperature 1 and without top-k,
+         as by default: others sample from another policy than is learned); the division by the group's
          deviation and by each answer's length, which bias towards easy problems and long wrong
          answers (arXiv:2503.20783): all tokens of a step weigh alike (arXiv:2503.14476).
 """
@@ -29,6 +30,7 @@ from torch import Tensor
 from common import (
     GPT,
     IGNORE,
+    RL_VAL,
     Batch,
     Engine,
     GPTConfig,
@@ -118,8 +120,15 @@ class Settings:
         for name in ("epochs", "problems_per_step", "max_tokens", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if self.device_batch_size < 0 or self.seed < 0:
-            raise ValueError("--device-batch-size and --seed must be 0 or more")
+        for name in (
+            "num_iterations", "device_batch_size", "top_k", "warmup", "val_problems", "keep", "seed",
+        ):  # fmt: skip
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        if self.val_problems > RL_VAL:
+            raise ValueError(
+                f"--val-problems must be {RL_VAL} or less: training shows others solved"
+            )
         if self.num_samples < 2:
             raise ValueError("--num-samples must be 2 or more: answers are compared in their group")
         if self.temperature <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
@@ -309,12 +318,12 @@ def main(settings: Settings) -> dict:
         data = [path.name, path.stat().st_size, crc32(path)]
         config = GPTConfig(**before["config"])
         every, longest = list(read_conversations(path)), config.max_seq_len * 3 // 4
-        problems = [
-            p for p in every if len(render_prompt(tokenizer, p["messages"])) <= longest
-        ]  # fmt: skip
-        too_long = len(every) - len(problems)
-        kept = min(settings.val_problems, len(problems) // 10)
-        val_problems, problems = problems[:kept], problems[kept:]
+        kept = min(settings.val_problems, len(every) // 10)  # no training file shows these solved
+        val_problems, problems = (
+            [p for p in part if len(render_prompt(tokenizer, p["messages"])) <= longest]
+            for part in (every[:kept], every[kept:])
+        )
+        too_long = len(every) - len(val_problems) - len(problems)
         if not problems:
             raise MissingInput(
                 f"{path} has no problems to train on, beside {too_long} that leave no room for an "
