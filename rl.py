@@ -337,8 +337,8 @@ def main(settings: Settings) -> dict:
             run.say(f"rl: {newest} is there, finished")
             return saved["metrics"]
         why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
-        run.say(f"problems: {len(problems):,}, and {kept} for validation; too long and left out: "
-                f"{too_long:,}")  # fmt: skip
+        run.say(f"problems: {len(problems):,}, and {len(val_problems)} for validation; "
+                f"too long and left out: {too_long:,}")  # fmt: skip
         run.say(f"steps: {num_steps:,} ({why}) of {settings.problems_per_step} problems x "
                 f"{settings.num_samples} answers")  # fmt: skip
 

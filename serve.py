@@ -401,13 +401,12 @@ def text_of(value: Any, where: str) -> str:
 def parse_messages(given: Any, most: int, fits: Callable[[int], None]) -> list[dict[str, Any]]:
     """Return the conversation in this project's form: turns alternate, a user's is the last.
 
-    A system message that nothing follows is read as the user's. fits gets the characters so far.
+    A system message that nothing follows is read as the user's. fits gets the number of characters.
     Raises Refusal, which names the message that is wrong.
     """
     check(given and isinstance(given, list), "messages", "must be a list of one message or more")
     check(len(given) <= most, "messages", f"has {len(given)} messages: {most} are allowed")
-    messages: list[dict[str, Any]] = []
-    size = 0
+    turns = []
     for i, message in enumerate(given):
         where = f"messages[{i}]"
         check(isinstance(message, dict), where, "must be an object with role and content")
@@ -418,10 +417,11 @@ def parse_messages(given: Any, most: int, fits: Callable[[int], None]) -> list[d
         called = role == "assistant" and message.get("tool_calls")
         check(not called, f"{where}.tool_calls", "is not supported")
         parts = parse_content(message.get("content"), role, f"{where}.content")
-        size += len(text_in(parts))
-        fits(size)
-        if role == "assistant":
-            parts = calls_in(parts, message.get("parts"))
+        turns.append((role, parts, message.get("parts")))
+    fits(sum(len(text_in(parts)) for _, parts, _ in turns))  # before anything is sought in them
+    messages: list[dict[str, Any]] = []
+    for role, parts, kept in turns:
+        parts = calls_in(parts, kept) if role == "assistant" else parts
         if messages and messages[-1]["role"] == role:
             messages[-1]["content"] += [{"type": "text", "text": "\n\n"}, *parts]
         else:
