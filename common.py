@@ -979,8 +979,8 @@ def last_number(text: str) -> str:
 def grade(item: dict[str, Any], reply: str) -> bool:
     """Say whether a reply's text is right for a graded item.
 
-    "number": its last number is the answer. "letter": it begins with that letter as a word, or
-    its last line is one of the `choices` and that letter.
+    "number": its last number is the answer. "letter": it begins with that letter alone, or its
+    last line is one of the `choices` and that letter.
     "text": it has one of `accept` and none of `reject`, as whole words in any case; what is
     rejected but is part of something accepted does not count. "code" is evaluate.py's own.
     """
@@ -991,7 +991,8 @@ def grade(item: dict[str, Any], reply: str) -> bool:
         choice, _, letter = last.removeprefix("- ").rpartition(" ")
         if choice in item.get("choices", ()):
             return letter == item["answer"]
-        return re.match(rf"\s*{re.escape(item['answer'])}\b", reply) is not None
+        start = rf"\s*\(?{re.escape(item['answer'])}(?![\w'\u2019-]|[ \t]+\w)"  # no "A cow", "I'm"
+        return re.match(start, reply) is not None
     assert item["grade"] == "text", item["grade"]
     accepted = [text for text in item["accept"] if _says(reply, text)]
     return bool(accepted) and not any(

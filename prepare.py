@@ -987,14 +987,23 @@ def own_conversation(value: Any) -> dict[str, Any]:
     if (roles[-1] == "user") != graded:
         raise ValueError("graded reply" if graded else "no reply at the end")
     item = {"kind": kind or "own", "messages": messages}
-    if graded:
-        item |= {key: row[key] for key in ("grade", "accept", "reject", "choices") if key in row}
-        item["answer"] = str(row.get("answer", ""))
-        if (row["grade"] == "text") != bool(row.get("accept")) or not (
-            item["answer"] or row["grade"] == "text"
-        ):
-            raise ValueError("problem without its answer")
-    return item
+    return item | own_grade(row) if graded else item
+
+
+def own_grade(row: dict[str, Any]) -> dict[str, Any]:
+    """Check what replies are graded by: nothing may make all right. Raises ValueError(reason)."""
+    texts = {key: row.get(key, []) for key in ("accept", "reject", "choices")}
+    for key, some in texts.items():
+        if not isinstance(some, list) or not all(isinstance(t, str) and clean(t) for t in some):
+            raise ValueError("problem with something other than a list of texts", key)
+    texts = {key: [clean(text) for text in some] for key, some in texts.items() if some}
+    answer = row.get("answer", "")
+    answer = clean(answer if isinstance(answer, str) else calculate(json.dumps(answer)))
+    right = {"number": last_number(answer), "letter": re.fullmatch("[A-Z]", answer),
+             "text": texts.get("accept")}  # fmt: skip
+    if not right[row["grade"]] or (row["grade"] != "text" and "accept" in texts):
+        raise ValueError("problem without its answer")
+    return {"grade": row["grade"], "answer": answer, **texts}
 
 
 def letter_question(question: str, choices: Sequence[str], letters: str = "ABCDE") -> str:
@@ -1296,12 +1305,13 @@ def question_key(text: str) -> str:
 def question_keys(item: dict[str, Any]) -> list[str]:
     """Name what a conversation asks, so that the same question in other type is found again.
 
-    The choices, in any order, are part of a question: many ask which of these is true.
+    The choices, in any order, are part of a question: many ask which of these is true. A long
+    question is the same without them.
     """
     asked = [m["content"] for m in item["messages"] if m["role"] == "user"]
     if "choices" in item:
-        start = asked[0].rindex(f"\n- {item['choices'][0]} (A)")
-        asked = [" ".join([asked[0][:start], *sorted(item["choices"])])]
+        alone = asked[0][: asked[0].rindex(f"\n- {item['choices'][0]} (A)")]
+        asked = [" ".join([alone, *sorted(item["choices"])]), *[alone] * (alone.count(" ") > 11)]
     return [question_key(text) for text in asked]
 
 
@@ -1596,6 +1606,7 @@ def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
     folder, hub = data_dir(settings.source), settings.conversations == "hub"
     wanted = {"data": "hub", "name": settings.name, "seed": settings.seed}
     wanted["program"] = file_digest(Path(__file__))
+    wanted["tests"] = OwnFiles(data_dir("eval")).fingerprint()  # their questions are left out
     if hub:
         root = data_dir("downloads")
         make = partial(make_hub_chat, settings, root)
@@ -1604,8 +1615,7 @@ def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
         for path in [path for path in files.files if file_kind(path) != ".jsonl"]:
             files.drop("files of other kinds", path)
             del files.files[path]
-        tests = OwnFiles(data_dir("eval")).fingerprint()
-        wanted |= {"data": str(files.root), "input": files.fingerprint(), "tests": tests,
+        wanted |= {"data": str(files.root), "input": files.fingerprint(),
                    "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
         make = partial(make_own_chat, settings, files)
     manifest = read_manifest(folder, "conversations.json")

@@ -1150,10 +1150,10 @@ def test_the_graders():
     assert common.grade(number, "First 5, then $1234.5.")
     assert not common.grade(number, "1,234.50 or 6") and not common.grade(number, "none")
     letter = {"grade": "letter", "answer": "B", "choices": ["Rome", "B", "a cow"]}
-    right = ("B", " B.", "B) Rome", "B: it is", "Rome B", "B B", "a cow B.",
+    right = ("B", " B.", "B) Rome", "(B) Rome", "B: it is", "B\nRome", "Rome B", "B B", "a cow B.",
              "It is Rome.\n- Rome B", "- Rome B\n")  # fmt: skip
     assert all(common.grade(letter, reply) for reply in right)
-    wrong = ("Because", "A or B", "b", "", "Rome C", "B A", "Rome, B", "Oslo B", "Rome",
+    wrong = ("Because", "A or B", "B or A", "B minor", "B's", "b", "", "Rome C", "B A", "Rome, B", "Oslo B", "Rome",
              "It is Rome.\n- Rome C", "B\n- Rome C", "It is B.\n- Oslo B")  # fmt: skip
     assert not any(common.grade(letter, reply) for reply in wrong)
     text = {"grade": "text", "accept": ["New Mexico", "it's Cuba"], "reject": ["Mexico", "Ohio"]}
@@ -4337,6 +4337,13 @@ BAD_LINES = {
                              {"role": "assistant", "content": "", "tool_calls": [{}]}]}).encode():
         "call of a tool that is not",
     json.dumps(talk("2+2?", grade="number")).encode(): "problem without its answer",
+    json.dumps(talk("2+2?", grade="number", answer="four")).encode(): "problem without its answer",
+    json.dumps(talk("2+2?", grade="number", answer=True)).encode(): "problem without its answer",
+    json.dumps(talk("2+2?", grade="letter", answer="AB")).encode(): "problem without its answer",
+    json.dumps(talk("2+2?", grade="text", answer="4")).encode(): "problem without its answer",
+    json.dumps(talk("2+2?", grade="text", accept="4")).encode(): "other than a list of texts",
+    json.dumps(talk("2+2?", grade="text", accept=["4", " "])).encode(): "than a list of texts",
+    json.dumps(talk("2+2?", grade="text", accept=["4"], reject=None)).encode(): "a list of texts",
     b'{"question": "2+2?", "answer": "It is <<2+2=4>>4 #### four"}': "problem without its answer",
     b'{"prompt": "2+2?", "answer": "It is 4 #### 4"}': "message without text",
 }  # fmt: skip
@@ -4446,6 +4453,12 @@ JSON = st.recursive(
                          "text", "grade", "answer", "kind", "tool_calls"]), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
+GRADED = st.fixed_dictionaries(
+    {"messages": st.just(talk("Which?")["messages"]),
+     "grade": st.sampled_from(["number", "letter", "text"])},
+    optional={"answer": st.text() | st.floats() | JSON, "choices": st.lists(st.text()) | JSON,
+              "accept": st.lists(st.text()) | JSON, "reject": st.lists(st.text()) | JSON},
+)  # fmt: skip
 TURN = st.fixed_dictionaries({
     "role": st.sampled_from(["system", "user", "assistant", "tool"]) | JSON,
     "content": JSON | st.lists(st.fixed_dictionaries(
@@ -4455,7 +4468,7 @@ TURN = st.fixed_dictionaries({
 
 
 @settings(max_examples=400, deadline=None)
-@given(JSON | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
+@given(JSON | GRADED | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
        | st.fixed_dictionaries({"question": JSON, "answer": st.text().map("{0}####1{0}".format)})
 )  # fmt: skip
 def test_any_value_is_a_conversation_or_has_a_reason(value):
@@ -4465,6 +4478,7 @@ def test_any_value_is_a_conversation_or_has_a_reason(value):
         assert all(isinstance(word, str) for word in error.args)
     else:
         assert_good_conversation(item, "user" if "grade" in item else "assistant")
+        assert "grade" not in item or not common.grade(item, "Perhaps \u2603")
         prepare.as_line(item).encode()  # no half characters
 
 
@@ -4834,6 +4848,21 @@ def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path
     write_lines(base / "data/eval/New.jsonl", [{**test, **talk("What is the cup?")}])
     dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
     assert dropped == {"questions of the evaluation sets": len(planted) + 3}
+    dropped = fetch_chat()[0]["dropped"]
+    assert dropped["questions of the evaluation sets"] == len(planted) + 3
+
+
+def test_a_long_question_is_found_without_its_choices_too(base, tmp_path):
+    long = "Of two equal cups of tea one stands in the sun: which of them cools later?"
+    tests = [prepare.letter_item(text, ["this", "that"], 0) for text in (long, "Which is true?")]
+    common.data_dir("eval").mkdir(parents=True)
+    write_lines(common.data_dir("eval") / "New.jsonl", [{**item, "kind": "x"} for item in tests])
+    own = [talk("Tell me: is it?", "Yes"), talk("How?", "So"), talk("Which is true?", "This one.")]
+    write_lines(tmp_path / "mine.jsonl", [*own, talk(long.upper(), "This one.")])
+    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
+    assert dropped == {"questions of the evaluation sets": 1}
+    asked = prepare.letter_item(long, ["the left one", "the right one"], 1)
+    assert not prepare.evaluation_questions().isdisjoint(prepare.question_keys(asked))
 
 
 def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub):
