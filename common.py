@@ -49,6 +49,7 @@ import sysconfig
 import tempfile
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 # 1. Formats, paths, errors, log --------------------------------------------------------------
@@ -393,6 +395,58 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def try_attention(
+    attend: Callable[..., Tensor], shape: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[float, list[Tensor]]:
+    """Time attention forward and backward; return seconds, what it made and its gradients.
+
+    q, k and v are of one shape. No random number is drawn.
+    """
+    count = torch.arange(math.prod(shape), device=device).view(*shape)
+    q, k, v = ((count * step).sin().to(dtype).requires_grad_() for step in (0.7, 1.1, 1.3))
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        y = attend(q, k, v)
+        made = [y.detach(), *torch.autograd.grad(y, (q, k, v), y.detach())]
+        made[1].sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best, made
+
+
+def is_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Say whether two kernels' results differ by what 16 bits round."""
+    return all((x.double() - y).norm() < 0.05 * y.double().norm() for x, y in zip(a, b))
+
+
+def rank_attention(
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (1, 8, 2048, 128)
+) -> list[SDPBackend]:
+    """List the kernels of torch's attention that say what its plain one says, the fastest first.
+
+    They are tried with q, k and v of this shape (B, H, T, D).
+    FlashAttention 3 (arXiv:2407.08608) is the flash kernel of an H100 where it is installed.
+    """
+    kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+    if device.type == "cuda":
+        kinds += [SDPBackend.CUDNN_ATTENTION]
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        if hopper and importlib.util.find_spec("flash_attn_interface"):
+            with contextlib.suppress(AttributeError, ImportError, RuntimeError):
+                torch.nn.attention.activate_flash_attention_impl("FA3")  # torch 2.10 and newer
+    kinds += [SDPBackend.FLASH_ATTENTION]
+    plain, times = None, {}
+    for kind in kinds:
+        with sdpa_kernel(kind), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore")  # of why one cannot run here
+            attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+            seconds, made = try_attention(attend, shape, device, dtype)
+            plain = plain or made
+            if is_close(made, plain):
+                times[kind] = seconds
+    return sorted(times, key=lambda kind: times[kind])
+
+
 def can_compile(device: torch.device) -> bool:
     """Say whether torch.compile can work here: Python's headers, a compiler, on a GPU Triton."""
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -622,6 +676,8 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     torch.manual_seed(settings.seed)
     run = Run(stage, settings.tag, settings, device, rank, world_size, again=attempt > 1)
     run.group = dist.new_group(backend="gloo") if world_size > 1 else None
+    if device.type == "cuda" and (kernels := rank_attention(device, pick_dtype(device))):
+        run.cleanup.enter_context(sdpa_kernel(kernels, set_priority=True))
 
     def stop(number: int, frame: Any) -> None:
         if run.stopping and number == signal.SIGINT:
@@ -1272,17 +1328,21 @@ QUERIES = 1024  # that have a mask of their own at once
 STORED = 512  # the longest rows whose attention weights are stored, where that is faster
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, window: int, mask: Tensor | None = None,
+    in_window: Callable[..., Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Attend causally: the last query sees the last key, each at most `window` keys back.
 
     q (B, T, H, D); k and v (B, S, K, D), S >= T, H a multiple of K. Returns (B, T, H, D).
-    A mask (B, T, S) says instead which keys each query sees.
+    A mask (B, T, S) says instead which keys each query sees. in_window is what does it for rows
+    that are longer than the window: attend_in_blocks unless given.
     """
     T, S = q.size(1), k.size(1)
     if T == 1 and torch.compiler.is_compiling():
         return attend_once(q, k, v, mask)
     if mask is None and window < T == S:
-        return attend_in_blocks(q, k, v, window)
+        return (in_window or attend_in_blocks)(q, k, v, window)
     if mask is None and QUERIES < T < S:  # the mask of all would be T x S
         ends = [min(i + QUERIES, T) for i in range(0, T, QUERIES)]
         parts = zip(q.split(QUERIES, 1), [S - T + end for end in ends])
@@ -1320,6 +1380,34 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     mask = ((back >= 0) & (back < window))[None]  # (1, window, 2 window), of every block
     rest = attend(q[:, 1:].flatten(0, 1), k, v, window, mask)
     return torch.cat((first, rest.reshape(B, -1, *rest.shape[2:])), 1)[:, :T]
+
+
+def attend_in_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend as attend() does, T = S, with torch's flash kernel, which passes over other keys.
+
+    Raises ImportError before torch 2.10, RuntimeError where there is no such kernel.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler
+
+    B, T, H, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    options: dict[str, Any] = {"enable_gqa": True} if k.size(2) < H else {}
+    options["window_size"] = (window - 1, 0)
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    y: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, T, T, **options)
+    return y.view(q.shape)
+
+
+@functools.cache
+def window_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Return what attends in windows here: attend_in_flash where that runs and is right."""
+    if device.type == "cuda":
+        shape, how = (2, 96, 2, 64), (attend_in_flash, attend_in_blocks)
+        with contextlib.suppress(ImportError, RuntimeError, TypeError):
+            tries = [functools.partial(one, window=32) for one in how]
+            if is_close(*(try_attention(one, shape, device, dtype)[1] for one in tries)):
+                return attend_in_flash
+    return attend_in_blocks
 
 
 def attend_in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1513,6 +1601,7 @@ class Attention(nn.Module):
         self.gate = Linear(config.gate_channels, config.n_kv_head) if has_values else None
         self.joined: tuple[Tensor, Tensor | None] | None = None
         self.packed: Tensor | None = None  # as in Linear, of what is joined
+        self.in_window: Callable[..., Tensor] | None = None  # of attend()
 
     @torch.no_grad()
     def join(self) -> None:
@@ -1542,7 +1631,7 @@ class Attention(nn.Module):
         mask = None
         if past is not None:
             k, v, mask = past.append(self.layer, self.window, k, v)
-        return self.out(attend(q, k, v, self.window, mask).reshape(B, T, -1))
+        return self.out(attend(q, k, v, self.window, mask, self.in_window).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
@@ -1602,9 +1691,16 @@ class GPT(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         model.to_empty(device=device)
-        model.dtype = dtype
         model.init_weights()
-        return model
+        return model.computing_in(dtype)
+
+    def computing_in(self, dtype: torch.dtype) -> GPT:
+        """Set the dtype of activations, and the kernels that are the fastest for it."""
+        self.dtype = dtype
+        for part in self.modules():
+            if isinstance(part, Attention) and part.window < self.config.max_seq_len:
+                part.in_window = window_kernel(self.embed.weight.device, dtype)
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -2913,10 +3009,9 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
     """
     with torch.device("meta"):
         model = GPT(GPTConfig(**read_meta(folder)["config"]))
-    model.dtype = dtype
     model.load_state_dict(load_file(folder, "model.pt", device), assign=True)
     model.init_rope()
-    return model
+    return model.computing_in(dtype)
 
 
 def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:

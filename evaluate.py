@@ -683,14 +683,16 @@ def training_log(tag: str, stage: str = "base") -> list[dict[str, Any]]:
 
 
 def training_rates(tag: str) -> dict[str, float]:
-    """Return the median training rate and MFU of a run, from its later log lines."""
+    """Return the medians of a run's training rate, MFU and shares, from its later log lines."""
     lines = [line for line in training_log(tag) if "tok_per_s" in line]
     lines = lines[len(lines) // 2 :]
     config = read_meta(find_checkpoint(tag, "base"))
     name = f"pretraining d{config['config']['n_layer']} {config['dtype']}"
+    whats = {"tok_per_s": "tokens/s", "mfu": "MFU %", "data": "data %", "update": "optimizer %"}
     return {
-        f"{name}, tokens/s": sorted(line["tok_per_s"] for line in lines)[len(lines) // 2],
-        f"{name}, MFU %": 100 * sorted(line["mfu"] for line in lines)[len(lines) // 2],
+        f"{name}, {what}": sorted(line[key] for line in lines)[len(lines) // 2]
+        * (100 if what.endswith("%") else 1)
+        for key, what in whats.items()
     }
 
 
@@ -806,6 +808,7 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
 
 GPU_RUNS = {  # what is trained for some steps on one GPU: its flags
     "d12 bfloat16": ["--depth=12"],
+    "d12 bfloat16, no windows": ["--depth=12", "--window-pattern=L"],
     "d20 bfloat16, passes of 32 rows": ["--depth=20", "--device-batch-size=32"],
     "d24 bfloat16": ["--depth=24"],
     "d26 bfloat16": ["--depth=26"],
@@ -1187,13 +1190,20 @@ def cost_table(record: Record, cost_per_hour: float) -> Table:
 def setup_table(record: Record, tag: str, machine: str) -> Table:
     """Say what the model was made of, and where."""
     rows = [["this machine", machine], ["torch", torch.__version__]]
-    for key, what, units in (("source", "text", ("documents", "characters")),
-                             ("chats", "chats", ("conversations",))):  # fmt: skip
+    for key in ("source", "chats"):
         for name in dict.fromkeys(meta[key] for meta in record.metas.values() if meta.get(key)):
-            files = read_json(data_dir(name) / "manifest.json").get("files", {}).values()
-            sums = {unit: sum(file.get(unit, 0) for file in files) for unit in units}
-            held = ", ".join(f"{format_count(n)} {unit}" for unit, n in sums.items() if n)
-            rows.append([what, f"{name}: {held}" if held else name])
+            made = read_json(data_dir(name) / "manifest.json")
+            if key == "source":
+                files = made.get("files", {}).values()
+                counts = {unit: sum(file.get(unit, 0) for file in files)
+                          for unit in ("documents", "characters")}  # fmt: skip
+            else:  # those of the world are made with its text
+                apart = read_json(data_dir(name) / "conversations.json").get("files")
+                files = apart or made.get("chats", {})
+                counts = {f"for {stage}": files.get(f"{stage}.jsonl", {}).get("conversations", 0)
+                          for stage in ("mid", "sft", "rl")}  # fmt: skip
+            held = ", ".join(f"{format_count(n)} {unit}" for unit, n in counts.items() if n)
+            rows.append(["text" if key == "source" else key, f"{name}: {held}" if held else name])
     info = read_json(run_dir(tag) / "tokenizer" / "tokenizer.json").get("info", {})
     ratio = info.get("measures", {}).get("bytes_per_token")
     meta = list(record.metas.values())[-1]

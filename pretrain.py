@@ -15,7 +15,8 @@ import itertools
 import math
 import time
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ from common import (
     Tokenizer,
     accum_steps,
     all_sum,
+    any_rank,
+    attend,
+    attend_in_blocks,
     blank_batch,
     check_data,
     check_name,
@@ -69,7 +73,9 @@ from common import (
     token_rows,
     training_steps,
     trapezoid,
+    try_attention,
     try_micro_batch,
+    window_kernel,
     world,
 )
 
@@ -84,7 +90,9 @@ class Settings:
     head_dim: int = setting(0, "channels of an attention head; 0 = 128, or 64 up to depth 7")
     n_kv_head: int = setting(0, "heads of keys and values; 0 = as many as of queries")
     max_seq_len: int = setting(2048, "context: positions of a row")
-    window_pattern: str = setting("L", "a letter a layer, repeated: L whole context, S a quarter")
+    window_pattern: str = setting(
+        "", "a letter a layer, repeated: L whole context, S a quarter; empty = L, or SSSL if faster"
+    )
     smear: bool = setting(True, "mix the token before into each position's input")
     value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
     skip: bool = setting(True, "mix the first block's input into every block's")
@@ -190,7 +198,7 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         n_head=n_head,
         n_kv_head=settings.n_kv_head or n_head,
         max_seq_len=settings.max_seq_len,
-        window_pattern=settings.window_pattern,
+        window_pattern=settings.window_pattern or "L",
         qk_scale=settings.qk_scale,
         smear=settings.smear,
         value_embeds=settings.value_embeds,
@@ -445,14 +453,37 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
     return all_sum(total).item()
 
 
+def choose_windows(
+    device: torch.device, dtype: torch.dtype, settings: Settings, saved: dict[str, Any]
+) -> str:
+    """Return the pattern of windows: the given or saved one, else SSSL where a window is faster.
+
+    nanochat trains with it; without a kernel that gains by windows they only cost context.
+    """
+    if saved or settings.window_pattern:
+        return settings.window_pattern or saved["config"]["window_pattern"]
+    config, attend_in_window = model_config(settings, 512), window_kernel(device, dtype)
+    T, slower = config.max_seq_len, True
+    if attend_in_window is not attend_in_blocks:
+        shape = (1, T, config.n_head, config.head_dim)
+        kinds = ((attend, T), (attend_in_window, T // 4))
+        whole, windowed = (
+            try_attention(partial(kind, window=window), shape, device, dtype)[0]
+            for kind, window in kinds
+        )
+        slower = windowed > 0.7 * whole
+    return "L" if any_rank(slower, device) else "SSSL"
+
+
 def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype,
              peak: float) -> None:  # fmt: skip
     """Print what was derived, each with its reason."""
     T, rows = config.max_seq_len, horizon.batch_rows
     accum = accum_steps(rows, micro)
+    windows = f"windows {config.window_pattern}, " if "S" in config.window_pattern else ""
     run.say(f"model: {format_count(config.num_params())} parameters: width {config.n_embd} "
             f"(64 x depth {config.n_layer}), {config.n_head} heads of {config.head_dim}, "
-            f"context {T}, vocabulary {config.vocab_size:,}")  # fmt: skip
+            f"context {T}, {windows}vocabulary {config.vocab_size:,}")  # fmt: skip
     run.say(f"steps: {horizon.num_steps:,} ({horizon.reasons[0]}), {horizon.tokens(T):,} tokens")
     run.say(f"batch: {rows * T:,} tokens ({horizon.reasons[1]}) = {run.world_size} ranks x "
             f"{accum} passes x {micro} rows x {T}")  # fmt: skip
@@ -470,11 +501,14 @@ def main(settings: Settings) -> dict:
     with start_run("base", settings) as run:
         tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
         source = settings.source or tokenizer.info["source"]
-        config = model_config(settings, tokenizer.vocab_size)
+        newest, saved = newest_checkpoint(run)
+        # what alters rounding is kept when a run goes on: bit for bit the unbroken run
+        dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
+        pattern = choose_windows(run.device, dtype, settings, saved)
+        config = model_config(replace(settings, window_pattern=pattern), tokenizer.vocab_size)
         horizon = derive_horizon(settings, config)
         T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
         run.num_steps = num_steps
-        newest, saved = newest_checkpoint(run)
         start, text = saved.get("step", 0), text_key(source)
         check_data(run, saved, tokenizer=tokenizer.fingerprint)
         if newest and start >= num_steps:
@@ -484,8 +518,6 @@ def main(settings: Settings) -> dict:
             return saved["metrics"]
         check_data(run, saved, source=source)
 
-        # what alters rounding is kept when a run goes on: bit for bit the unbroken run
-        dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
         share = accum_steps(batch_rows, 1)
         # on a CPU more gains nothing in the caches
         most = max(1, 8192 // T) if run.device.type == "cpu" else share

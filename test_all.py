@@ -161,23 +161,42 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_ranks(world_size, code, timeout_s=120, folder=HERE):
-    """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand."""
-    script = "import os, sys, torch, test_all, common, midtrain, pretrain, rl, sft\nrank = int(os.environ['RANK'])\n"
+def be_rank(env, out, code):
+    """Run code as one of torchrun's processes, in one that has imported torch before."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(HERE)
+    with open(out, "ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    names = {"rank": int(env["RANK"]), "sys": sys, "test_all": sys.modules[__name__]}
+    names |= {module.__name__: module for module in (common, evaluate, midtrain, pretrain, rl, sft)}
+    names |= {"os": os, "torch": torch}
     if "main(" not in code:
-        script += "torch.distributed.init_process_group('gloo')\n"
-    script += textwrap.dedent(code)
+        dist.init_process_group("gloo")
+    exec(code, names)  # noqa: S102  # a test wrote it
     if "main(" not in code:  # a group that is left alone can abort the process at its end
-        script += "\ntorch.distributed.destroy_process_group()\n"
-    port = str(free_port())
-    processes = []
-    for rank in range(world_size):
-        env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
-               "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-               "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        processes.append(subprocess.Popen([sys.executable, "-c", script], cwd=folder, env=env))
-    codes = [process.wait(timeout_s) for process in processes]
-    assert codes == [0] * world_size
+        dist.destroy_process_group()
+
+
+def run_ranks(world_size, code, timeout_s=120):
+    """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    port, processes = str(free_port()), []
+    with tempfile.NamedTemporaryFile() as out:
+        for rank in range(world_size):
+            env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port,
+                   "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+            what = (env, out.name, textwrap.dedent(code))
+            processes.append(context.Process(target=be_rank, args=what))
+            processes[-1].start()
+        for process in processes:
+            process.join(timeout_s)
+            process.kill()
+        print(out.read().decode(errors="replace"))
+    assert [process.exitcode for process in processes] == [0] * world_size
 
 
 # The house -----------------------------------------------------------------------------------
@@ -212,12 +231,11 @@ def test_no_stage_imports_a_stage_and_common_imports_none():
         assert imported <= runtime | set(sys.stdlib_module_names) | {"wandb"}, imported
 
 
-@pytest.mark.parametrize("name", ["common", *STAGES])
-def test_importing_prints_nothing_and_loads_no_compiler(name, tmp_path):
+def test_importing_prints_nothing_and_loads_no_compiler(tmp_path):
     code = f"""
 import sys, torch
 before = set(sys.modules)
-import {name}
+import {", ".join(["common", *STAGES])}
 assert not any(m.startswith(("torch._dynamo", "torch._inductor")) for m in set(sys.modules) - before)
 assert not torch.cuda.is_initialized()
 """
@@ -1603,6 +1621,95 @@ def test_a_window_matters_and_attention_equals_the_plain_formula():
             torch.testing.assert_close(mine, plain)
 
 
+def rows_in_windows(q, k, v, starts, starts_k, T, S, *, window_size, enable_gqa=False):
+    """Stand in for torch's kernel for rows of any length, as its documentation says it."""
+    assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and T == S
+    assert enable_gqa == (q.size(1) != k.size(1))
+    parts = []
+    for a, b in itertools.pairwise(starts.tolist()):
+        x, y, z = (p[None, a:b].transpose(1, 2) for p in (q, k, v))
+        back = torch.arange(b - a)[:, None] - torch.arange(b - a)
+        mask = (back <= window_size[0]) & (back >= -window_size[1])
+        y = F.scaled_dot_product_attention(x, y, z, attn_mask=mask, enable_gqa=True)
+        parts.append(y.transpose(1, 2)[0])
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_kernel_for_windows_gets_what_it_asks_for(monkeypatch, kv_heads):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", rows_in_windows)
+    q, k, v = (torch.randn(3, 9, n, 8, requires_grad=True) for n in (4, kv_heads, kv_heads))
+    for window in (1, 3, 8):
+        d_y = torch.randn(3, 9, 4, 8)
+        made = common.attend(q, k, v, window, in_window=common.attend_in_flash)
+        plain = common.attend(q, k, v, window)
+        torch.testing.assert_close(made, plain)
+        for a, b in zip(*(torch.autograd.grad(x, (q, k, v), d_y) for x in (made, plain))):
+            torch.testing.assert_close(a, b)
+    model = random_model(window_pattern="SL", n_layer=3)
+    ids = torch.randint(100, (2, 32))
+    plain, used = model(ids), []
+
+    def watched(q, k, v, window):
+        used.append(window)
+        return common.attend_in_flash(q, k, v, window)
+
+    monkeypatch.setattr(common, "window_kernel", lambda device, dtype: watched)
+    torch.testing.assert_close(model.computing_in(torch.float32)(ids), plain)
+    assert used == [8], "the first of three layers has a window, the last never"
+
+
+def test_attention_kernels_are_ranked_and_wrong_and_absent_ones_left_out(monkeypatch):
+    plain, kinds, now = F.scaled_dot_product_attention, common.SDPBackend, []
+
+    @contextlib.contextmanager
+    def one(kind):
+        now.append(kind)
+        yield
+        now.pop()
+
+    def attention(q, k, v, is_causal):
+        if now[-1] is kinds.EFFICIENT_ATTENTION:
+            raise RuntimeError("no kernel")
+        time.sleep(0.3 * (now[-1] is kinds.MATH))
+        y = plain(q, k, v, is_causal=is_causal)
+        return y * 1.2 if now[-1] is wrong else y
+
+    monkeypatch.setattr(common, "sdpa_kernel", one)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    wrong, shape = None, (1, 2, 70, 16)
+    assert common.rank_attention(CPU, torch.float32, shape) == [kinds.FLASH_ATTENTION, kinds.MATH]
+    wrong = kinds.FLASH_ATTENTION
+    assert common.rank_attention(CPU, torch.float32, shape) == [kinds.MATH]
+    monkeypatch.undo()
+    ranked = common.rank_attention(CPU, torch.bfloat16, shape)
+    assert {kinds.MATH, kinds.FLASH_ATTENTION} == set(ranked), "what a CPU has"
+    with common.sdpa_kernel(ranked, set_priority=True):
+        q = torch.randn(1, 5, 2, 8)
+        assert torch.equal(common.attend(q, q, q, 5)[0, 0], q[0, 0])
+
+
+def test_windows_are_the_default_where_a_kernel_gains_by_them(monkeypatch):
+    took = {"whole": 1.0, "window": 0.5}
+
+    def timed(attend, shape, device, dtype):
+        assert shape == (1, 2048, 6, 128)
+        return took["whole" if attend.func is common.attend else "window"], []
+
+    def choose(saved=(), **changes):
+        wanted = pretrain.Settings(depth=12, **changes)
+        return pretrain.choose_windows(CPU, torch.bfloat16, wanted, dict(saved))
+
+    assert choose() == "L"
+    monkeypatch.setattr(pretrain, "try_attention", timed)
+    monkeypatch.setattr(pretrain, "window_kernel", lambda *_: common.attend_in_flash)
+    assert choose() == "SSSL" and choose(window_pattern="LS") == "LS"
+    assert choose({"config": {"window_pattern": "SL"}}) == "SL", "as the run began"
+    took["window"] = 0.8
+    assert choose() == "L"
+
+
 @pytest.mark.parametrize("cap", [0.0, 15.0])
 def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(cap):
     model = random_model(softcap=cap)
@@ -2778,6 +2885,28 @@ def test_products_in_fp8_on_a_gpu_are_those_of_the_rounded_factors():
     g8 = rounded(dy.bfloat16(), torch.float8_e5m2)
     for mine, plain in ((y, x8 @ w8.t()), (dx, g8 @ w8), (dw, g8.t() @ x8)):
         assert (mine.float() - plain).norm() < 0.02 * plain.norm()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_kernel_for_windows_on_a_gpu_says_what_blocks_say(compiled):
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no flash kernel")
+    pytest.importorskip("torch.nn.attention.varlen")
+    assert common.window_kernel(CUDA, torch.bfloat16) is common.attend_in_flash
+    kernel = torch.compile(common.attend_in_flash) if compiled else common.attend_in_flash
+    for heads in (4, 2):
+        q, k, v = (torch.randn(3, 300, n, 64, device=CUDA, dtype=torch.bfloat16)
+                   for n in (4, heads, heads))  # fmt: skip
+        made, plain = [], []
+        for kind, found in ((kernel, made), (common.attend_in_blocks, plain)):
+            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+            y = kind(*inputs, 64)
+            found += [y, *torch.autograd.grad(y, inputs, q)]
+        assert common.is_close(made, plain)
+    ranked = common.rank_attention(CUDA, torch.bfloat16)
+    assert common.SDPBackend.FLASH_ATTENTION in ranked, ranked
 
 
 @pytest.mark.gpu
@@ -5245,6 +5374,16 @@ def test_english() -> None:
     assert prepare.join_and(["a"]) == "a" and prepare.join_and([1, 2, 3]) == "1, 2 and 3"
 
 
+def shown(pattern, text):
+    """List what a pattern finds in a text, each with its neighbours in the same line."""
+    return [
+        text[max(0, m.start() - 30) : m.start()].rpartition("\n")[2]
+        + m[0]
+        + text[m.end() : m.end() + 20].partition("\n")[0]
+        for m in re.finditer(pattern, text)
+    ]
+
+
 def test_text_reads_well(docs: list[str]) -> None:
     text = "\n".join(docs)
     for wrong in (
@@ -5263,7 +5402,7 @@ def test_text_reads_well(docs: list[str]) -> None:
         r"\?\.",
         r"[a-z]\n[a-z]",
     ):
-        found = [m.group(0) for m in re.finditer(r".{0,30}" + wrong + r".{0,20}", text)]
+        found = shown(wrong, text)
         found = [
             f
             for f in found
@@ -5969,7 +6108,7 @@ def test_conversations_read_well(chats) -> None:
         r"[][{}|]", r"\ba a\b", r"\b[Tt]he [Tt]he\b", r"\?\.", r",[?!.]", r"name of the name", r"\ba the\b",
         r"[a-z]\.[A-Z]",
     ):  # fmt: skip
-        found = [m.group(0) for m in re.finditer(r".{0,30}" + wrong + r".{0,20}", text)]
+        found = shown(wrong, text)
         allowed = r"\ba (one|eu|ewe|in|is|of|ou|as)|letter|[Tt]he word|a, |with a and|The (Hag|The)"
         found = [f for f in found if not re.search(allowed, f)]
         assert found == [], (wrong, found[:5])
@@ -6254,8 +6393,10 @@ def test_ranks_differ_by_rounding_alone(tiny_run, tmp_path):
     losses = []
     for world_size in (1, 2, 3):
         options = dataclasses.asdict(tiny_pretrain(dtype="float64", num_iterations=20))
-        code = f"pretrain.main(pretrain.Settings(**{options!r}))"
-        run_ranks(world_size, code, folder=folder)
+        code = f"import pretrain\npretrain.main(pretrain.Settings(**{options!r}))\n"
+        (folder / "start.py").write_text(code, "utf-8")
+        flags = ["--standalone", f"--nproc_per_node={world_size}", str(folder / "start.py")]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *flags], check=True)
         losses.append(base_losses())
         shutil.rmtree(common.run_dir("t") / "base")
         (common.run_dir("t") / "metrics.jsonl").unlink()
@@ -6323,12 +6464,12 @@ def test_all_ranks_agree_on_the_number_of_their_start():
 def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
     if not Path("/proc/self/task").exists():
         pytest.skip("the ranks' process ids are read from /proc")
-    settings = tiny_pretrain(num_iterations=240, save_every=20, eval_every=0, keep=2, restart=True)
+    settings = tiny_pretrain(num_iterations=120, save_every=10, eval_every=0, keep=2, restart=True)
     options = {**dataclasses.asdict(settings), "tag": "u"}
     run_ranks(2, f"pretrain.main(pretrain.Settings(**{options!r}))")
     flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command, env = torchrun(flags, settings)
-    victims, said, killed = [(40, 1), (130, 0)], [], []
+    victims, said, killed = [(20, 1), (65, 0)], [], []
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
         for line in agent.stdout:
             said.append(line)
@@ -6340,9 +6481,9 @@ def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
     assert agent.returncode == 0 and not victims
     assert sum("going on from" in line for line in said) == 2
     a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and len(a) == 240
+    assert a.keys() == b.keys() and len(a) == 120
     assert max(abs(a[step] - b[step]) for step in a) < 1e-4
-    a, b = final_weights("u", 240), final_weights("t", 240)
+    a, b = final_weights("u", 120), final_weights("t", 120)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
@@ -6926,18 +7067,22 @@ def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer
         common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
     )
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
-    ids, targets = rows.gather(np.arange(len(rows)))
-    loss = model(ids, targets)
-    raw = np.stack([rows.row(i) for i in range(len(rows))])[:, 1:]
-    masked = torch.from_numpy(raw >= common.NO_TARGET)
-    assert masked.any() and (~masked).any()
-    flipped = raw.copy()
-    flipped[masked.numpy()] = common.NO_TARGET + 3
-    targets2 = torch.from_numpy(np.where(flipped >= common.NO_TARGET, -1, flipped))
-    assert torch.equal(targets2.long(), targets) and torch.equal(model(ids, targets2.long()), loss)
-    one = targets.clone()
-    one[~masked] = (one[~masked] + 1) % 256
-    assert not torch.allclose(model(ids, one), loss), "a learned target does matter"
+    raw, every = np.stack([rows.row(i) for i in range(len(rows))]), np.arange(len(rows))
+    flags = raw >= common.NO_TARGET
+    other = (raw % common.NO_TARGET + 1) % 256 + flags * common.NO_TARGET
+    for end in range(2, 66, 3):  # what stands last is a target alone, and no other's input
+
+        def loss(last, end=end):
+            rows.arrays = [np.concatenate([raw[:, : end - 1], last[:, None]], 1)]
+            rows.ends = np.array([len(raw)])
+            return model(*rows.gather(every))
+
+        before, masked = loss(raw[:, end - 1]), flags[:, end - 1]
+        assert torch.equal(loss(np.where(masked, other[:, end - 1], raw[:, end - 1])), before)
+        changed = loss(np.where(masked, raw[:, end - 1], other[:, end - 1]))
+        same = torch.allclose(changed, before, rtol=1e-7, atol=0)
+        assert masked.all() == same, "a learned target does matter"
+    assert flags[:, 1:].any() and not flags[:, 1:].all()
 
 
 def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
@@ -7827,6 +7972,25 @@ def test_the_report_counts_time_and_cost(base_dir):
     assert "USD" not in report()[0]
     with pytest.raises(ValueError, match="cost-per-hour"):
         evaluate.Settings(cost_per_hour=-1.0)
+
+
+def test_the_report_says_how_much_text_and_how_many_conversations_were_learned(base_dir):
+    made_up_run(("base", "sft"))
+    path = common.find_checkpoint("r", "sft") / "meta.json"
+    common.write_json(path, {**json.loads(path.read_text()), "chats": "talks"})
+    for name in ("none", "talks"):
+        common.data_dir(name).mkdir(parents=True)
+    shard, chats = {"documents": 40, "characters": 9000}, {"sft.jsonl": {"conversations": 70}}
+    text = {"files": {"train-0.parquet": shard, "val.parquet": shard}}
+    common.write_json(common.data_dir("none") / "manifest.json", text)
+    common.write_json(common.data_dir("talks") / "manifest.json", {**text, "chats": chats})
+    rows = {row[0]: row[1] for row in Page(report()[0]).rows if len(row) == 2}
+    assert rows["text"] == "none: 80 documents, 18 k characters"
+    assert rows["chats"] == "talks: 70 for sft"
+    own = {"files": {f"{s}.jsonl": {"conversations": 5} for s in ("mid", "sft", "rl", "val")}}
+    common.write_json(common.data_dir("talks") / "conversations.json", own)
+    rows = {row[0]: row[1] for row in Page(report()[0]).rows if len(row) == 2}
+    assert rows["chats"] == "talks: 5 for mid, 5 for sft, 5 for rl"
 
 
 def test_scores_of_another_model_of_as_many_steps_are_said_to_be_old(base_dir):
