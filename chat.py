@@ -50,7 +50,7 @@ class Settings:
     top_p: float = setting(1.0, "sample among the likeliest tokens of this total probability")
     max_tokens: int = setting(256, "tokens of an answer at most")
     seed: int = setting(0, "of the sampling; each further answer takes the next one")
-    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
     dtype: str = setting(
         "",
         "of activations; empty = bfloat16 or float16 where fast",

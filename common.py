@@ -314,27 +314,30 @@ def local_world() -> tuple[int, int]:
     return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+GPUS = {"cuda": "nccl", "xpu": "xccl"}  # kinds that ranks have one each of, and what sums there
+
+
 def pick_device(name: str = "") -> torch.device:
-    """Choose cuda, mps or cpu, best first, or the named one; under torchrun the rank's own GPU.
+    """Choose cuda, xpu, mps or cpu, best first, or the named one; under torchrun its own GPU.
 
     Raises ValueError for an unknown or absent device, MissingInput for more ranks than GPUs.
     """
-    present = ["cuda"] if torch.cuda.is_available() else []
+    present = [kind for kind in GPUS if getattr(torch, kind).is_available()]
     present += ["mps"] if torch.backends.mps.is_available() else []
     present += ["cpu"]
     if name and name not in present:
         raise MissingInput(f"--device={name} is not on this machine: it has {', '.join(present)}")
     kind = name or present[0]
-    if kind != "cuda":
+    if kind not in GPUS:
         return torch.device(kind)
-    local_rank = local_world()[0]
-    if local_rank >= torch.cuda.device_count():
+    local_rank, count = local_world()[0], getattr(torch, kind).device_count()
+    if local_rank >= count:
         raise MissingInput(
             f"local rank {local_rank} has no GPU of its own: start torchrun with "
-            f"--nproc_per_node={torch.cuda.device_count()} or less, or --device=cpu"
+            f"--nproc_per_node={count} or less, or --device=cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    getattr(torch, kind).set_device(local_rank)
+    return torch.device(kind, local_rank)
 
 
 def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 5) -> float:
@@ -391,7 +394,7 @@ def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
         fast = all(matmul_ratio(device, n) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
         fast = any_rank(fast, device)  # each has timed by itself, beside the others
     else:
-        fast = False
+        fast = device.type == "xpu"
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -516,9 +519,10 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 def free_bytes(device: torch.device) -> float:
     """Return the memory that this process may fill: what a GPU has free, a share of a machine's."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
+    if device.type in GPUS:
+        kind = getattr(torch, device.type)
+        held = kind.memory_reserved(device) - kind.memory_allocated(device)
+        return kind.mem_get_info(device)[0] + held
     if not hasattr(os, "sysconf"):  # Windows does not say
         return math.inf
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -669,7 +673,7 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
             kept = dist.TCPStore(host, port, world_size, is_master=False)
             attempt = agree_on_attempt(kept, rank, world_size)
             store = dist.PrefixStore(str(attempt), kept)
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = GPUS.get(device.type, "gloo")
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -2601,8 +2605,8 @@ def fewer_rows(rows: int, device: torch.device) -> int:
             "--recompute or with a smaller --max-seq-len or --depth"
         )
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if device.type in GPUS:
+        getattr(torch, device.type).empty_cache()
     return max(n for n in range(1, rows // 2 + 1) if rows % n == 0)  # equal parts
 
 

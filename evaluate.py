@@ -41,6 +41,7 @@ from torch.nn import functional as F
 
 from common import (
     GPT,
+    GPUS,
     STAGES,
     Engine,
     GPTConfig,
@@ -139,7 +140,7 @@ class Settings:
     report: bool = setting(False, "write the run's report.md and report.html from what is on disk")
     cost_per_hour: float = setting(0.0, "price of the machine in USD, for the report; 0 = free")
     seed: int = setting(0, "of the samples")
-    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
     dtype: str = setting(
         "",
         "of activations; empty = bfloat16 or float16 where fast",
@@ -698,8 +699,8 @@ def training_rates(tag: str) -> dict[str, float]:
 
 def machine_name(device: torch.device) -> str:
     """Say what computes: the GPU, or the processor and its cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+    if device.type in GPUS:
+        return getattr(torch, device.type).get_device_name(device)
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 

@@ -105,7 +105,7 @@ class Settings:
     page: str = setting("", "file to serve as the page, read at each request, to edit it live")
     export: str = setting("", "write the model to this folder in Hugging Face's format, and end")
     log_content: bool = setting(False, "log what is asked and answered too")
-    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
     dtype: str = setting(
         "",
         "of activations; empty = bfloat16 or float16 where fast",

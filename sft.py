@@ -76,7 +76,7 @@ class Settings:
     keep: int = setting(2, "checkpoints kept; 0 = all")
     log_every: int = setting(10, "steps between log lines")
     seed: int = setting(0, "of the order of rows")
-    device: str = setting("", "cuda, mps or cpu; empty = the best present")
+    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
     dtype: str = setting(
         "",
         "of activations; empty = bfloat16 or float16 where fast",

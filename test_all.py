@@ -1003,6 +1003,25 @@ def test_an_absent_device_is_said(monkeypatch):
         common.pick_device("cuda")
 
 
+def test_an_xpu_is_chosen_before_the_cpu_and_every_rank_has_its_own(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
+    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.xpu, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    device = common.pick_device()
+    assert (device.type, device.index, chosen) == ("xpu", 1, [1])
+    assert common.pick_dtype(device) is torch.bfloat16 and not common.can_compile(device)
+    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 30)
+    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 10)
+    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device: (100, 200))
+    assert common.free_bytes(device) == 120
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(common.MissingInput, match="--nproc_per_node=2"):
+        common.pick_device("xpu")
+
+
 def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
     def compiles(choice, seconds, saved=None):
         run = common.Run("base", "t", SimpleNamespace(compile=choice), CPU, 0, 1)
