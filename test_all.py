@@ -6841,6 +6841,38 @@ def stage_losses(tag, stage):
     return {x["step"]: x["loss"] for x in lines if x["stage"] == stage and "loss" in x}
 
 
+def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run):
+    flags = {"matrix_lr": 0.03, "head_lr": 0.005, "lr_scale": 0.7, "weight_decay": 0.1}
+    wanted = tiny_pretrain(tag="b", max_seq_len=64, total_batch_size=192, **flags)
+    tokens = common.run_dir("t") / "tokenizer"
+    shutil.copytree(tokens, common.run_dir("b") / "tokenizer")
+    pretrain.main(wanted)
+    parent = common.find_checkpoint("b", "base")
+
+    def begin(warm, **changes):
+        settings = sft.Settings(tag="b", lr_scale=0.5, **changes)
+        run = common.Run("sft", "b", settings, CPU, 0, 1)
+        return common.continue_stage(run, parent, None, False, torch.float32, warm)
+
+    def rates(model, *asked):
+        return [g["lr"] for g in common.optimizer_groups(model, *asked)]
+
+    model, optimizer = begin(warm=False)
+    expected = rates(model, 0.03, wanted.embed_lr, 0.005, 0.1)
+    assert [g["lr"] for g in optimizer.groups] == pytest.approx([0.35 * lr for lr in expected])
+    assert optimizer.groups[0]["weight_decay"] == 0.1
+    assert not any(x.any() for unit in optimizer.units for x in unit.state.values())
+    model, warm = begin(warm=True, matrix_lr=0.01, weight_decay=0.0)
+    expected = rates(model, 0.01, wanted.embed_lr, 0.005, 0.0)
+    assert [g["lr"] for g in warm.groups] == pytest.approx([0.35 * lr for lr in expected])
+    assert warm.groups[0]["weight_decay"] == 0
+    saved = common.load_file(parent, "optimizer-000.pt", CPU)["optimizer"]
+    assert warm.steps == saved["steps"] == 6
+    for unit, other in zip(warm.units, saved["units"], strict=True):
+        assert all(torch.equal(unit.state[name], other[name]) for name in unit.state)
+        assert any(x.any() for x in unit.state.values())
+
+
 @pytest.mark.parametrize("name", CHAT_STAGES)
 def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
     for tag in ("t", "u"):
@@ -9679,6 +9711,25 @@ def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path
         with pytest.raises(common.Stop, match=flag):
             serve.export(tmp_path / "out", random_model(**{**bare, **changes}), tokenizer)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_export_of_a_run_is_one_command(chat_run, tmp_path, capsys):
+    out = tmp_path / "hf"
+    with pytest.raises(common.Stop, match="train one with .*--no-smear.*--bigram-rows=0"):
+        serve.main(serve.Settings(tag="t", export=str(out), device="cpu"))
+    plain = {"smear": False, "value_embeds": False, "skip": False, "qk_scale": 1.0}
+    shape = {"max_seq_len": 64, "total_batch_size": 192, "bigram_rows": 0}
+    pretrain.main(tiny_pretrain(restart=True, **shape, **plain))
+    serve.main(serve.Settings(tag="t", export=str(out), device="cpu", dtype="float32"))
+    assert capsys.readouterr().out.endswith(f"written: {out}\n")
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NanoChatForCausalLM"):
+        pytest.skip("this transformers has no nanochat model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
+    model = common.load_model(common.find_checkpoint("t", "base"), CPU, torch.float32)
+    ids = torch.randint(model.config.vocab_size, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
 
 
 class Talker(torch.nn.Module):
