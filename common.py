@@ -31,6 +31,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -2320,8 +2321,9 @@ def conversation_rows(
     """
     _need(path)
     learned = "all" if learn_all else "own"
-    name = f"{path.stem}-{learned}-{path.stat().st_size}-{crc32(path):08x}.npy"
-    out = path.parent / "tokens" / f"{tokenizer.fingerprint}-{T}" / name
+    makers = (_conversation_ids, render_conversations, render_conversation, cut_conversation)
+    folder = rows_folder(path.parent, tokenizer, T, *makers)
+    out = folder / f"{path.stem}-{learned}-{path.stat().st_size}-{crc32(path):08x}.npy"
     counts = out.with_suffix(".json")
 
     def make(maker: bool) -> None:
@@ -2407,6 +2409,12 @@ class Rows:
         return both
 
 
+def rows_folder(folder: Path, tokenizer: Tokenizer, T: int, *makers: Any) -> Path:
+    """Return where rows are kept: a folder for each tokenizer, T and code, which may change."""
+    code = "".join(map(inspect.getsource, [*makers, pack_rows, write_rows]))
+    return folder / "tokens" / f"{tokenizer.fingerprint}-{T}-{zlib.crc32(code.encode()):08x}"
+
+
 def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run) -> Rows:
     """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
 
@@ -2417,7 +2425,7 @@ def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run)
     rank, world_size = world()
     local_rank, local_size = local_world()
     shards = list_shards(source, "train")
-    folder = data_dir(source) / "tokens" / f"{tokenizer.fingerprint}-{T}"
+    folder = rows_folder(data_dir(source), tokenizer, T, encode_shard)
     outs: list[Path] = []
     count = 0
     start = time.perf_counter()

@@ -7113,6 +7113,38 @@ def test_the_base_runs_batch_and_decay_are_taken_where_none_is_given(chat_run, m
     assert decays == [0.5, 0.0, 0.25]
 
 
+def test_rows_are_made_anew_where_the_code_that_makes_them_has_changed(
+    chat_run, tokenizer, monkeypatch
+):
+    path, render, pack = (
+        common.data_dir(chat_run) / "sft.jsonl",
+        common.render_conversations,
+        common.pack_rows,
+    )
+
+    def rows():
+        chats, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
+        text = common.token_rows(chat_run, tokenizer, 64, 10**9, ALONE)
+        return [np.concatenate(one.arrays) for one in (chats, text)]
+
+    def first_half(tokenizer, conversations):
+        for ids, mask in render(tokenizer, conversations):
+            yield ids[: len(ids) // 2], mask[: len(ids) // 2]
+
+    def some(documents, T, **options):
+        yield from itertools.islice(pack(documents, T, **options), 3)
+
+    before, again = rows(), rows()
+    assert all(np.array_equal(a, b) for a, b in zip(before, again))
+    with monkeypatch.context() as patched:
+        patched.setattr(common, "render_conversations", first_half)
+        shorter = rows()
+        assert len(shorter[0]) < len(before[0]) and np.array_equal(shorter[1], before[1])
+        patched.setattr(common, "pack_rows", some)
+        assert [len(one) for one in rows()] == [3, 3]
+    assert all(np.array_equal(a, b) for a, b in zip(before, rows()))
+
+
 def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
     rows, _ = common.conversation_rows(
         common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
@@ -9931,7 +9963,7 @@ def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, 
         busy = requests.post(url + "/v1/completions", json={"prompt": "x"})
         assert busy.status_code == 429
         page.click("#send")
-        page.get_by_text("stopped").wait_for()
+        page.get_by_text("stopped", exact=True).wait_for()
         for _ in range(100):
             if not server.model.worker.open:
                 break
@@ -10295,7 +10327,7 @@ def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
     with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
         send(page, "Other")
         page.click("#send")  # stop
-        page.get_by_text("stopped").wait_for()
+        page.get_by_text("stopped", exact=True).wait_for()
         page.click("#new")
         send(page, "Go")
         page.get_by_text("word word").wait_for()
