@@ -6544,6 +6544,24 @@ def test_no_compiler_no_fork_and_no_locks_are_needed(tiny_run, monkeypatch, capf
     assert base_losses("t") == base_losses("u")
 
 
+def test_ranks_need_no_shared_memory(tiny_run):
+    hide = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        'mount -t tmpfs -o ro none /dev/shm && exec "$@"',
+        "sh",
+    ]
+    if not shutil.which("unshare") or subprocess.run([*hide, "true"], check=False).returncode:
+        pytest.skip("mount namespaces are not allowed here")
+    command, env = torchrun(["--standalone", "--nproc_per_node=2"], tiny_pretrain())
+    subprocess.run([*hide, *command], env=env, check=True)
+    pretrain.main(tiny_pretrain(tag="u"))
+    a, b = base_losses("u"), base_losses("t")
+    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=1e-3) for i in a)
+
+
 @pytest.fixture
 def two_hosts():
     """The words that run a command on either of two hosts, network namespaces joined by a cable."""
