@@ -179,8 +179,11 @@ def be_rank(env, out, code):
         dist.destroy_process_group()
 
 
-def run_ranks(world_size, code, timeout_s=120):
-    """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand."""
+def run_ranks(world_size, code, timeout_s=120, end=0):
+    """Run code in world_size processes as torchrun starts them; `rank` and gloo are at hand.
+
+    Each has to end with exit code `end`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_all"])
     port, processes = str(free_port()), []
@@ -196,7 +199,7 @@ def run_ranks(world_size, code, timeout_s=120):
             process.join(timeout_s)
             process.kill()
         print(out.read().decode(errors="replace"))
-    assert [process.exitcode for process in processes] == [0] * world_size
+    assert [process.exitcode for process in processes] == [end] * world_size
 
 
 # The house -----------------------------------------------------------------------------------
@@ -6829,8 +6832,8 @@ def chat_run(tiny_run):
     write_lines(folder / "mid.jsonl", talk * 3 + tools)
     write_lines(folder / "sft.jsonl", talk + tools)
     write_lines(folder / "val.jsonl", talk[:2])
-    problem = {"messages": tools[0]["messages"][:1], "grade": "text", "answer": "e",
-               "accept": ["e", "a", "t", "o"], "reject": [], "kind": "problem"}  # fmt: skip
+    problem = {"messages": talk[0]["messages"][:1], "grade": "text", "answer": "red",
+               "accept": words, "reject": [], "kind": "problem"}  # fmt: skip
     write_lines(folder / "rl.jsonl", [problem] * 30)
     for tag in ("t", "u"):
         pretrain.main(tiny_pretrain(tag=tag, max_seq_len=64, total_batch_size=192))
@@ -6841,7 +6844,7 @@ OFTEN = {"device": "cpu", "dtype": "float32", "save_every": 2, "log_every": 1, "
 CHAT_STAGES = {
     "mid": (midtrain, {"eval_every": 2}),
     "sft": (sft, {"eval_every": 2, "start_from": "base"}),
-    "rl": (rl, {"eval_every": 2, "start_from": "mid", "num_iterations": 4, "max_tokens": 12,
+    "rl": (rl, {"eval_every": 2, "start_from": "mid", "num_iterations": 4, "max_tokens": 24,
                 "problems_per_step": 3, "num_samples": 4, "device_batch_size": 5, "slots": 7}),
 }  # fmt: skip
 
@@ -6849,7 +6852,7 @@ CHAT_STAGES = {
 def run_stage(name, tag, **changes):
     module, options = CHAT_STAGES[name]
     if name == "rl" and not common.list_checkpoints(tag, "mid"):
-        midtrain.main(midtrain.Settings(tag=tag, **OFTEN, num_iterations=2))
+        midtrain.main(midtrain.Settings(tag=tag, **OFTEN, num_iterations=40))  # some are right
     settings = module.Settings(**{"tag": tag, **OFTEN, **options, **changes})
     return module, settings, module.main(settings)
 
@@ -6893,17 +6896,32 @@ def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run)
 
 @pytest.mark.parametrize("name", CHAT_STAGES)
 def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
-    for tag in ("t", "u"):
-        module, settings, _ = run_stage(name, tag)
-    steps = [int(p.name[5:]) for p in common.list_checkpoints("t", name)]
-    assert len(steps) >= 2
-    for step in steps[1:]:  # as if killed after the first checkpoint
-        shutil.rmtree(common.find_checkpoint("t", name, step))
-    module.main(dataclasses.replace(settings, tag="t"))
+    module, settings, _ = run_stage(name, "u")
+    settings = dataclasses.replace(settings, tag="t")
+    if name == "rl":
+        shutil.copytree(common.run_dir("u") / "mid", common.run_dir("t") / "mid")
+    stage, given = module.__name__, dataclasses.asdict(settings)
+    code = f"""
+    save, steps = {stage}.save_checkpoint, []
+
+    def save_and_die(run, step, *rest):
+        save(run, step, *rest)
+        steps.append(step)
+        if len(steps) == 2:  # the files are being written
+            os.kill(os.getpid(), {signal.SIGKILL:d})
+
+    {stage}.save_checkpoint = save_and_die
+    {stage}.main({stage}.Settings(**{given!r}))
+    """
+    run_ranks(1, code, end=-signal.SIGKILL)
+    whole = common.list_checkpoints("u", name)
+    assert 1 <= len(common.list_checkpoints("t", name)) < len(whole)
+    module.main(settings)
     a, b = (common.load_file(common.find_checkpoint(tag, name), "model.pt", CPU) for tag in "ut")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert stage_losses("u", name) == stage_losses("t", name)
-    before = common.load_file(common.find_checkpoint("t", "base"), "model.pt", CPU)
+    parent = {"rl": "mid"}.get(name, "base")
+    before = common.load_file(common.find_checkpoint("t", parent), "model.pt", CPU)
     assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
 
 
@@ -6921,9 +6939,11 @@ def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another
     assert asked == [base["muon_dtype"], ""]
 
 
-@pytest.mark.parametrize("name", ["mid", "sft"])
+@pytest.mark.parametrize("name", CHAT_STAGES)
 def test_two_ranks_follow_one_in_the_chat_stages(chat_run, name):
     module, settings, _ = run_stage(name, "u")
+    if name == "rl":
+        shutil.copytree(common.run_dir("u") / "mid", common.run_dir("t") / "mid")
     options = {**dataclasses.asdict(settings), "tag": "t"}
     run_ranks(2, f"{module.__name__}.main({module.__name__}.Settings(**{options!r}))")
     a, b = stage_losses("u", name), stage_losses("t", name)
