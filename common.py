@@ -3384,6 +3384,7 @@ class Job:
     row: int = -1  # of the cache, while decoding
     reused: int = 0  # tokens of the prompt that were found computed
     call: list[int] | None = None  # the expression being written
+    asked: str | None = None  # the expression whose value comes next
     forced: collections.deque[int] = field(default_factory=collections.deque)
     tail: bytes = b""  # of the text, as long as a stop string may be
 
@@ -3751,6 +3752,12 @@ class Engine:
 
     def _choose(self, jobs: list[Job], logits: Tensor) -> None:
         """Append each job's next id, forced or sampled, and follow the tool's protocol."""
+        t = self.tokenizer
+        for job in jobs:  # while the device is still at the logits
+            if job.asked is not None:
+                job.forced += t.encode(calculate(job.asked))
+                job.forced.append(t.specials["<|output_end|>"])
+                job.asked = None
         free = [i for i, job in enumerate(jobs) if not job.forced]
         samplings = [jobs[i].request.sampling for i in free]
         uniforms = [jobs[i].uniforms[len(jobs[i].reply.ids)] if s.temperature else 0.0
@@ -3782,23 +3789,17 @@ class Engine:
         return any(stop in text for stop in stops)
 
     def _follow(self, job: Job, chosen: int) -> None:
-        """Notice a call of the tool, and at its end force the output."""
+        """Notice a call of the tool, and at its end force the output, whose text comes a step on."""
         t = self.tokenizer
         if chosen == t.specials["<|python_start|>"]:
             job.call = []
-        elif job.call is not None and chosen != t.specials["<|python_end|>"]:
-            job.call.append(chosen)
-            if len(job.call) == CALL_TOKENS:
-                job.forced.append(t.specials["<|python_end|>"])
-                self._force_output(job, "error")
         elif job.call is not None:
-            self._force_output(job, calculate(t.decode(job.call)))
-
-    def _force_output(self, job: Job, text: str) -> None:
-        t = self.tokenizer
-        job.call = None
-        job.forced += [t.specials["<|output_start|>"], *t.encode(text)]
-        job.forced.append(t.specials["<|output_end|>"])
+            ended = chosen == t.specials["<|python_end|>"]
+            job.call += [] if ended else [chosen]
+            if ended or len(job.call) == CALL_TOKENS:
+                job.forced += [] if ended else [t.specials["<|python_end|>"]]
+                job.forced.append(t.specials["<|output_start|>"])
+                job.asked, job.call = t.decode(job.call) if ended else "", None  # "" is an error
 
     def _leave(self) -> None:
         """Free the rows of jobs that have ended; what they hold stays for prompts that go on."""

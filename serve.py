@@ -780,6 +780,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 ANSWERING = "nanochat_requests_in_flight"
+BUCKETS = "0.05 0.1 0.2 0.5 1 2 5 10 20 60 +Inf".split()  # seconds, of the histograms
 TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]{0,5})?")
 
@@ -831,8 +832,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self.began, self.status, self.note, self.path = time.monotonic(), 0, "", "-"
         self.incoming.deadline = self.began + self.settings.timeout_s
-        self.close_connection = True
+        self.close_connection, begun = True, False
         try:
+            begun = bool(self.rfile.peek(1))  # who is idle between two requests goes unanswered
+            self.incoming.deadline = time.monotonic() + self.settings.timeout_s
             self.raw_requestline = self.rfile.readline(65537)
             if self.raw_requestline in (b"\r\n", b"\n"):  # some clients end a body so
                 self.raw_requestline = self.rfile.readline(65537)
@@ -840,8 +843,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.send_error(414)
             elif self.raw_requestline and self.parse_request():  # else it has answered
                 self.answer()
-        except OSError:  # the client is gone, or takes too long
+        except OSError as error:  # the client is gone, or takes too long
             self.close_connection = True
+            if begun and isinstance(error, TimeoutError) and not self.status:
+                with contextlib.suppress(OSError):
+                    self.send_error(408, "its head took too long to arrive")
 
     def answer(self) -> None:
         """Answer one request; a failure in it is its own."""
@@ -1071,7 +1077,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         })  # fmt: skip
 
     def get_training(self) -> None:
-        self.send_json(200, read_training(run_dir(self.settings.tag)))
+        folder = run_dir(self.settings.tag)
+        self.send_json(200, read_training(folder, training_state(folder)))
 
     def get_metrics(self) -> None:
         with self.server.lock:
@@ -1082,8 +1089,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                        "nanochat_requests_waiting": max(0, count - slots),
                        "nanochat_tokens_generated_total": model.worker.generated}  # fmt: skip
         lines = []
-        for name, group in itertools.groupby(sorted(values), lambda key: key.split("{")[0]):
-            kind = "counter" if name.endswith(("_total", "_sum", "_count")) else "gauge"
+
+        def family(key: str) -> str:
+            return re.sub("_seconds_(sum|count|bucket)$", "_seconds", key.split("{")[0])
+
+        for name, group in itertools.groupby(
+            sorted(values, key=family), family
+        ):  # buckets in order
+            kind = "counter" if name.endswith("_total") else "gauge"
+            kind = "histogram" if name.endswith("_seconds") else kind
             lines += [f"# TYPE {name} {kind}", *(f"{key} {values[key]:.15g}" for key in group)]
         self.send(200, ("\n".join(lines) + "\n").encode(), "text/plain; version=0.0.4")
 
@@ -1117,6 +1131,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if answer.first_at:
             spans["first_token"] = answer.first_at - self.began
         for name, span in spans.items():
+            for bound in BUCKETS:
+                count(f'nanochat_{name}_seconds_bucket{{le="{bound}"}}', span <= float(bound))
             count(f"nanochat_{name}_seconds_sum", span)
             count(f"nanochat_{name}_seconds_count")
         done = usage["completion_tokens"]
@@ -1161,8 +1177,23 @@ MOST_POINTS = 300  # of a curve
 HALF_WRITTEN = (OSError, ValueError, KeyError, TypeError, AttributeError)  # or not there, or odd
 
 
-def read_training(folder: Path) -> dict[str, Any]:
-    """Return a run's curves {stage: {name: [[step, value], ...]}} and its scores, so far."""
+def training_state(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return time and size of the files that read_training reads, 0 where there is none."""
+    files = [folder / "metrics.jsonl", *(folder / "eval" / f"{stage}.json" for stage in STAGES)]
+    states = []
+    for file in files:
+        states.append((0, 0))
+        with contextlib.suppress(OSError):
+            states[-1] = (file.stat().st_mtime_ns, file.stat().st_size)
+    return tuple(states)
+
+
+@functools.lru_cache(maxsize=1)
+def read_training(folder: Path, _state: object = None) -> dict[str, Any]:
+    """Return a run's curves {stage: {name: [[step, value], ...]}} and its scores, so far.
+
+    Viewers ask again and again: the files are read when their state is another.
+    """
     curves: dict[str, dict[str, list[list[float]]]] = {}
     lines, scores = [], {}
     with contextlib.suppress(OSError):
