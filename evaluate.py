@@ -1111,6 +1111,10 @@ def score_blocks(record: Record, tag: str) -> list[Any]:
            for name, one in records.items() if one.get("cut")]  # fmt: skip
     if cut:
         blocks.append(f"Prompts that lost their beginning to fit the context: {', '.join(cut)}.")
+    lists = {stage: ", ".join(r.get("left_out", [])) for stage, r in record.results.items()}
+    for names in dict.fromkeys(filter(None, lists.values())):
+        stages = ", ".join(stage for stage, other in lists.items() if other == names)
+        blocks.append(f"{WITHOUT_DATA.capitalize()} ({stages}): {names}.")
     core = {stage: records["CORE"] for stage, records in tasks.items() if "CORE" in records}
     for stage, mean in core.items():
         without = f", without {', '.join(mean['missing'])}" if mean["missing"] else ""
@@ -1417,6 +1421,9 @@ def data_path(task: str, asked: dict[str, Any]) -> Path:
     return folder / f"{task}.jsonl"
 
 
+WITHOUT_DATA = "left out, without data that prepare.py makes"
+
+
 def plan_tasks(settings: Settings, asked: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Return the tasks to run, CORE's one by one, and those left out, each with the reason.
 
@@ -1522,13 +1529,15 @@ def main(settings: Settings) -> dict[str, Any]:
                  "chats": settings.source or meta.get("chats", source)}  # fmt: skip
         tasks, left_out = plan_tasks(settings, asked)
         if left_out:
-            run.say(f"left out, without data that prepare.py makes: {', '.join(left_out)}")
+            run.say(f"{WITHOUT_DATA}: {', '.join(left_out)}")
         out: Path = run_dir(settings.tag) / "eval" / f"{settings.stage}.json"
         report: dict[str, Any] = {**asked, "tasks": {}, "done": {}}
         # all have read it before one writes it
         saved = run.together(lambda: {} if settings.restart else read_json(out))[0]
         if all(saved.get(key) == value for key, value in asked.items()):
             report = saved
+        if not settings.asked():
+            report["left_out"] = left_out
         dtype = pick_dtype(run.device, settings.dtype)
         engine = make_engine(load_model(folder, run.device, dtype), tokenizer, settings)
         limits = {"bpb": settings.max_documents, "samples": settings.seed}

@@ -7768,6 +7768,10 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     assert "2 of 22 tasks" in out and "a part of the set" in out
     left_out = re.search("left out, .*", out)[0]
     assert "facts_unseen" in left_out and "CORE/piqa" in left_out and "copa" not in left_out
+    evaluate.main(tiny_evaluate(report=True))
+    markdown = (common.run_dir("t") / "report.md").read_text()
+    named = re.search(r"Left out, .* \(base\): (.*)\.", markdown)
+    assert named and named[1] == left_out.split(": ")[1]
     saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
     assert saved == report
     before = time.perf_counter()
