@@ -2198,9 +2198,10 @@ def optimizer_groups(
     The AdamW rates are those of width 768 and fall with the root of the width (muP's direction,
     arXiv:2203.03466). weight_decay is that of the matrices, muon_steps how many polynomials, 3 or
     5, make their updates orthogonal; 0 = 5, or 3 below width 512, where small batches make them
-    dear.
+    dear. There momentum is lower too: the small batches of short runs were measured to want less.
     """
-    muon_steps = muon_steps or (3 if model.config.n_embd < 512 else 5)
+    small = model.config.n_embd < 512
+    muon_steps = muon_steps or (3 if small else 5)
     polynomials = {3: SHORT_EXPRESS, 5: POLAR_EXPRESS}[muon_steps]
     width = (model.config.n_embd / 768) ** -0.5
     matrices = list(model.blocks.parameters())
@@ -2208,7 +2209,7 @@ def optimizer_groups(
     tables = [model.embed.weight, *model.value_embeds.parameters()]
     groups = [
         {"kind": "muon", "params": matrices, "lr": matrix_lr,
-         "momentum": 0.95, "weight_decay": weight_decay, "coefficients": polynomials},
+         "momentum": 0.9 if small else 0.95, "weight_decay": weight_decay, "coefficients": polynomials},
         {**ADAMW, "params": tables, "lr": embed_lr * width},
         {**ADAMW, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip

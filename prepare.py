@@ -3026,7 +3026,8 @@ with number: {n} had {a} {things} and got {use} {things}, so {he} had {c} | {n} 
 """
 LEADS = """as everyone knows,; remember that; it is a fact that; as you may know,; it is true that;
 my teacher says that; in school we learn that; you should know that; I have read that"""
-N_ASIDES = "the {N}, as you may know, is; the {N}, of course, is"
+N_ASIDES = """the {N}, as you may know, is; the {N}, of course, is; the {N}, as we learn in school, is;
+the {N}, so people say, is"""
 N_UNSEEN = "the {N}, as everyone knows, is "
 N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
  the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
