@@ -2208,8 +2208,8 @@ def optimizer_groups(
     matrices += [] if model.smear is None else [model.smear.weight]
     tables = [model.embed.weight, *model.value_embeds.parameters()]
     groups = [
-        {"kind": "muon", "params": matrices, "lr": matrix_lr,
-         "momentum": 0.9 if small else 0.95, "weight_decay": weight_decay, "coefficients": polynomials},
+        {"kind": "muon", "params": matrices, "lr": matrix_lr, "momentum": 0.9 if small else 0.95,
+         "weight_decay": weight_decay, "coefficients": polynomials},
         {**ADAMW, "params": tables, "lr": embed_lr * width},
         {**ADAMW, "params": [model.head.weight], "lr": head_lr * width},
     ]  # fmt: skip
