@@ -3695,10 +3695,11 @@ class Engine:
             return []
         context, slots = self.model.config.max_seq_len, len(self.rows)
         budget = min(self.chunk, self.budget) if self.decoding else self.budget  # tokens
-        count, width = 0, 0
+        count, width, real = 0, 0, 0
         for prompt in self.prompts:
-            width = max(width, len(prompt.ids) - self.cache.lengths[prompt.row])
-            if count and (count + 1) * width > budget:
+            left = len(prompt.ids) - self.cache.lengths[prompt.row]
+            width, real = max(width, left), real + left
+            if count and (count + 1) * width > min(budget, 2 * real):  # or it is mostly padding
                 break
             count += 1
         part = self.prompts[count - 1 :: -1]

@@ -174,6 +174,7 @@ class Worker:
 
     def ask(self, requests: list[Request]) -> News:
         """Hand in requests; return where their news come. Raises Refusal if too many wait."""
+        self.check()
         with self.lock:
             if self.open + len(requests) > self.room:
                 wait = math.ceil(self.seconds_a_request * self.open / len(self.engine.rows))
@@ -185,6 +186,11 @@ class Worker:
         news: News = queue.SimpleQueue()
         self.inbox.put(lambda: self._begin(requests, news))
         return news
+
+    def check(self) -> None:
+        """Raise a Refusal where the thread has ended, so that nobody waits for it."""
+        if not self.thread.is_alive():
+            raise Refusal(500, "the engine has ended: start the server again")
 
     def give_up(self, news: News) -> None:
         """End what is still open of it before the next step."""
@@ -216,7 +222,8 @@ class Worker:
             # those at work fail, others go on
             except BaseException:  # noqa: BLE001
                 self.failures += 1
-                traceback.print_exc()
+                with contextlib.suppress(OSError, ValueError):  # a closed pipe, a closed file
+                    traceback.print_exc()
                 self.engine.clear()
                 for job in tuple(self.owners):
                     self._tell(job, -1, "error")
@@ -344,6 +351,11 @@ UNSUPPORTED = {
     "audio": (None,), "prediction": (None,), "web_search_options": (None,), "suffix": (None, ""),
     "echo": (None, False), "best_of": (None, 1), "min_p": (None, 0), "min_tokens": (None, 0),
     "repetition_penalty": (None, 1), "stop_token_ids": (None, []), "ignore_eos": (None, False),
+    "guided_json": (None,), "guided_regex": (None,), "guided_choice": (None,),
+    "guided_grammar": (None,), "structured_outputs": (None,), "bad_words": (None, []),
+    "typical_p": (None, 1), "length_penalty": (None, 1), "use_beam_search": (None, False),
+    "chat_template": (None,), "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }  # fmt: skip
 MOST = 1 << 31  # a number that stands for any
 
@@ -464,7 +476,9 @@ def calls_in(parts: list[dict[str, str]], kept: Any) -> list[dict[str, str]]:
     the calculator says the same.
     """
     if any(part["type"] != "text" for part in parts):
-        return parts
+        after = [*(part["type"] for part in parts[1:]), ""]  # a call that was cut has no output
+        whole = [p for p, kind in zip(parts, after) if p["type"] != "python" or kind == "output"]
+        return whole or [{"type": "text", "text": ""}]
     text = text_in(parts)
     with contextlib.suppress(Refusal):
         same = parse_content(kept, "assistant", "parts")
@@ -501,11 +515,13 @@ class Wanted:
     usage: bool  # a stream's last chunk tells it
 
     def requests(self) -> list[Request]:
-        """Return the engine's requests; answers to one prompt differ by their seeds."""
-        # seeds that no other request can have asked for
-        kinds = [dataclasses.replace(self.sampling, seed=self.sampling.seed + (i << 64))
-                 for i in range(self.n)]  # fmt: skip
-        return [Request(p, kind, self.chat, self.stops) for p in self.prompts for kind in kinds]
+        """Return the engine's requests; all answers differ by their seeds."""
+        requests = []
+        for i, prompt in enumerate(prompt for prompt in self.prompts for _ in range(self.n)):
+            seed = self.sampling.seed + (i << 64)  # that no other request can have asked for
+            sampling = dataclasses.replace(self.sampling, seed=seed)
+            requests.append(Request(prompt, sampling, self.chat, self.stops))
+        return requests
 
 
 def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Settings) -> Wanted:
@@ -785,6 +801,14 @@ TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a header's name
 HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\s:/?#@\[\]]+))(?::[0-9]{0,5})?")
 
 
+class Reader(io.BufferedReader):
+    """Reads lines in which a lone CR is a space (RFC 9112, 2.2): it begins no header of its own."""
+
+    def readline(self, size: int | None = -1) -> bytes:
+        line = super().readline(size)
+        return line[:-2].replace(b"\r", b" ") + line[-2:]
+
+
 class Incoming(io.RawIOBase):
     """What a socket brings until a deadline: a sender who trickles must not hold a thread."""
 
@@ -817,7 +841,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.timeout, self.command = self.settings.timeout_s, ""
         super().setup()
         self.incoming = Incoming(self.connection)
-        self.rfile = io.BufferedReader(self.incoming)
+        self.rfile = Reader(self.incoming)
 
     def finish(self) -> None:
         """Let a client that still sends read the answer, which a reset would take from it."""
@@ -880,7 +904,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers, body = self.headers, b""
         lengths = headers.get_all("Content-Length", [])
         codings = headers.get_all("Transfer-Encoding", [])
-        closing, self.close_connection = self.close_connection, True  # unless all is well
+        options = [word.strip().casefold() for word in headers.get("Connection", "").split(",")]
+        closing, self.close_connection = self.close_connection or "close" in options, True
         if headers.defects or not all(TOKEN.fullmatch(name) for name in headers):
             raise Refusal(400, "a header is malformed")
         if len(headers.get_all("Host", [])) != 1 and self.request_version != "HTTP/1.0":
@@ -950,6 +975,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             head |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if self.close_connection:
             head["Connection"] = "close"
+        elif self.request_version == "HTTP/1.0":
+            head["Connection"] = "keep-alive"
         for name, value in {**head, "Date": self.date_time_string()}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -1144,6 +1171,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             token = None
             with contextlib.suppress(queue.Empty):
                 token = news.get(timeout=0.2)
+            if not token:
+                answer.model.worker.check()
             if self.gone():
                 raise ConnectionError("the client is gone")
             if token:
@@ -1707,6 +1736,7 @@ function copier(text) {
     say(target.textContent);
   } }, "Copy");
 }
+const FENCE = /^(\s*)```/;
 function markdown(text) {
   const lines = text.split("\n"), out = [];
   const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((c) => c.trim());
@@ -1715,18 +1745,18 @@ function markdown(text) {
   for (let i = 0; i < lines.length;) {
     const line = lines[i];
     let found;
-    if (line.startsWith("```")) {
-      const end = lines.findIndex((l, j) => j > i && l.startsWith("```"));
-      const stop = end < 0 ? lines.length : end;
-      const code = lines.slice(i + 1, stop).join("\n");
+    if ((found = FENCE.exec(line))) {
+      const end = lines.findIndex((l, j) => j > i && FENCE.test(l));
+      const stop = end < 0 ? lines.length : end, indent = new RegExp(`^\\s{0,${found[1].length}}`);
+      const code = lines.slice(i + 1, stop).map((l) => l.replace(indent, "")).join("\n");
       out.push(h("pre", { tabindex: 0 }, copier(code), h("code", {}, code)));
       i = stop + 1;
-    } else if ((found = /^(#{1,4}) (.*)/.exec(line))) {
+    } else if ((found = /^(#{1,4}) ([^]*)/.exec(line))) {
       out.push(h("h" + (found[1].length + 2), {}, inline(found[2])));
       i++;
     } else if (/^\s*([-*]|\d+[.)]) /.test(line)) {
       const numbered = /^\s*\d/.test(line), items = [];
-      const kind = numbered ? /^\s*\d+[.)] (.*)/ : /^\s*[-*] (.*)/;
+      const kind = numbered ? /^\s*\d+[.)] ([^]*)/ : /^\s*[-*] ([^]*)/;
       for (; i < lines.length && (found = kind.exec(lines[i])); i++) items.push(found[1]);
       const start = numbered ? { start: parseInt(line, 10) } : {};
       out.push(h(numbered ? "ol" : "ul", start, items.map((item) => h("li", {}, inline(item)))));
@@ -1738,7 +1768,7 @@ function markdown(text) {
       out.push(h("table", {}, row("th")(head), rows.map(row("td"))));
     } else if (line.trim()) {
       const paragraph = [];
-      const other = /^(```|#{1,4} |\s*([-*]|\d+[.)]) )/;
+      const other = /^(\s*```|#{1,4} |\s*([-*]|\d+[.)]) )/;
       do paragraph.push(lines[i++]);
       while (i < lines.length && lines[i].trim() && !other.test(lines[i]) && !table(i));
       const joined = paragraph.flatMap((l, j) => (j ? [h("br"), ...inline(l)] : inline(l)));
@@ -1766,6 +1796,7 @@ function open(id) {
   look(false);
   menu(false);
   if (id === tab.now) return;
+  leave();
   tab.now = id;
   keepTab();
   edit(null);
@@ -1797,6 +1828,15 @@ function refill(box, made) {
   if (at < 0) return;
   const next = all()[at], same = next && next.textContent === was.textContent;
   (same ? next : box).focus({ preventScroll: true });
+}
+// What is as it was stays: a text that is selected, a button that is held down.
+function renew(box, made) {
+  made.forEach((node, i) => {
+    const old = box.childNodes[i];
+    if (!old) box.append(node);
+    else if (!old.isEqualNode(node)) old.replaceWith(node);
+  });
+  while (box.childNodes.length > made.length) box.lastChild.remove();
 }
 function drawList() {
   const wanted = $("find").value.toLowerCase();
@@ -1873,7 +1913,7 @@ function ask(text) {
   if (running() || !text.trim()) return;
   const before = at < 0 ? null : { at, messages: c.messages.splice(at) };
   const failed = c.messages.at(-1)?.before;
-  if (at < 0) tab.draft = "";
+  if (at < 0 && text === tab.draft) tab.draft = "";
   if (at < 0 && failed?.messages[0].role === "assistant") // who goes on has the old answer again
     c.messages.splice(failed.at, c.messages.length, ...failed.messages);
   c.messages.push({ role: "user", content: text });
@@ -1895,6 +1935,11 @@ function undo() {
   edit(old[0]);
   $("text").value = made.content;
   grow();
+}
+function leave() { // an edit that is interrupted becomes a draft: nothing typed is lost
+  const text = $("text").value;
+  if (editing && editing.content !== text) tab.draft = tab.draft ? `${tab.draft}\n${text}` : text;
+  editing = null;
 }
 function edit(message) {
   editing = message;
@@ -1935,7 +1980,7 @@ async function answer(before) {
       }
       frame = frame || requestAnimationFrame(() => {
         frame = 0;
-        if (chat() === c) follow(() => $("log").lastChild.replaceWith(drawMessage(message)));
+        if (chat() === c) follow(() => renew($("log").lastChild.firstChild, drawSaid(message)));
       });
     }
     if (!reason) throw new Error("The server ended before the answer did.");
@@ -1993,6 +2038,8 @@ async function trouble(response) {
     + (error.message || `The server answered ${response.status}.`);
 }
 function headers() {
+  if (/[^\x20-\xff]/.test(options.key || ""))
+    throw new Error("The key in the settings has characters that a key can't have.");
   const key = options.key ? { Authorization: "Bearer " + options.key } : {};
   return { "Content-Type": "application/json", ...key };
 }
@@ -2029,11 +2076,13 @@ async function drawTraining() {
   let run;
   try {
     const response = await fetch("/training", { headers: headers() });
+    if ($("training").hidden) return;
     if (response.status === 401) clearInterval(watching); // until a key is given
     if (!response.ok) throw new Error(await trouble(response));
     run = await response.json();
     warn("training", "");
   } catch (error) {
+    if ($("training").hidden) return;
     return warn("training", error instanceof TypeError ? UNREACHED : error.message);
   }
   const blocks = [h("h2", {}, `Run ${run.tag}: scores in percent, with 95% intervals`),
@@ -2147,13 +2196,21 @@ document.addEventListener("click", ({ target }) => { // beside the list, before 
   if (!target.closest("nav, #menu")) menu(false);
 }, true);
 addEventListener("storage", ({ key }) => { // another tab has written
+  const at = chat()?.messages.indexOf(editing), was = editing;
   recall(key || "");
+  if (editing && key === STORE + tab.now) {
+    const now = chat()?.messages[at];
+    if (now?.content === was.content) editing = now; else { leave(); keepTab(); fill() }
+  }
   if (key === STORE + "options") settle();
   else if (!chat()) home();
   else if (key === STORE + tab.now) follow(draw);
   else drawList();
 });
-addEventListener("pagehide", () => chats.filter((c) => running(c)).forEach((c) => keep(c)));
+addEventListener("pagehide", () => {
+  chats.filter((c) => running(c)).forEach((c) => keep(c));
+  if (editing) { leave(); keepTab(); edit(null) }
+});
 function start() {
   try {
     const old = JSON.parse(localStorage.getItem("nanochat")); // an earlier page's, all in one

@@ -3195,6 +3195,18 @@ def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
     assert min(ratios) > 2
 
 
+def test_prompts_of_unequal_length_are_computed_without_much_padding(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=512)
+    hidden, shapes = model.hidden, []
+    model.hidden = lambda ids, *rest: shapes.append(ids.shape) or hidden(ids, *rest)
+    lengths = [400, 7, 30, 15, 10, 300]
+    engine = common.Engine(model, tokenizer, 8)
+    replies = dict(engine.run([greedy([tokenizer.bos] * n, 1) for n in lengths]))
+    assert len(replies) == len(lengths) and sum(lengths) <= sum(map(math.prod, shapes))
+    assert sum(map(math.prod, shapes)) <= 2 * sum(lengths), shapes
+    assert len(shapes) < len(lengths), "they are computed together all the same"
+
+
 def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
     engine, counts = common.Engine(model, tokenizer, 2), []
@@ -8561,6 +8573,10 @@ def test_completions_go_on_from_a_text(served, tokenizer):
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
     two = requests.post(url + "/v1/completions", json={**asked, "prompt": ["The cat", "A"]}).json()
     assert two["choices"][0]["text"] == expected and len(two["choices"]) == 2
+    same = {"prompt": ["The cat"] * 4, "temperature": 2, "top_k": 0, "max_tokens": 8, "seed": 5}
+    drawn = [requests.post(url + "/v1/completions", json=same).json() for _ in range(2)]
+    texts = [[choice["text"] for choice in body["choices"]] for body in drawn]
+    assert texts[0] == texts[1] and len(set(texts[0])) == 4, "each draws its own"
 
 
 def test_a_stop_string_ends_an_answer_and_is_left_out(tokenizer):
@@ -8642,9 +8658,13 @@ def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(s
     ids = serve.parse_wanted({"messages": forms[3][0]}, True, model, settings).prompts[0]
     assert ids.count(tokenizer.specials["<|user_end|>"]) == 1
     parts = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}]
-    called = [*user("a"), {"role": "assistant", "content": parts}, *user("b")]
-    wanted = serve.parse_wanted({"messages": called}, True, model, settings)
-    assert wanted.prompts == [common.render_prompt(tokenizer, called)]
+    for cut in ([], [{"type": "python", "text": "37*"}]):  # a call that was stopped is left out
+        called, whole = (
+            [*user("a"), {"role": "assistant", "content": said}, *user("b")]
+            for said in (parts + cut, parts)
+        )
+        wanted = serve.parse_wanted({"messages": called}, True, model, settings)
+        assert wanted.prompts == [common.render_prompt(tokenizer, whole)]
 
 
 def write_blocklist(folder, *lines):
@@ -8850,6 +8870,8 @@ WRONG_REQUESTS = [
     ({"logprobs": True}, 400, "logprobs"), ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"logprobs": 0}, 400, "logprobs"),
     ({"min_p": 0.1}, 400, "min_p"), ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+    ({"guided_json": {}}, 400, "guided_json"), ({"bad_words": ["a"]}, 400, "bad_words"),
+    ({"add_generation_prompt": False}, 400, "add_generation_prompt"),
 ]  # fmt: skip
 
 
@@ -8920,6 +8942,8 @@ SHAPES = [  # bytes, the statuses of the answers: what follows a doubtful reques
     (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n" + LAST, [400]),
     (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n" + LAST, [403, 200]),
     (b"GET /health HTTP/1.0\r\n\r\n" + LAST, [200]),
+    (HEALTH[:-2] + b"Connection: TE, close\r\n\r\n" + LAST, [200]),
+    (HEALTH[:-2] + b"X: a\rContent-Length: 4\r\n\r\n" + LAST, [200, 200]),
     (b"GET http://localhost/health?a HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
     (b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [403, 200]),
     (posted("Transfer-Encoding: Chunked", body=CHUNKS) + b"\r\n" + LAST, [200, 200]),
@@ -8945,6 +8969,9 @@ def test_odd_shapes_of_http_get_the_right_code_and_hide_no_second_request(served
         back = raw(server, data)
         found = [int(code) for code in re.findall(r"HTTP/1\.1 (\d+) ", back)]
         assert found == statuses, (data[:200], back[:600])
+    old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+    back = raw(server, old + LAST)
+    assert back.count(" 200 ") == 2 and "\r\nConnection: keep-alive\r\n" in back
 
 
 FULL = {
@@ -9666,6 +9693,32 @@ def test_a_server_whose_steps_all_fail_says_so(tokenizer):
         assert requests.get(url + "/health").status_code == 200
 
 
+def test_an_engine_outlives_its_log_and_nobody_waits_for_one_that_has_ended(tokenizer, monkeypatch):
+    class Closed:
+        """A log whose reader is gone."""
+
+        def write(self, _):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+    def fail():
+        raise RuntimeError("gone")
+
+    asked = {"messages": user("Hi"), "max_tokens": 2}
+    with serving(tokenizer, 2) as (server, url):
+        worker, path = server.model.worker, url + "/v1/chat/completions"
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stderr", Closed())
+            patched.setattr(worker.engine, "step", fail)
+            assert requests.post(path, json=asked).status_code == 500
+        assert requests.post(path, json=asked).status_code == 200
+        worker.stop()
+        response = requests.post(path, json=asked, timeout=20)
+        assert response.status_code == 500 and "engine has ended" in response.text
+
+
 def test_a_second_signal_ends_a_server_at_once(chat_run):
     code = ("import common, serve, time\n"
             "common.Engine.step = lambda self: time.sleep(0.1) or []\n"
@@ -10085,6 +10138,26 @@ def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
         for tab, text in ((page, "First"), (other, "Second")):
             send(tab, text)
             answered(tab, 0)
+        third = page.context.new_page()
+        third.goto(url)
+        third.locator("#chats").get_by_text("First").click()
+        send(third, "More")
+        answered(third, 1)
+        for words, number in (("kept", 0), ("moved", 1)):
+            edited = page.locator("article.user").nth(number)
+            edited.get_by_role("button", name="Edit").click()
+            page.fill("#text", words)
+            third.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
+            send(third, f"Again {number}")
+            answered(third, 1)
+            page.locator("article.user").nth(1).get_by_text(f"Again {number}").wait_for()
+            assert page.input_value("#text") == words
+            going_on = page.locator("article.user.editing").count()
+            assert going_on == (number == 0), "only an edit of what is still there goes on"
+            if going_on:
+                page.keyboard.press("Escape")
+        page.fill("#text", "")
+        third.close()
         page.click("#new")
         send(page, "Third")
         answered(page, 0)
@@ -10140,8 +10213,18 @@ def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
             return page.locator("article").count() == 4 and page.input_value("#text") == "a draft"
 
         edit()
-        page.reload()
-        assert unharmed()
+        page.reload()  # what was typed is kept, as a draft
+        assert page.locator("article").count() == 4
+        assert page.input_value("#text") == "a draft\nhalf"
+        page.fill("#text", "a draft")
+        edit()
+        page.click("#new")
+        assert page.input_value("#text") == "a draft\nhalf"
+        page.get_by_role("button", name="Who are you?").click()
+        answered(page, 0)
+        assert page.input_value("#text") == "a draft\nhalf", "an idea takes no draft"
+        page.locator("#chats").get_by_text("One").click()
+        page.fill("#text", "a draft")
         edit()
         page.keyboard.press("Escape")
         assert unharmed()
@@ -10271,7 +10354,11 @@ def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, b
         assert looks == sum("/training" in line for line in server.said) > 0
         assert not page.is_visible("#drawer")
         page.click("#options")
-        page.fill("#key", "secret")
+        for key in ("\u0161ecret", "secret"):
+            page.fill("#key", key)
+            page.press("#key", "Tab")
+            if key != "secret":
+                page.locator("#notice").get_by_text("a key can't have").wait_for()
         page.click("#close")
         page.get_by_text("No scores yet").wait_for()
         assert page.inner_text("#notice") == ""
@@ -10372,6 +10459,28 @@ def test_answers_are_copied_exported_and_their_tables_drawn(tokenizer, chromium)
             page.select_option("#export", "md")
         exported = Path(download.value.path()).read_text()
         assert exported == f"# Hi\n\n**You:** Hi\n\n**Answer:** [37*12 = 444] {text}\n"
+
+
+@pytest.mark.browser
+def test_what_has_streamed_can_be_used_while_more_comes(tokenizer, chromium):
+    text = "- one\u2028two\n  ```js\n  x = 1\n    y\n  ```\n" + "word " * 200
+    model = Talker(tokenizer, answer_script(tokenizer, text), pause=0.02)
+    with talking(tokenizer, chromium, model, 1, max_tokens=900) as (*_, page):
+        send(page, "Go")
+        page.get_by_text("word word").wait_for()
+        code = page.locator("article.assistant pre code")
+        assert code.inner_text() == "x = 1\n  y"
+        assert page.locator("article.assistant li").inner_text() == "one\u2028two"
+        code.select_text()
+        code.evaluate("(element) => window.was = element")
+        enough = len(page.inner_text("article.assistant")) + 50
+        while len(page.inner_text("article.assistant")) < enough:
+            page.wait_for_timeout(50)
+        assert page.evaluate("window.was.isConnected && String(getSelection())") == "x = 1\n  y"
+        button = page.locator("article.assistant pre button")
+        button.click(delay=200)
+        assert page.inner_text("#send") == "Stop"
+        page.locator("#state").get_by_text("opied").wait_for(state="attached")
 
 
 @pytest.mark.browser
