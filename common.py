@@ -424,16 +424,18 @@ def is_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
 
 
 def rank_attention(
-    device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (1, 8, 2048, 128)
-) -> list[SDPBackend]:
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (1, 8, 2048, 128),
+    lengths_vary: bool = False,
+) -> list[SDPBackend]:  # fmt: skip
     """List the kernels of torch's attention that say what its plain one says, the fastest first.
 
-    They are tried with q, k and v of this shape (B, H, T, D).
+    They are tried with q, k and v of this shape (B, H, T, D). cuDNN plans half a second for each
+    new shape, so that where lengths vary it is left out.
     FlashAttention 3 (arXiv:2407.08608) is the flash kernel of an H100 where it is installed.
     """
     kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
     if device.type == "cuda":
-        kinds += [SDPBackend.CUDNN_ATTENTION]
+        kinds += [] if lengths_vary else [SDPBackend.CUDNN_ATTENTION]
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         if hopper and importlib.util.find_spec("flash_attn_interface"):
             with contextlib.suppress(AttributeError, ImportError, RuntimeError):
@@ -456,6 +458,8 @@ def can_compile(device: torch.device) -> bool:
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         return False
     if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):  # too old for Triton
+            return False
         compiler = os.environ.get("CC") or "gcc"  # of what launches Triton's programs
         found = any(map(shutil.which, (compiler, "gcc", "clang")))
         return found and importlib.util.find_spec("triton") is not None
@@ -681,8 +685,10 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     torch.manual_seed(settings.seed)
     run = Run(stage, settings.tag, settings, device, rank, world_size, again=attempt > 1)
     run.group = dist.new_group(backend="gloo") if world_size > 1 else None
-    if device.type == "cuda" and (kernels := rank_attention(device, pick_dtype(device))):
-        run.cleanup.enter_context(sdpa_kernel(kernels, set_priority=True))
+    if device.type == "cuda":
+        vary = stage in ("rl", "eval")
+        if kernels := rank_attention(device, pick_dtype(device), lengths_vary=vary):
+            run.cleanup.enter_context(sdpa_kernel(kernels, set_priority=True))
 
     def stop(number: int, frame: Any) -> None:
         if run.stopping and number == signal.SIGINT:
@@ -3033,6 +3039,7 @@ def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
     folder = find_checkpoint(settings.tag, stage, settings.step)
     tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
     device = pick_device(settings.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     if settings.int8 and device.type not in ("cpu", "cuda"):
         raise Stop(f"--int8 works on CPUs and NVIDIA GPUs, not on {device.type}: leave it out")
     model = load_model(folder, device, pick_dtype(device, settings.dtype))

@@ -992,6 +992,7 @@ def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, card=card: card)
         common.pick_dtype.cache_clear()
         assert str(common.pick_dtype(torch.device("cuda"))) == f"torch.{dtype}"
+        assert card >= (7, 0) or not common.can_compile(torch.device("cuda")), "too old for Triton"
     common.pick_dtype.cache_clear()
 
 
@@ -1710,6 +1711,17 @@ def test_attention_kernels_are_ranked_and_wrong_and_absent_ones_left_out(monkeyp
     with common.sdpa_kernel(ranked, set_priority=True):
         q = torch.randn(1, 5, 2, 8)
         assert torch.equal(common.attend(q, q, q, 5)[0, 0], q[0, 0])
+
+
+def test_a_kernel_that_plans_for_every_shape_is_for_equal_lengths_alone(monkeypatch):
+    kinds = common.SDPBackend
+    monkeypatch.setattr(common, "sdpa_kernel", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(common, "try_attention", lambda *_: (1.0, [torch.ones(1)]))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    for vary in (False, True):
+        ranked = common.rank_attention(torch.device("cuda"), torch.bfloat16, lengths_vary=vary)
+        assert kinds.FLASH_ATTENTION in ranked and (kinds.CUDNN_ATTENTION in ranked) is not vary
 
 
 def test_windows_are_the_default_where_a_kernel_gains_by_them(monkeypatch):
