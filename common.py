@@ -430,19 +430,25 @@ def rank_attention(
     """List the kernels of torch's attention that say what its plain one says, the fastest first.
 
     They are tried with q, k and v of this shape (B, H, T, D). cuDNN plans half a second for each
-    new shape, so that where lengths vary it is left out.
+    new shape, so that where lengths vary it is left out, as are versions of it with known faults.
     FlashAttention 3 (arXiv:2407.08608) is the flash kernel of an H100 where it is installed.
     """
-    kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]
+    flash, library = SDPBackend.FLASH_ATTENTION, torch.nn.attention
+    kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, flash]
     if device.type == "cuda":
-        kinds += [] if lengths_vary else [SDPBackend.CUDNN_ATTENTION]
+        sound = (torch.backends.cudnn.version() or 0) > 91500  # pytorch/pytorch#169849
+        kinds += [SDPBackend.CUDNN_ATTENTION] * (sound and not lengths_vary)
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         if hopper and importlib.util.find_spec("flash_attn_interface"):
             with contextlib.suppress(AttributeError, ImportError, RuntimeError):
-                torch.nn.attention.activate_flash_attention_impl("FA3")  # torch 2.10 and newer
-    kinds += [SDPBackend.FLASH_ATTENTION]
+                library.activate_flash_attention_impl("FA3")  # torch 2.10 and newer
+                kinds.append(flash)  # the older one, should that not work
     plain, times = None, {}
-    for kind in kinds:
+    for i, kind in enumerate(kinds):
+        if kind == flash and kinds.index(flash) < i:
+            if flash in times:
+                continue
+            library.restore_flash_attention_impl()
         with sdpa_kernel(kind), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
             warnings.simplefilter("ignore")  # of why one cannot run here
             attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
@@ -1402,10 +1408,11 @@ def attend_in_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
     B, T, H, _ = q.shape
     starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-    options: dict[str, Any] = {"enable_gqa": True} if k.size(2) < H else {}
-    options["window_size"] = (window - 1, 0)
+    if (groups := H // k.size(2)) > 1:  # torch 2.12 and newer would share them
+        k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
     rows = [x.flatten(0, 1) for x in (q, k, v)]
-    y: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, T, T, **options)
+    seen = (window - 1, 0)  # before and after
+    y: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, T, T, window_size=seen)
     return y.view(q.shape)
 
 
@@ -1777,6 +1784,7 @@ class GPT(nn.Module):
         """
         device = self.embed.weight.device
         cuda = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+        cuda = cuda and torch.version.hip is None  # whose 8-bit numbers are others
         if not cuda and device.type != "cpu":  # a CPU makes them too, to look at
             raise Stop("--fp8 needs an H100 or a newer GPU: leave it out")
         for name, module in self.blocks.named_modules():
@@ -3572,9 +3580,8 @@ class Engine:
         moved = list(self.decoding)
         if moved:
             last_ids = [job.reply.ids[-1] for job in moved]
-            if self.graphs is not None:
-                logits = self._replay(last_ids)
-            else:
+            logits = None if self.graphs is None else self._replay(last_ids)
+            if logits is None:
                 rows = self.cache.part(0, len(moved))
                 ids = torch.tensor(last_ids, device=self.device)[:, None]
                 if self.next_logits:
@@ -3589,10 +3596,11 @@ class Engine:
         self._leave()
         return moved
 
-    def _replay(self, last_ids: list[int]) -> Tensor:
+    def _replay(self, last_ids: list[int]) -> Tensor | None:
         """Compute the logits after the decoding rows' last ids by replaying a recorded step.
 
-        One is recorded for each power of two of rows and each GRAPH_KEYS positions. The rows that
+        None where none can be recorded, as where memory is full: then and from then on steps are
+        plain. One is recorded for each power of two of rows and each GRAPH_KEYS positions. The rows that
         fill up to the power compute on: what they store lies past their ends.
         """
         assert self.graphs is not None
@@ -3610,7 +3618,12 @@ class Engine:
                 return compute(fed[0], part.past(fed[0], fed[1], None, end - 1, False))
 
             fed[1] = torch.tensor(lengths, device=self.device)[:, None]
-            self.graphs[rows, end] = fed, *record(step, self.device, self.pool)
+            try:
+                self.graphs[rows, end] = fed, *record(step, self.device, self.pool)
+            except RuntimeError as error:
+                warnings.warn(f"decoding is not recorded, so slower: {error}", stacklevel=2)
+                self.graphs = None
+                return None
         fed, replay, logits = self.graphs[rows, end]
         fed.copy_(to_device([[*last_ids, *[0] * (rows - n)], lengths], self.device)[..., None])
         replay()

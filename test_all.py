@@ -1644,16 +1644,16 @@ def test_a_window_matters_and_attention_equals_the_plain_formula():
             torch.testing.assert_close(mine, plain)
 
 
-def rows_in_windows(q, k, v, starts, starts_k, T, S, *, window_size, enable_gqa=False):
+def rows_in_windows(q, k, v, starts, starts_k, T, S, *, window_size):
     """Stand in for torch's kernel for rows of any length, as its documentation says it."""
     assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and T == S
-    assert enable_gqa == (q.size(1) != k.size(1))
+    assert q.shape == k.shape == v.shape, "in torch 2.10 and 2.11 heads share no keys"
     parts = []
     for a, b in itertools.pairwise(starts.tolist()):
         x, y, z = (p[None, a:b].transpose(1, 2) for p in (q, k, v))
         back = torch.arange(b - a)[:, None] - torch.arange(b - a)
         mask = (back <= window_size[0]) & (back >= -window_size[1])
-        y = F.scaled_dot_product_attention(x, y, z, attn_mask=mask, enable_gqa=True)
+        y = F.scaled_dot_product_attention(x, y, z, attn_mask=mask)
         parts.append(y.transpose(1, 2)[0])
     return torch.cat(parts)
 
@@ -1719,9 +1719,36 @@ def test_a_kernel_that_plans_for_every_shape_is_for_equal_lengths_alone(monkeypa
     monkeypatch.setattr(common, "try_attention", lambda *_: (1.0, [torch.ones(1)]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    for vary in (False, True):
+    for version, vary in ((91600, False), (91600, True), (91500, False), (None, False)):
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
         ranked = common.rank_attention(torch.device("cuda"), torch.bfloat16, lengths_vary=vary)
-        assert kinds.FLASH_ATTENTION in ranked and (kinds.CUDNN_ATTENTION in ranked) is not vary
+        good = version == 91600 and not vary
+        assert kinds.FLASH_ATTENTION in ranked and (kinds.CUDNN_ATTENTION in ranked) is good
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_newer_flash_kernel_that_fails_gives_way_to_the_older(monkeypatch, works):
+    kind, active, tried = common.SDPBackend.FLASH_ATTENTION, ["FA2"], []
+
+    def one(asked):
+        tried.append(active[-1] if asked == kind else "")
+        return contextlib.nullcontext()
+
+    def attention(*_):
+        if tried[-1] == "FA3" and not works:
+            raise RuntimeError("it is for another torch")
+        return 1.0, [torch.ones(1)]
+
+    monkeypatch.setattr(common, "sdpa_kernel", one)
+    monkeypatch.setattr(common, "try_attention", attention)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)
+    for name, act in (("activate", active.append), ("restore", lambda: active.append("FA2"))):
+        change = f"{name}_flash_attention_impl"
+        monkeypatch.setattr(torch.nn.attention, change, act, raising=False)
+    assert kind in common.rank_attention(torch.device("cuda"), torch.bfloat16)
+    assert [name for name in tried if name] == (["FA3"] if works else ["FA3", "FA2"])
+    assert active[-1] == ("FA3" if works else "FA2")
 
 
 def test_windows_are_the_default_where_a_kernel_gains_by_them(monkeypatch):
@@ -2895,6 +2922,28 @@ def test_recorded_steps_say_what_plain_ones_say(tokenizer, window, monkeypatch):
     assert {rows for rows, _ in engine.graphs} == {1, 2, 4, 5}
     assert {end for _, end in engine.graphs} == {16, 32, 48, 64}
     assert len(recorded) == len(engine.graphs) < sum(len(steps) for _, steps in recorded) / 5
+
+
+def test_a_step_that_cannot_be_recorded_is_computed_plainly_and_so_are_all_after_it(
+    tokenizer, monkeypatch
+):
+    def record(step, device, pool):
+        if engine.graphs:
+            raise RuntimeError("CUDA out of memory")
+        output = step()
+        return lambda: output.copy_(step()), output
+
+    monkeypatch.setattr(common, "record", record)
+    monkeypatch.setattr(common, "GRAPH_KEYS", 16)
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    engine, alone = common.Engine(model, tokenizer, 3), common.Engine(model, tokenizer, 1)
+    engine.graphs = {}
+    requests = [greedy([tokenizer.bos, *range(n)], 30) for n in (3, 9, 20)]
+    with pytest.warns(UserWarning, match="not recorded, so slower: CUDA out of memory"):
+        replies = dict(engine.run(requests))
+    assert engine.graphs is None
+    for i, request in enumerate(requests):
+        assert list(alone.generate(request)) == replies[i].ids
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
