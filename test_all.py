@@ -1042,6 +1042,7 @@ def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
     with monkeypatch.context() as patch:  # Triton builds what launches its programs
         patch.setattr(importlib.util, "find_spec", lambda name: name)
         patch.setattr(Path, "exists", lambda path: True)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
         for compilers in ((), ("clang",), ("my-cc",)):
             patch.setattr(shutil, "which", lambda name, have=compilers: name in have or None)
             patch.setenv("CC", "my-cc")
