@@ -4483,12 +4483,13 @@ def test_hub_is_interrupted_and_resumed(base, hub):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = base / "data" / "fineweb-edu"
     for _ in range(3000):
-        if list(folder.glob(".*.partial")) or process.poll() is not None:
+        begun = any(path.stat().st_size for path in folder.glob(".*.partial"))
+        if begun or process.poll() is not None:
             break
         time.sleep(0.01)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "fetching 2 of 2 shards" in out
     assert err == "prepare: stopped; run the same command again to go on\n"
     hub.requests.clear()
