@@ -561,6 +561,7 @@ class Run:
     world_size: int
     num_steps: int = 0
     metrics: dict[str, Any] = field(default_factory=dict)
+    validated: set[int] = field(default_factory=set)  # the steps that were
     stopping: bool = False
     again: bool = False  # torchrun began it again after a fault
     group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
@@ -625,7 +626,7 @@ class Run:
         """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
         if self.device.type == "cuda" and "loss" in values:
             values["memory"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        self.metrics.update(values, step=step)
+        self.remember(step, values)
         if self.rank == 0:
             print(format_log(self.stage, step, self.num_steps, values), flush=True)
             line = {"stage": self.stage, "step": step, "time": time.time(), **values}
@@ -635,6 +636,30 @@ class Run:
             self.wandb.log(
                 {f"{self.stage}/{key}": v for key, v in {"step": step, **values}.items()}
             )
+
+    def remember(self, step: int, values: dict[str, Any]) -> None:
+        """Keep an event's values as the newest, its validation loss also if it is the best."""
+        self.metrics.update(values, step=step)
+        for name in [name for name in values if name.startswith("val_")]:
+            self.validated.add(step)
+            if name in ("val_bpb", "val_loss"):
+                best = self.metrics.get(f"best_{name}", math.inf)
+                self.metrics[f"best_{name}"] = min(best, values[name])
+
+    def recall(self, saved: dict[str, Any]) -> None:
+        """Take a checkpoint's metrics and what was logged up to it: it is saved before it is
+        validated."""
+        self.metrics = dict(saved["metrics"])
+        for line in self.together(lambda: read_log(self.tag))[0]:
+            if line["stage"] == self.stage and line["step"] <= saved["step"]:
+                values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
+                self.remember(line["step"], values)
+        self.metrics["step"] = saved["step"]
+
+    def finished(self) -> bool:
+        """Say whether the last step's checkpoint is there, and validated if any was."""
+        step = self.metrics.get("step", -1)
+        return step >= self.num_steps and (not self.validated or step in self.validated)
 
     def begin(self, saved: dict[str, Any]) -> None:
         """Drop what training from here on replaces: old checkpoints, log lines after `saved`.
@@ -3118,6 +3143,7 @@ def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None
             f"{run.dir} was trained from another model than {parent} holds now: begin it anew "
             "with --restart, or give another --tag"
         )
+    run.recall(saved)
     return found[-1], saved
 
 

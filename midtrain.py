@@ -136,9 +136,9 @@ def main(settings: Settings) -> dict:
         num_steps = settings.num_iterations or epoch_steps
         run.num_steps = num_steps
         check_data(run, saved, data=rows.names)
-        if newest and start >= num_steps:
+        if run.finished():
             run.say(f"mid: {newest} is there, finished")
-            return saved["metrics"]
+            return run.metrics
         for kind, count in sorted(mixed.used.items(), key=lambda pair: -pair[1]):
             run.say(f"{count:9,} {kind}")
         run.say(f"rows: {len(rows):,} of {T} tokens, {num_text:,} of them text; conversations cut "
@@ -170,7 +170,7 @@ def main(settings: Settings) -> dict:
                 micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
             )
         run.begin(saved)
-        began, best = time.time(), saved.get("best_val_loss", math.inf)
+        began = time.time()
         total = len(rows) if num_steps == epoch_steps else num_steps * batch_rows
         for s in training_steps(
             run.closing(
@@ -198,7 +198,7 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "parent": parent_key(parent), "source": source, "chats": chats,
-                    "data": rows.names, "batch_tokens": batch_rows * T, "best_val_loss": best,
+                    "data": rows.names, "batch_tokens": batch_rows * T,
                     "metrics": run.metrics,
                     "mixture": {**mixed.used, "text rows": num_text},
                     "seconds": saved.get("seconds", 0) + time.time() - began,
@@ -207,10 +207,9 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"mid: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if len(val_rows) and s.due(settings.eval_every, first=True) and (new or not start):
-                val_loss = evaluate_loss(model, val_rows, s.micro)
-                best = min(best, val_loss)
-                run.log(s.step, val_loss=val_loss)
+            due = s.due(settings.eval_every, first=True) and s.step not in run.validated
+            if len(val_rows) and due:
+                run.log(s.step, val_loss=evaluate_loss(model, val_rows, s.micro))
     return run.metrics
 
 

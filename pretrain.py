@@ -511,11 +511,11 @@ def main(settings: Settings) -> dict:
         run.num_steps = num_steps
         start, text = saved.get("step", 0), text_key(source)
         check_data(run, saved, tokenizer=tokenizer.fingerprint)
-        if newest and start >= num_steps:
+        if run.finished():
             changed = text and saved.get("text", text) != text
             run.say(f"base: {newest} is there, finished"
                     f"{'; the text has changed since' if changed else ''}")  # fmt: skip
-            return saved["metrics"]
+            return run.metrics
         check_data(run, saved, source=source)
 
         share = accum_steps(batch_rows, 1)
@@ -564,7 +564,7 @@ def main(settings: Settings) -> dict:
                 micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
             )
         run.begin(saved)
-        began, best = time.time(), saved.get("best_val_bpb", math.inf)
+        began = time.time()
         for s in training_steps(
             run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),
             compute_loss,
@@ -589,7 +589,7 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:],
                     "compiled": compiled, "micro_batch": s.micro,
-                    "best_val_bpb": best, "source": source, "text": text, "data": rows.names,
+                    "source": source, "text": text, "data": rows.names,
                     "tokenizer": tokenizer.fingerprint, "metrics": run.metrics,
                     "batch_tokens": batch_rows * T,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
@@ -598,9 +598,8 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and (new or not start):
+            if s.due(settings.eval_every, first=True) and s.step not in run.validated:
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
-                best = min(best, val_bpb)
                 run.log(s.step, val_bpb=val_bpb)
             if s.due(settings.sample_every):
                 print_samples(run, model, tokenizer)

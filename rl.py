@@ -333,9 +333,9 @@ def main(settings: Settings) -> dict:
         num_steps = settings.num_iterations or math.ceil(total / settings.problems_per_step)
         run.num_steps = num_steps
         check_data(run, saved, data=data)
-        if newest and start >= num_steps:
+        if run.finished():
             run.say(f"rl: {newest} is there, finished")
-            return saved["metrics"]
+            return run.metrics
         why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
         run.say(f"problems: {len(problems):,}, and {len(val_problems)} for validation; "
                 f"too long and left out: {too_long:,}")  # fmt: skip
@@ -394,7 +394,8 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"rl: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if val_problems and s.due(settings.eval_every, first=True) and (new or not start):
+            due = s.due(settings.eval_every, first=True) and s.step not in run.validated
+            if val_problems and due:
                 engine.refresh(model)
                 run.log(s.step, **validate(engine, val_problems, settings, run.device))
     return run.metrics

@@ -128,9 +128,9 @@ def main(settings: Settings) -> dict:
             total = num_steps * batch_rows
         run.num_steps = num_steps
         check_data(run, saved, data=rows.names)
-        if newest and start >= num_steps:
+        if run.finished():
             run.say(f"sft: {newest} is there, finished")
-            return saved["metrics"]
+            return run.metrics
         for kind, count in sorted(mixed.used.items(), key=lambda pair: -pair[1]):
             run.say(f"{count:9,} {kind}")
         run.say(f"rows: {len(rows):,} of {T} tokens; conversations cut at a turn: {mixed.cut:,}, "
@@ -162,7 +162,7 @@ def main(settings: Settings) -> dict:
                 micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
             )
         run.begin(saved)
-        began, best = time.time(), saved.get("best_val_loss", math.inf)
+        began = time.time()
         for s in training_steps(
             run.closing(
                 row_batches(rows, batch_rows, micro, settings.seed, start, run.device, total)
@@ -186,7 +186,7 @@ def main(settings: Settings) -> dict:
                 meta = {
                     "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "parent": parent_key(parent), "source": before["source"], "chats": chats,
-                    "data": rows.names, "batch_tokens": batch_rows * T, "best_val_loss": best,
+                    "data": rows.names, "batch_tokens": batch_rows * T,
                     "metrics": run.metrics, "mixture": mixed.used,
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
@@ -194,10 +194,9 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"sft: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if len(val_rows) and s.due(settings.eval_every, first=True) and (new or not start):
-                val_loss = evaluate_loss(model, val_rows, s.micro)
-                best = min(best, val_loss)
-                run.log(s.step, val_loss=val_loss)
+            due = s.due(settings.eval_every, first=True) and s.step not in run.validated
+            if len(val_rows) and due:
+                run.log(s.step, val_loss=evaluate_loss(model, val_rows, s.micro))
     return run.metrics
 
 

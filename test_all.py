@@ -7001,6 +7001,54 @@ def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
     assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
 
 
+@pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
+def test_a_validation_that_broke_off_is_made_up_for_and_the_best_is_kept(
+    chat_run, name, monkeypatch
+):
+    def train(tag):
+        if name == "base":
+            settings = tiny_pretrain(tag=tag, num_iterations=4, eval_every=2, restart=tag == "u")
+            return pretrain.main(settings)
+        return run_stage(name, tag)[2]
+
+    def validations(tag):
+        lines = [json.loads(x) for x in (common.run_dir(tag) / "metrics.jsonl").open()]
+        lines = [{k: v for k, v in x.items() if k != "time"} for x in lines]
+        return [x for x in lines if x["stage"] == name and any("val" in k for k in x)]
+
+    module = pretrain if name == "base" else CHAT_STAGES[name][0]
+    part = {"base": "evaluate_bpb", "rl": "validate"}.get(name, "evaluate_loss")
+    whole = train("u")
+    if name == "base":
+        shutil.rmtree(common.run_dir("t") / "base")
+        (common.run_dir("t") / "metrics.jsonl").unlink()
+    evaluate_, calls = getattr(module, part), []
+
+    def break_off(*args):
+        calls.append(args)
+        if len(calls) in (2, 4, 5):  # after a save in mid-run, and twice after the last
+            raise RuntimeError("it broke off")
+        return evaluate_(*args)
+
+    monkeypatch.setattr(module, part, break_off)
+    for _ in range(9):
+        with contextlib.suppress(RuntimeError):
+            metrics = train("t")
+            break
+    assert len(calls) == len(validations("u")) + 3
+    assert validations("t") == validations("u")
+    assert [x["step"] for x in validations("t")][:2] == [0, 2]
+    timeless = {"tok_per_s", "mfu", "data", "update", "left_s", "sampling_s"}
+    assert {k: v for k, v in metrics.items() if k not in timeless} == {
+        k: v for k, v in whole.items() if k not in timeless
+    }
+    if name != "rl":
+        key = "val_bpb" if name == "base" else "val_loss"
+        assert metrics[f"best_{key}"] == min(x[key] for x in validations("t"))
+    assert train("t") == metrics, "it is finished, and says how it ended"
+    assert len(calls) == len(validations("u")) + 3
+
+
 def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another(
     chat_run, monkeypatch
 ):
