@@ -1279,10 +1279,13 @@ def row_sizes(x: Tensor) -> Tensor:
 
 FEW_ROWS = 64  # as many as the engine's slots
 PACKED = 1 << 18  # numbers in the smallest weight that is packed: each call has a price
+PACKED_INT8 = 3 << 19
+EXACT = 1024  # products of two int8 that fp32 adds up exactly
 AMX = torch.cpu._is_amx_tile_supported()  # its products of 8 bits want the weight first
 
 packed_products = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
 packed_products.define("packed_product(Tensor x, Tensor packed) -> Tensor")
+packed_products.define("packed_int8_product(Tensor x, Tensor packed, Tensor scale) -> Tensor")
 
 
 @torch.library.impl(packed_products, "packed_product", "MkldnnCPU")
@@ -1296,16 +1299,55 @@ def _packed_shape(x: Tensor, packed: Tensor) -> Tensor:
     return x.new_empty(x.size(0), packed.size(0))
 
 
+@torch.library.impl(packed_products, "packed_int8_product", "MkldnnCPU")
+def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Multiply x (N, n_in), of bytes that mean 128 less, by a packed int8 weight: fp32 (N, n_out).
+
+    The sums are exact; scale (n_out,) multiplies them.
+    """
+    zero, out = scale.new_zeros(1, dtype=torch.int32), torch.float32
+    rest = None, 1.0, 0, out, "none", [], ""
+    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, packed, scale, zero, *rest)
+
+
+@torch.library.register_fake("nanochat::packed_int8_product", lib=packed_products)
+def _packed_int8_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), scale.size(0), dtype=torch.float32)
+
+
+@functools.cache
+def packs_int8() -> bool:
+    """Say whether packed products of 8 bits are there and exact: without VNNI their sums clip."""
+    if AMX:
+        return False
+    x = torch.full((2, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        y = torch.ops.nanochat.packed_int8_product(x, packed, torch.ones(16))
+        return bool((y == 127 * 127 * 64).all())
+    return False
+
+
 def pack(weight: Tensor) -> Tensor | None:
     """Lay a weight out in the blocks that oneDNN reads; None where that is not known to pay."""
     if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
         return None
     if not torch.backends.mkldnn.is_available() or weight.numel() < PACKED:
         return None
+    if weight.dtype == torch.int8:
+        if weight.numel() < PACKED_INT8 or not packs_int8():
+            return None
+        return torch.ops.onednn.qlinear_prepack(weight.detach(), None)
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if weight.dtype != torch.float32 and not bf16:
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+
+
+def stored(x: Tensor) -> Tensor:
+    """Return x; a compiler then stores it, where it would compute it anew for each use."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def product(
@@ -1319,21 +1361,26 @@ def product(
     """
     rows = x.flatten(0, -2)
     n = rows.size(0)
-    one_loop = x.dtype == torch.float32 and torch.compiler.is_compiling()
     training = torch.is_grad_enabled()
     few = n <= FEW_ROWS and x.device.type == "cpu" and not training
+    alone = few and n == 1 and torch.compiler.is_compiling()
     if scale is not None:
         size = row_sizes(rows)
-        small = (rows / size).round().to(torch.int8)
-        if n > FEW_ROWS or (few and n == 1 and not AMX):
-            y = torch._int_mm(small, weight.t())
+        small = (rows / size).round()
+        if alone and weight.numel() >= PACKED_INT8 and weight.size(1) <= EXACT:
+            y = (weight.float() * stored(small)).sum(-1) * scale
+        elif packed is not None and n > 1:
+            y = torch.ops.nanochat.packed_int8_product((small + 128).byte(), packed, scale)
+        elif n > FEW_ROWS or (few and n == 1 and not AMX):
+            y = torch._int_mm(small.char(), weight.t()) * scale
         else:
             if x.device.type == "cuda":
                 small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
-            y = torch._int_mm(weight, small.t())[:, :n].t()
-        y = (y * size * scale).to(x.dtype)
-    elif few and n == 1 and one_loop:
-        y = (weight * rows).sum(-1)  # on some CPUs twice as fast as their library
+            y = torch._int_mm(weight, small.char().t())[:, :n].t() * scale
+        y = (y * size).to(x.dtype)
+    elif alone and (x.dtype == torch.float32 or weight.numel() >= PACKED):
+        # one loop of a compiler's, on some CPUs twice as fast as their library
+        y = (weight.float() * stored(rows).float()).sum(-1).to(x.dtype)
     elif packed is not None and not training and (n > 1 or x.dtype == torch.float32):
         y = torch.ops.nanochat.packed_product(rows, packed)
     elif few and n > 1:

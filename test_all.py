@@ -1455,6 +1455,63 @@ def test_products_of_packed_weights_are_the_plain_ones(dtype, rows, monkeypatch)
     assert trained.grad.any(), "training goes on with the weight itself"
 
 
+def int8_linear(n_in, n_out):
+    linear = common.Linear(n_in, n_out)
+    torch.nn.init.normal_(linear.weight)
+    linear.quantize()
+    return linear
+
+
+@pytest.mark.skipif(not common.packs_int8(), reason="8 bits are not packed on this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_of_8_bits_are_the_plain_ones_bit_for_bit(dtype, monkeypatch):
+    linear = int8_linear(96, 80)
+    assert common.pack(linear.weight) is None, "small ones are not worth a call"
+    monkeypatch.setattr(common, "PACKED_INT8", 96 * 80)
+    packed = common.pack(linear.weight)
+    for rows in (1, 2, 17, 100):
+        x = torch.randn(rows, 1, 96).to(dtype)
+        x[0] = torch.where(x[0] > 0, 7.0, -7.0)  # each at an end of the range
+        with torch.no_grad():
+            assert torch.equal(common.product(x, linear.weight, linear.scale, packed), linear(x))
+
+
+def test_8_bits_are_not_packed_where_sums_clip(monkeypatch):
+    monkeypatch.setattr(common, "AMX", False)
+    clipped = torch.full((2, 16), 32767.0 * 32)  # of pairs of products in 16 bits
+    monkeypatch.setattr(torch.ops.nanochat, "packed_int8_product", lambda *args: clipped)
+    assert not common.packs_int8.__wrapped__()
+
+    def missing(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.ops.nanochat, "packed_int8_product", missing)
+    assert not common.packs_int8.__wrapped__()
+
+
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+def test_a_compiled_product_of_one_row_is_the_plain_one(monkeypatch):
+    monkeypatch.setattr(common, "PACKED", 1)
+    monkeypatch.setattr(common, "PACKED_INT8", 1)
+    linear, x = common.Linear(common.EXACT, 48), torch.randn(1, 1, common.EXACT)
+    torch.nn.init.normal_(linear.weight)
+    ends = int8_linear(common.EXACT, 48)
+    with torch.no_grad():
+        ends.weight[:] = 127 * ends.weight.sign()
+
+    @torch.compile(dynamic=False)
+    def compiled(x, weight, scale):
+        return common.product(x * 2, weight, scale)
+
+    with torch.inference_mode():
+        for y in (x, x.sign()):  # at the ends of the range fp32's sums are still exact
+            plain = common.product(y * 2, ends.weight, ends.scale)
+            assert torch.equal(compiled(y, ends.weight, ends.scale), plain)
+        weight = linear.weight.bfloat16()
+        plain = (x.bfloat16() * 2).double() @ weight.double().t()
+        torch.testing.assert_close(compiled(x.bfloat16(), weight, None), plain.bfloat16())
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="weights are packed on x86 alone")
 def test_an_engine_packs_new_weights_and_not_what_leaves_no_memory(tokenizer, monkeypatch):
     monkeypatch.setattr(common, "PACKED", 1)
@@ -2858,10 +2915,11 @@ def test_a_common_prefix_is_counted(both, a, b):
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 @pytest.mark.parametrize(
     "int8, packed",
-    [(False, True), *(pytest.param(i, False, marks=pytest.mark.slow) for i in (0, 1))],
+    [(False, True), *(pytest.param(i, i, marks=pytest.mark.slow) for i in (False, True))],
 )
 def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, packed, monkeypatch):
-    monkeypatch.setattr(common, "PACKED", 1 if packed else 1 << 40)
+    for name in ("PACKED", "PACKED_INT8"):
+        monkeypatch.setattr(common, name, 1 if packed else 1 << 40)
     monkeypatch.setattr(common.KVCache, "SPARE", 9)
     shape = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "window_pattern": "SL"}
     shape |= {"max_seq_len": 64}
