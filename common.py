@@ -1305,9 +1305,10 @@ def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
     The sums are exact; scale (n_out,) multiplies them.
     """
-    zero, out = scale.new_zeros(1, dtype=torch.int32), torch.float32
-    rest = None, 1.0, 0, out, "none", [], ""
-    return torch.ops.onednn.qlinear_pointwise(x, 1.0, 128, packed, scale, zero, *rest)
+    zero = scale.new_zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
 
 
 @torch.library.register_fake("nanochat::packed_int8_product", lib=packed_products)
