@@ -647,13 +647,17 @@ class Run:
                 self.metrics[f"best_{name}"] = min(best, values[name])
 
     def recall(self, saved: dict[str, Any]) -> None:
-        """Take a checkpoint's metrics and what was logged up to it: it is saved before it is
-        validated."""
-        self.metrics = dict(saved["metrics"])
-        for line in self.together(lambda: read_log(self.tag))[0]:
-            if line["stage"] == self.stage and line["step"] <= saved["step"]:
-                values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
-                self.remember(line["step"], values)
+        """Take over a checkpoint's metrics and its validation, which came after it was saved."""
+
+        def replay() -> Any:  # on rank 0, for all
+            self.metrics = dict(saved["metrics"])
+            for line in read_log(self.tag) if self.rank == 0 else []:
+                if line["stage"] == self.stage and line["step"] <= saved["step"]:
+                    values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
+                    self.remember(line["step"], values)
+            return self.metrics, self.validated
+
+        self.metrics, self.validated = self.together(replay)[0]
         self.metrics["step"] = saved["step"]
 
     def finished(self) -> bool:
