@@ -650,7 +650,7 @@ class Run:
         """Take over a checkpoint's metrics and its validation, which came after it was saved."""
 
         def replay() -> Any:  # on rank 0, for all
-            self.metrics = dict(saved["metrics"])
+            self.metrics = dict(saved.get("metrics", {}))
             for line in read_log(self.tag) if self.rank == 0 else []:
                 if line["stage"] == self.stage and line["step"] <= saved["step"]:
                     values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
