@@ -660,6 +660,11 @@ class Run:
         self.metrics, self.validated = self.together(replay)[0]
         self.metrics["step"] = saved["step"]
 
+    def validates(self, s: Step) -> bool:
+        """Say whether this step's validation is due and was not made before the run went on."""
+        due = s.due(self.settings.eval_every, first=True)
+        return due and s.step not in self.validated
+
     def finished(self) -> bool:
         """Say whether the last step's checkpoint is there, and validated if any was."""
         step = self.metrics.get("step", -1)

@@ -207,8 +207,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"mid: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            due = s.due(settings.eval_every, first=True) and s.step not in run.validated
-            if len(val_rows) and due:
+            if len(val_rows) and run.validates(s):
                 run.log(s.step, val_loss=evaluate_loss(model, val_rows, s.micro))
     return run.metrics
 

@@ -598,7 +598,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"base: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            if s.due(settings.eval_every, first=True) and s.step not in run.validated:
+            if run.validates(s):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 run.log(s.step, val_bpb=val_bpb)
             if s.due(settings.sample_every):

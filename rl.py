@@ -394,8 +394,7 @@ def main(settings: Settings) -> dict:
             if s.stopping:
                 run.say(f"rl: stopped at step {s.step}; run the same command again to go on")
                 raise SystemExit(0)
-            due = s.due(settings.eval_every, first=True) and s.step not in run.validated
-            if val_problems and due:
+            if val_problems and run.validates(s):
                 engine.refresh(model)
                 run.log(s.step, **validate(engine, val_problems, settings, run.device))
     return run.metrics
