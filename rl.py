@@ -357,10 +357,10 @@ def main(settings: Settings) -> dict:
             return model(batch.ids, batch.targets, batch.weights)
 
         if run.device.type == "cuda":
-            longest = [0] * (config.max_seq_len + 1)
+            filled = [0] * (config.max_seq_len + 1)
             micro = try_micro_batch(
                 micro, compute_loss, optimizer,
-                lambda n: make_batch([(longest, longest, 1.0)] * n, 0, run.device),
+                lambda n: make_batch([(filled, filled, 1.0)] * n, 0, run.device),
             )  # fmt: skip
         accum = -(-most // micro)
         sampler = Sampler(run, model, engine, problems, micro, accum)

@@ -10,7 +10,7 @@
 #                 pretrain.py, on the world's text or --data; two and a half hours
 #         bench gpu    some steps of depths 12 to 26, sft and rl on one GPU; twenty minutes
 #         lock    renew requirements.lock from pyproject.toml
-# --tier  cpu cpu-bf16 cpu-amx laptop mps gpu1 8xa6000 8xh100 8xh200   default: what fits
+# --tier  cpu cpu-bf16 cpu-fast laptop mps gpu1 8xa6000 8xh100 8xh200   default: what fits
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
 # --source  name of the text's folder                   default: after --data
 # --conversations  world, hub, or your own: a .jsonl file, or a folder of them; default: those of
@@ -39,7 +39,7 @@ cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl
                                                      # 2 cores, 4 GB: 30 minutes, free
 cpu-bf16 1  world  4096   $d4 --num-iterations=1500 --num-conversations=22000 rl:--num-iterations=30
                                                      # 2 cores with AVX512-BF16: 30 minutes, free
-cpu-amx  1  world  4096   $most                      # 2 cores with Intel AMX: 30 minutes, free
+cpu-fast 1  world  4096   $most                      # 2 cores with fast bf16: 30 minutes, free
 laptop   1  world  4096   $most --device-batch-size=8 # 6 GB or more: 10 minutes
 mps      1  world  4096   $most                      # Apple silicon: 20 minutes, free
 gpu1     1  hub    65536  --depth=10 $gsm8k          # 24 or 32 GB: 6 to 16 hours, \$4
@@ -69,7 +69,8 @@ find_tier() { # sets gpus, and tier where none is asked for
   if [ "$mib" -gt 120000 ] && [ "$gpus" -ge 8 ]; then fits=8xh200; fi # a d32 wants them all
   if [ "$gpus" -eq 0 ]; then fits=cpu; fi
   if [ $fits = cpu ] && grep -qs avx512_bf16 /proc/cpuinfo; then fits=cpu-bf16; fi
-  if [ $fits = cpu-bf16 ] && grep -qs amx_bf16 /proc/cpuinfo; then fits=cpu-amx; fi
+  # Intel's AMX, or AMD's Zen 5, which multiplies twice as fast as Zen 4 and is known by AVX-VNNI
+  if [ $fits = cpu-bf16 ] && grep -qsE 'amx_bf16|avx_vnni' /proc/cpuinfo; then fits=cpu-fast; fi
   if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
   tier=${tier:-$fits}
 }

@@ -296,7 +296,7 @@ def commands_of(stage, *words):
     return [settings for name, settings in commands(*words) if name == stage]
 
 
-TIERS = ["cpu", "cpu-bf16", "cpu-amx", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
+TIERS = ["cpu", "cpu-bf16", "cpu-fast", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
 
 
 def test_every_action_and_tier_of_run_sh_prints_its_commands():
@@ -317,7 +317,7 @@ def test_every_action_and_tier_of_run_sh_prints_its_commands():
     [
         (["tset"], "tset is not an action; choose one of: all setup"),
         (["learn"], "learn follows bench"),
-        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-amx"),
+        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-fast"),
         (["--data=wrld"], "--data=wrld: no such file or folder, nor world, hub or climbmix"),
         (["--conversations=nowhere.jsonl"], "no such file, nor world or hub"),
         (["setup", "--teir=cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
@@ -368,13 +368,17 @@ def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards,
 
 @pytest.mark.parametrize(
     ("features", "tier"),
-    [("avx2", "cpu"), ("avx2 avx512_bf16", "cpu-bf16"), ("avx512_bf16 amx_bf16", "cpu-amx")],
+    [
+        ("avx2", "cpu"), ("avx2 avx_vnni", "cpu"), ("avx512_vnni avx512_bf16", "cpu-bf16"),
+        ("avx512_bf16 amx_bf16", "cpu-fast"), ("avx_vnni avx512_bf16", "cpu-fast"),
+    ],  # fmt: skip
 )
 def test_run_sh_takes_the_tier_that_fits_the_processor(tmp_path, monkeypatch, features, tier):
     if sys.platform == "darwin":
         pytest.skip("run.sh takes mps there")
-    flags = f'case "$*" in *cpuinfo) case " {features} " in *" $2 "*) exit;; esac; exit 1;; esac'
-    stubs = {"nvidia-smi": "exit 9", "grep": f'{flags}\nexec {shutil.which("grep")} "$@"'}
+    grep = shutil.which("grep")
+    flags = f'case "$*" in *cpuinfo) echo "{features}" | {grep} "$1" "$2"; exit;; esac'
+    stubs = {"nvidia-smi": "exit 9", "grep": f'{flags}\nexec {grep} "$@"'}
     for name, text in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
