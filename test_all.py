@@ -369,8 +369,11 @@ def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards,
 @pytest.mark.parametrize(
     ("features", "tier"),
     [
-        ("avx2", "cpu"), ("avx2 avx_vnni", "cpu"), ("avx512_vnni avx512_bf16", "cpu-bf16"),
-        ("avx512_bf16 amx_bf16", "cpu-fast"), ("avx_vnni avx512_bf16", "cpu-fast"),
+        ("avx2", "cpu"),
+        ("avx2 avx_vnni", "cpu"),
+        ("avx512_vnni avx512_bf16", "cpu-bf16"),
+        ("avx512_bf16 amx_bf16", "cpu-fast"),
+        ("avx_vnni avx512_bf16", "cpu-fast"),
     ],  # fmt: skip
 )
 def test_run_sh_takes_the_tier_that_fits_the_processor(tmp_path, monkeypatch, features, tier):
