@@ -1424,6 +1424,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 QUERIES = 1024  # that have a mask of their own at once
+BY_HEADS = 1 << 14  # scores of a head whose products outweigh what the calls of them cost
 STORED = 512  # the longest rows whose attention weights are stored, where that is faster
 
 
@@ -1438,7 +1439,7 @@ def attend(
     that are longer than the window: attend_in_blocks unless given.
     """
     T, S = q.size(1), k.size(1)
-    if T == 1 and torch.compiler.is_compiling():
+    if T == 1 and (torch.compiler.is_compiling() or by_parts(q)):
         return attend_once(q, k, v, mask)
     if mask is None and window < T == S:
         return (in_window or attend_in_blocks)(q, k, v, window)
@@ -1448,7 +1449,9 @@ def attend(
         return torch.cat([attend(x, k[:, :end], v[:, :end], window) for x, end in parts], 1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D), (B, K, S, D)
     grouped, on_cpu = q.size(1) != k.size(1), q.device.type == "cpu"
-    if mask is not None:
+    if BY_HEADS < T * S <= QUERIES * S and by_parts(q) and (mask is not None or S <= window):
+        y = attend_by_heads(q, k, v, mask)
+    elif mask is not None:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=grouped)
     elif T == 1:  # the caller gives the keys in the window only
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
@@ -1523,6 +1526,30 @@ def attend_in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         later = torch.ones(end - i, end, dtype=torch.bool, device=q.device).triu(i + 1)
         parts.append(scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v[:, :, :end])
     return torch.cat(parts, 2)
+
+
+def by_parts(q: Tensor) -> bool:
+    """Say whether torch's kernel is slower here than the products of attention, one by one."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX
+    return slow and not q.requires_grad and not torch.compiler.is_compiling()
+
+
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as attend() does, q (B, H, T, D) to k and v (B, K, S, D), in a product for each head.
+
+    The keys of a head are a matrix as they lie; for those of all the library would copy them.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    q = q / math.sqrt(D)
+    products = [q[b, h] @ k[b, h * K // H].T for b in range(B) for h in range(H)]
+    scores = torch.stack(products).view(B, H, T, S)
+    if mask is None:
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)
+        scores[..., S - T :].masked_fill_(later, -math.inf)
+    else:
+        scores.masked_fill_(~mask[:, None], -math.inf)
+    weights = scores.softmax(-1).view(B, K, -1, S)  # a group's heads one below the other
+    return (weights @ v).view(B, H, T, D)
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -374,7 +374,7 @@ def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards,
         ("avx512_vnni avx512_bf16", "cpu-bf16"),
         ("avx512_bf16 amx_bf16", "cpu-fast"),
         ("avx_vnni avx512_bf16", "cpu-fast"),
-    ],  # fmt: skip
+    ],
 )
 def test_run_sh_takes_the_tier_that_fits_the_processor(tmp_path, monkeypatch, features, tier):
     if sys.platform == "darwin":
@@ -1639,6 +1639,46 @@ def test_attention_in_products_is_torchs_own(T):
     torch.testing.assert_close(y, expected)
     for a, b in zip(mine, plain):
         torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("T", "S", "heads"), [(2, 9, (3, 3)), (7, 7, (4, 2)), (24, 90, (6, 1))])
+def test_attention_by_heads_is_torchs_own(T, S, heads, masked):
+    q, (k, v) = torch.randn(2, T, heads[0], 8), torch.randn(2, 2, S, heads[1], 8)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    seen = torch.ones(2, T, S, dtype=torch.bool).tril(S - T)
+    if masked:
+        seen &= torch.rand(2, T, S) < 0.5
+        seen[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
+    y = common.attend_by_heads(q, k, v, seen if masked else None)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("window", ["L", "SL"])
+def test_bf16_attends_in_products_where_that_gains_and_means_the_same(monkeypatch, window):
+    monkeypatch.setattr(common, "AMX", False)
+    monkeypatch.setattr(common, "BY_HEADS", 200)
+    calls = {
+        name: unittest.mock.Mock(side_effect=getattr(common, name))
+        for name in ("attend_once", "attend_by_heads")
+    }
+    for name, counted in calls.items():
+        monkeypatch.setattr(common, name, counted)
+    model = random_model(torch.bfloat16, max_seq_len=64, window_pattern=window).cast_weights()
+    exact = random_model(max_seq_len=64, window_pattern=window)
+    ids = torch.randint(100, (2, 50))
+    with torch.no_grad():
+        expected = exact(ids)
+        cache = common.KVCache(model.config, 2, CPU, torch.bfloat16)
+        for start, end in ((0, 20), (20, 30), (30, 31), (31, 50)):
+            logits = model.logits(model.hidden(ids[:, start:end], cache))
+            cache.lengths = [end] * 2
+            error = (logits - expected[:, start:end]).square().mean().sqrt()
+            assert error < 0.05 * expected.std()
+    assert all(counted.called for counted in calls.values())
+    for x in (ids.float(), ids.bfloat16().requires_grad_()):  # torch's own stays
+        assert not common.by_parts(x)
 
 
 def test_rows_of_unequal_length_go_on_by_several_positions(spare):
