@@ -1377,7 +1377,7 @@ def product(
     if scale is not None:
         size = row_sizes(rows)
         small = (rows / size).round()
-        if alone and weight.numel() >= PACKED_INT8 and weight.size(1) <= EXACT:
+        if alone and not AMX and weight.numel() >= PACKED_INT8 and weight.size(1) <= EXACT:
             y = (weight.float() * stored(small)).sum(-1) * scale
         elif packed is not None and n > 1:
             y = torch.ops.nanochat.packed_int8_product((small + 128).byte(), packed, scale)
@@ -1388,7 +1388,7 @@ def product(
                 small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
             y = torch._int_mm(weight, small.char().t())[:, :n].t() * scale
         y = (y * size).to(x.dtype)
-    elif alone and (x.dtype == torch.float32 or weight.numel() >= PACKED):
+    elif alone and (x.dtype == torch.float32 or (weight.numel() >= PACKED and not AMX)):
         # one loop of a compiler's, on some CPUs twice as fast as their library
         y = (weight.float() * stored(rows).float()).sum(-1).to(x.dtype)
     elif packed is not None and not training and (n > 1 or x.dtype == torch.float32):

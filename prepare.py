@@ -5060,7 +5060,7 @@ class Asker:
 KINDS = {
     "fact": (35, 35), "letters": (11, 11), "problem": (14, 14), "sum": (3, 3),
     "spelling": (11, 11), "story": (10, 10), "follow-up": (5, 5), "memory": (6, 6),
-    "identity": (5, 5), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
+    "identity": (6, 6), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 
