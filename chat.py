@@ -27,9 +27,9 @@ from common import (
     base_dir,
     check_name,
     load_for_answers,
+    newest_turns,
     one_sentence,
     parse_settings,
-    render_prompt,
     setting,
 )
 
@@ -98,15 +98,14 @@ class Conversation:
     def _fit(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Forget the oldest turns, saying so, until a quarter of the context is left to answer."""
         tokenizer, context = self.engine.tokenizer, self.engine.model.config.max_seq_len
-        forgotten, room = 0, context - context // 4
-        while (size := len(render_prompt(tokenizer, self.head + messages))) > room:
-            if len(messages) == 1:
-                what = "it and the system prompt have" if self.head else "it has"
-                raise ValueError(f"too long: {what} {size} tokens, this model reads {room} at most")
-            messages, forgotten = messages[2:], forgotten + 1
-        if forgotten:
+        kept, prompt_ids = newest_turns(tokenizer, self.head + messages, context)
+        kept, size, room = kept[len(self.head) :], len(prompt_ids), context - context // 4
+        if size > room:
+            what = "it and the system prompt have" if self.head else "it has"
+            raise ValueError(f"too long: {what} {size} tokens, this model reads {room} at most")
+        if forgotten := (len(messages) - len(kept)) // 2:
             note(f"the context of {context} tokens is full: oldest turns forgotten: {forgotten}")
-        return messages
+        return kept
 
     def _answer(self, text: str) -> Iterator[tuple[str, str]]:
         """Yield the pieces of an answer; what came of it until it is ended is what was said."""

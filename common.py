@@ -130,7 +130,7 @@ def text_key(source: str) -> str:
     return ""
 
 
-def read_texts(path: Path, start: int = 0) -> Iterator[str]:
+def read_texts(path: Path) -> Iterator[str]:
     """Yield a parquet file's `text` column document by document.
 
     Raises MissingInput where the file is truncated or is no parquet file.
@@ -141,8 +141,7 @@ def read_texts(path: Path, start: int = 0) -> Iterator[str]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from batch.column(0).to_pylist()[start:]
-                start = max(0, start - batch.num_rows)
+                yield from batch.column(0).to_pylist()
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise MissingInput(f"{path} cannot be read ({reason}): delete it and run prepare.py again")
@@ -239,7 +238,7 @@ def setting(default: Any, help: str, short: str = "", choices: tuple = ()) -> An
 
 def _whole_number(text: str) -> int:
     value = float(text)  # so that 2e9 is an int, as people write it
-    if value != int(value):
+    if not value.is_integer():  # nor inf
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text) if text.lstrip("+-").isdigit() else int(value)
 
@@ -545,7 +544,7 @@ def free_bytes(device: torch.device) -> float:
 
 def out_of_memory(error: RuntimeError) -> bool:
     """Say whether memory ran out; not all of torch's allocators have a class for it."""
-    words = r"out of memory|can't allocate memory|ALLOC_FAILED"
+    words = r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
     return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
 
 
@@ -674,7 +673,10 @@ class Run:
         """Drop what training from here on replaces: old checkpoints, log lines after `saved`.
 
         Until then --restart has deleted nothing. They go by one rename: whole, or not at all.
+        Where the user has asked to stop while the stage was set up, nothing goes.
         """
+        if any(self.together(lambda: self.stopping)):
+            return  # training_steps will make no step
 
         def clear() -> None:
             if self.rank == 0:
@@ -845,7 +847,9 @@ def one_sentence(what: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Stop(f"{what}: stopped; run the same command again to go on") from None
-    except torch.OutOfMemoryError:  # not in a pass, which would have been halved
+    except RuntimeError as error:  # not in a pass, which would have been halved
+        if not out_of_memory(error):
+            raise
         raise Stop(
             f"{what}: memory ran out; run the same command again with a smaller "
             "--device-batch-size, or with fewer --slots where it has them"
@@ -939,9 +943,9 @@ class Tokenizer:
         middle = len(text) // 2
         return self.encode(text[:middle]) + self.encode(text[middle:])
 
-    def encode_batch(self, texts: list[str], threads: int = 0) -> list[list[int]]:
-        """Encode many texts on several threads; 0 takes all cores."""
-        with concurrent.futures.ThreadPoolExecutor(threads or os.cpu_count() or 1) as pool:
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Encode many texts on all cores."""
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: list[int]) -> str:
@@ -1011,7 +1015,9 @@ def render_conversations(
     """
     all_pieces = [list(_pieces(messages)) for messages in conversations]
     texts = [text for pieces in all_pieces for text, special, _ in pieces if not special]
-    encoded = iter(tokenizer.encode_batch(texts))
+    # threads cost more than the texts of one conversation
+    several = len(conversations) > 1
+    encoded = iter(tokenizer.encode_batch(texts) if several else map(tokenizer.encode, texts))
     rendered = []
     for pieces in all_pieces:
         ids: list[int] = []
@@ -1037,31 +1043,22 @@ def render_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[
     return [*ids, tokenizer.specials["<|assistant_start|>"]]
 
 
-def reply_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, str]]:
-    """Turn a reply's ids into parts {"type": "text" | "python" | "output", "text"}."""
-    parts = []
-    for kind, group in itertools.groupby(typed_ids(tokenizer, ids), key=lambda pair: pair[0]):
-        parts.append({"type": kind, "text": tokenizer.decode([i for _, i in group])})
-    return parts
+def newest_turns(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], context: int
+) -> tuple[list[dict[str, Any]], list[int]]:
+    """Forget the oldest turns until a quarter of the context is left to answer.
 
-
-def typed_ids(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, int]]:
-    """Yield ("text" | "python" | "output", id) for the ordinary ids of a reply."""
-    names = {i: name for name, i in tokenizer.specials.items()}
-    kind = "text"
-    for i in ids:
-        name = names.get(i, "")
-        if not name:
-            yield kind, i
-        elif name in ("<|python_start|>", "<|output_start|>"):
-            kind = name[2:-8]
-        else:
-            kind = "text"
-
-
-def reply_text(parts: list[dict[str, str]]) -> str:
-    """Join the text parts of a reply: what it says, without the tool's."""
-    return "".join(part["text"] for part in parts if part["type"] == "text")
+    Returns the messages that stay, a leading system message and the last one among them whatever
+    their length, and the prompt that they make.
+    """
+    head = int(messages[0]["role"] == "system")
+    while True:
+        prompt_ids = render_prompt(tokenizer, messages)
+        if len(prompt_ids) <= context - context // 4 or len(messages) == head + 1:
+            return messages, prompt_ids
+        # a question and its answer, or the answer that no question stands before
+        first = head + 1 + (len(messages) - head) % 2
+        messages = messages[:head] + messages[first:]
 
 
 THOUSANDS = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,000
@@ -1502,10 +1499,10 @@ def attend_in_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 @functools.cache
-def window_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+def window_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
     """Return what attends in windows here: attend_in_flash where that runs and is right."""
     if device.type == "cuda":
-        shape, how = (2, 96, 2, 64), (attend_in_flash, attend_in_blocks)
+        shape, how = (2, 96, 2, head_dim), (attend_in_flash, attend_in_blocks)
         with contextlib.suppress(ImportError, RuntimeError, TypeError):
             tries = [functools.partial(one, window=32) for one in how]
             if is_close(*(try_attention(one, shape, device, dtype)[1] for one in tries)):
@@ -1826,7 +1823,7 @@ class GPT(nn.Module):
         self.dtype = dtype
         for part in self.modules():
             if isinstance(part, Attention) and part.window < self.config.max_seq_len:
-                part.in_window = window_kernel(self.embed.weight.device, dtype)
+                part.in_window = window_kernel(self.embed.weight.device, dtype, part.head_dim)
         return self
 
     @torch.no_grad()
@@ -2510,7 +2507,7 @@ class Rows:
     def row(self, index: int) -> np.ndarray:
         """Return one row (T + 1,) as it is stored."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
-        return self.arrays[shard][index - (self.ends[shard] - len(self.arrays[shard]))]
+        return self.arrays[shard][index - self.ends[shard]]  # counted from the shard's end
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         """Return (ids, targets), each (len(indices), T) int64; an index of -1 is an empty row."""
@@ -2721,7 +2718,7 @@ class Step:
 
         With `first` also before the first update of a run.
         """
-        if not every or (self.step == 0 and not first):
+        if every <= 0 or (self.step == 0 and not first):  # others write never as -1
             return False
         return self.step % every == 0 or self.step == self.num_steps
 
@@ -2984,11 +2981,12 @@ STAGES = ("base", "mid", "sft", "rl")  # in their order
 
 def list_checkpoints(tag: str, stage: str) -> list[Path]:
     """List a stage's checkpoint folders, oldest first; each is whole (renamed when complete)."""
-    return sorted((run_dir(tag) / stage).glob("step-[0-9]*"))
+    found = (run_dir(tag) / stage).glob("step-[0-9]*")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # a million has 7 digits
 
 
 def save_checkpoint(
-    run: Run, step: int, model: GPT, optimizer: Optimizer | None, meta: dict, keep: int = 2
+    run: Run, step: int, model: GPT, optimizer: Optimizer, meta: dict, keep: int = 2
 ) -> Path:
     """Copy a checkpoint to host memory, write it in the background, return the folder to be.
 
@@ -3001,14 +2999,13 @@ def save_checkpoint(
     folder = run.dir / f"step-{step:06d}"
     if folder.exists():
         return folder
-    parts: dict[str, Any] = {}
-    if optimizer is not None:
-        shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-        parts[f"optimizer-{run.rank:03d}.pt"] = to_host(shard)
+    shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    parts = {f"optimizer-{run.rank:03d}.pt": to_host(shard)}
     if run.rank == 0:
         parts["model.pt"] = to_host(model.state_dict())
     config, settings = dataclasses.asdict(model.config), dataclasses.asdict(run.settings)
-    whole = {"stage": run.stage, "step": step, "config": config, "settings": settings, **meta}
+    whole = {"stage": run.stage, "step": step, "config": config, "settings": settings,
+             "muon_dtype": str(optimizer.dtype)[6:], **meta}  # fmt: skip
     whole = copy.deepcopy(whole)  # the metrics in it change
     run.in_background(lambda: write_checkpoint(run, folder, parts, whole, keep))
     return folder
@@ -3246,15 +3243,22 @@ def continue_stage(
     """
     model = load_model(newest or parent, run.device, dtype)
     base = read_meta(find_checkpoint(run.tag, "base"))
+    have = Tokenizer.load(run_dir(run.tag) / "tokenizer").fingerprint
+    if base["tokenizer"] != have:
+        raise MissingInput(
+            f"run {run.tag!r} has another tokenizer than its base model was trained with: put that "
+            f"one back, or train anew: `python pretrain.py --restart --tag={run.tag}`"
+        )
     model.recompute = recomputes(run)
     names = ("matrix_lr", "embed_lr", "head_lr")
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
     decay = run.settings.weight_decay
     rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
     rates.append(base["settings"].get("muon_steps", 0))
-    # the base run's, unless this machine computes in another: bf16 crawls on a card without it
-    as_before = str(dtype)[6:] == base["dtype"]
-    muon_dtype = pick_dtype(run.device, base["muon_dtype"] if as_before else "")
+    # as before, unless this machine computes in another: bf16 crawls on a card without it
+    before = {**base, **(read_meta(newest) if newest else {})}
+    as_before = str(dtype)[6:] == before["dtype"]
+    muon_dtype = pick_dtype(run.device, before["muon_dtype"] if as_before else "")
     optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
     optimizer.scaler = LossScaler() if dtype == torch.float16 else None
     optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
@@ -3512,7 +3516,7 @@ class Job:
     call: list[int] | None = None  # the expression being written
     asked: str | None = None  # the expression whose value comes next
     forced: collections.deque[int] = field(default_factory=collections.deque)
-    tail: bytes = b""  # of the text, as long as a stop string may be
+    tail: bytes | None = b""  # of the text, as long as a stop string may be; None in a call
 
 
 @dataclass(eq=False)
@@ -3900,8 +3904,9 @@ class Engine:
             reply = job.reply
             reply.mask.append(int(i in chosen))
             reply.ids.append(chosen[i] if i in chosen else job.forced.popleft())
+            said_stop = self._said_stop(job)
             if i in chosen:
-                if reply.ids[-1] in self.stops or self._said_stop(job):
+                if reply.ids[-1] in self.stops or said_stop:
                     reply.reason = "stop"
                 elif job.request.tool:
                     self._follow(job, reply.ids[-1])
@@ -3909,16 +3914,19 @@ class Engine:
                 reply.reason = "length"
 
     def _said_stop(self, job: Job) -> bool:
-        """Say whether a job's text now holds one of its stop strings."""
+        """Say whether a job's text now holds one of its stop strings, as ReplyDecoder finds them."""
         stops = [text.encode() for text in job.request.stop]
-        if not stops or job.call is not None:
+        last, t = job.reply.ids[-1], self.tokenizer
+        if not stops:
             return False
-        if job.reply.ids[-1] >= 256 + len(self.tokenizer.merges):
-            job.tail = b""  # a special token parts one text from the next
-            return False
-        text = job.tail + self.tokenizer.decode_bytes(job.reply.ids[-1:])
-        job.tail = text[-max(map(len, stops)) :]
-        return any(stop in text for stop in stops)
+        if last >= 256 + len(t.merges):  # a special token parts one text from the next
+            opens = last in (t.specials["<|python_start|>"], t.specials["<|output_start|>"])
+            job.tail = None if opens and job.request.tool else b""
+        elif job.tail is not None:
+            text = job.tail + t.decode_bytes([last])
+            job.tail = text[-max(map(len, stops)) :]
+            return any(stop in text for stop in stops)
+        return False
 
     def _follow(self, job: Job, chosen: int) -> None:
         """Notice a call of the tool, and at its end force the output, whose text comes a step on."""
@@ -3993,11 +4001,12 @@ class ReplyDecoder:
     """Turns a reply's ids, one by one, into pieces (type, text) of whole characters.
 
     A character whose bytes are incomplete waits for the rest, and so does what may be the
-    beginning of a stop string. Nothing follows the first stop string, which is left out.
+    beginning of a stop string. Nothing follows the first stop string, which is left out; with
+    `tool` none is sought in calls and their outputs.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), tool: bool = True):
+        self.tokenizer, self.stops, self.tool = tokenizer, stops, tool
         self.names = {i: name for name, i in tokenizer.specials.items()}
         self.kind, self.text, self.stopped = "text", "", False
         self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
@@ -4012,7 +4021,7 @@ class ReplyDecoder:
         if self.stopped:
             return []
         self.text += self.bytes.decode(self.tokenizer.decode_bytes([one]))
-        stops = self.stops if self.kind == "text" else ()
+        stops = self.stops if self.kind == "text" or not self.tool else ()
         if found := [i for stop in stops if (i := self.text.find(stop)) >= 0]:
             self.stopped, ready = True, min(found)
         else:
@@ -4027,6 +4036,19 @@ class ReplyDecoder:
         self.text = ""
         self.bytes.reset()
         return [(self.kind, rest)] if rest else []
+
+
+def reply_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, str]]:
+    """Turn a reply's ids into parts {"type": "text" | "python" | "output", "text"}."""
+    decoder = ReplyDecoder(tokenizer)
+    pieces = [piece for one in ids for piece in decoder.feed(one)] + decoder.end()
+    return [{"type": kind, "text": "".join(text for _, text in group)}
+            for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0])]  # fmt: skip
+
+
+def reply_text(parts: list[dict[str, str]]) -> str:
+    """Join the text parts of a reply: what it says, without the tool's."""
+    return "".join(part["text"] for part in parts if part["type"] == "text")
 
 
 def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:

@@ -150,9 +150,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
+        if self.source:
+            check_name(self.source, "--source")
         for name in ("max_documents", "max_items", "device_batch_size", "cost_per_hour", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        if min(self.bench_seeds, self.bench_seconds) < 1:
+            raise ValueError("--bench-seeds and --bench-seconds must be 1 or more")
         if "HumanEval" in self.asked() and not self.run_code:
             raise ValueError("HumanEval runs programs that the model wrote: allow it by --run-code")
 
@@ -322,7 +326,7 @@ def make_engine(model: GPT, tokenizer: Tokenizer, settings: Settings) -> Engine:
 
 def starts_with_answer(text: str, answers: Iterable[str]) -> bool:
     """Say whether text begins with one of the answers as whole words."""
-    words = (rf"{re.escape(answer.strip())}(?!\w)" for answer in answers)
+    words = (rf"{re.escape(answer.strip())}(?!-?\w)" for answer in answers)
     return any(re.match(word, text.lstrip()) for word in words)
 
 
@@ -584,6 +588,7 @@ def core_mean(records: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "score": score, "low": score - half, "high": score + half,
         "items": sum(r["items"] for r in records.values()),
         "seconds": sum(r["seconds"] for r in records.values()),
+        "cut": sum(r.get("cut", 0) for r in records.values()),
         "covered": len(records), "of": len(CORE), "missing": [n for n in CORE if n not in records],
         "examples": {side: [one for r in records.values() for one in r["examples"][side][:1]]
                      [:EXAMPLES] for side in ("right", "wrong")},
@@ -1111,7 +1116,11 @@ def score_blocks(record: Record, tag: str) -> list[Any]:
            for name, one in records.items() if one.get("cut")]  # fmt: skip
     if cut:
         blocks.append(f"Prompts that lost their beginning to fit the context: {', '.join(cut)}.")
-    lists = {stage: ", ".join(r.get("left_out", [])) for stage, r in record.results.items()}
+    lists = {}
+    for stage, result in record.results.items():  # some may have been measured since
+        done = {name for task in result.get("done", {}) for name in (task, task.split("/")[0])}
+        missing = [name for name in result.get("left_out", []) if name.split(" (")[0] not in done]
+        lists[stage] = ", ".join(missing)
     for names in dict.fromkeys(filter(None, lists.values())):
         stages = ", ".join(stage for stage, other in lists.items() if other == names)
         blocks.append(f"{WITHOUT_DATA.capitalize()} ({stages}): {names}.")
@@ -1136,7 +1145,8 @@ def talk_blocks(record: Record) -> list[Any]:
         kinds = sorted(one.get("kinds", {}).items(), key=lambda kind: kind[1][0] / kind[1][1])
         weak = ", ".join(f"{kind} {right}/{total}" for kind, (right, total) in kinds[:8])
         if talks:
-            title = f"{task}: {100 * one['score']:.1f}% right"
+            what = "above guessing" if task == "CORE" else "right"
+            title = f"{task}: {100 * one['score']:.1f}% {what}"
             more = [f"Weakest kinds: {weak}."] if len(kinds) > 1 else []
             blocks.append(Fold(title, [talks, *more], is_open=True))
     if samples := [Talk(f"temperature {one['temperature']:g}", one["prompt"], one["text"], "")
@@ -1530,10 +1540,15 @@ def main(settings: Settings) -> dict[str, Any]:
         tasks, left_out = plan_tasks(settings, asked)
         if left_out:
             run.say(f"{WITHOUT_DATA}: {', '.join(left_out)}")
-        out: Path = run_dir(settings.tag) / "eval" / f"{settings.stage}.json"
+        newest = find_checkpoint(settings.tag, settings.stage).name
+        usual = {"checkpoint": newest, "source": meta["source"],
+                 "chats": meta.get("chats", meta["source"])}  # fmt: skip
+        # another model's scores, or on other data, are kept apart from those that the report shows
+        apart = "" if asked | usual == asked else f"-{folder.name}-{source}"
+        out: Path = run_dir(settings.tag) / "eval" / f"{settings.stage}{apart}.json"
         report: dict[str, Any] = {**asked, "tasks": {}, "done": {}}
         # all have read it before one writes it
-        saved = run.together(lambda: {} if settings.restart else read_json(out))[0]
+        saved = run.together(lambda: read_json(out))[0]
         if all(saved.get(key) == value for key, value in asked.items()):
             report = saved
         if not settings.asked():
@@ -1545,7 +1560,7 @@ def main(settings: Settings) -> dict[str, Any]:
         for task in tasks:
             path = data_path(task, asked)
             key = [limits.get(task, settings.max_items), crc32(path) if path.is_file() else 0]
-            if report["done"].get(task) != key:
+            if settings.restart or report["done"].get(task) != key:
                 keys[task] = key
         if settings.stage != "base":
             engine.expect(sum(
@@ -1565,6 +1580,9 @@ def main(settings: Settings) -> dict[str, Any]:
             if run.rank == 0:
                 write_json(out, report)
             if all_sum(torch.tensor([int(run.stopping)], device=run.device)).item():
+                if run.world_size > 1:  # torchrun begins again what ends with an error
+                    run.say("evaluate: stopped; run the same command again to go on")
+                    raise SystemExit(0)
                 raise KeyboardInterrupt
         run.say(f"{settings.stage} {folder.name} on {source}:")
         for name, record in report["tasks"].items():

@@ -162,7 +162,7 @@ class Settings:
         names = ["val_percent", "val_mb", "shard_mb", "seed"]
         world = ["documents", "num_conversations", "name"]
         names += world if self.kind == "world" else ["doc_chars"]
-        place = {"data": "world" if self.kind == "world" else str(self.path)}
+        place = {"data": "world" if self.kind == "world" else printable(self.path)}
         return place | {name: getattr(self, name) for name in names}
 
 
@@ -733,6 +733,11 @@ def clean(text: str) -> str:
     return text
 
 
+def printable(path: Path | str) -> str:
+    """Return a path as text that can be printed and stored, whatever bytes its names have."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
 class OwnFiles:
     """Read documents from the files below a path; what is left out or mended is counted."""
 
@@ -746,10 +751,12 @@ class OwnFiles:
         self.files = {path: path.stat() for path in self.find_files()}
         self.unread = Counter(self.dropped)
 
-    def drop(self, reason: str, place: Path | str) -> None:
+    def drop(self, reason: str, place: Path | str) -> str:
+        """Count what is left out, and remember its first place; return the place as shown."""
         self.dropped[reason] += 1
-        place = os.path.relpath(place, self.root.parent)
-        self.example.setdefault(reason, place.encode("utf-8", "replace").decode())
+        place = printable(os.path.relpath(place, self.root.parent))
+        self.example.setdefault(reason, place)
+        return place
 
     def find_files(self) -> list[Path]:
         """List the files to read: no hidden ones, no loops of links, not what is written here."""
@@ -1450,11 +1457,10 @@ def own_conversations(files: OwnFiles, name: str) -> Iterator[dict[str, Any]]:
                             raise ValueError(OF_A_TEST)
                         yield item
                     except ValueError as error:
-                        files.drop(error.args[0], f"{path}:{number}")
+                        place = files.drop(error.args[0], f"{path}:{number}")
                         bad += 1
                         if bad <= 5:
-                            place = os.path.relpath(path, files.root.parent)
-                            print(f"prepare: {place}:{number}: {': '.join(error.args)}")
+                            print(f"prepare: {place}: {': '.join(error.args)}")
         except (OSError, EOFError, zlib.error):
             files.drop("damaged or unreadable files", path)
 
@@ -1615,7 +1621,7 @@ def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
         for path in [path for path in files.files if file_kind(path) != ".jsonl"]:
             files.drop("files of other kinds", path)
             del files.files[path]
-        wanted |= {"data": str(files.root), "input": files.fingerprint(),
+        wanted |= {"data": printable(files.root), "input": files.fingerprint(),
                    "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
         make = partial(make_own_chat, settings, files)
     manifest = read_manifest(folder, "conversations.json")
@@ -5672,7 +5678,8 @@ def check_folder(folder: Path, manifest: dict, settings: Settings, wanted: dict)
     before = manifest.get("settings", {})
     if before and before["data"] != wanted["data"]:
         raise Stop(f"{folder} holds the text of {before['data']}: {remedy}")
-    chats = {"conversations.json", *read_manifest(folder, "conversations.json").get("files", {})}
+    chats = read_manifest(folder, "conversations.json").get("files", {})
+    chats = {"conversations.json", "tokens", *chats}
     others = {path.name for path in folder.glob("*")} - (chats if settings.kind == "own" else set())
     if others and "manifest.json" not in others and settings.kind != "hub":
         raise Stop(f"{folder} holds files that were not made from --data={settings.data}: {remedy}")

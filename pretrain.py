@@ -394,6 +394,7 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
 
 # 5. Start -----------------------------------------------------------------------------------
 
+MANY_EPOCHS = 10  # of the same text; past four more bring little (arXiv:2305.16264)
 BIGRAM_PAIRS = 12_000_000  # counted at most
 BIGRAM_SHARE = 0.06  # of the run's FLOPs that the fit may take
 # factor on the rate of a head that was fitted, in pretraining alone: much of it is there
@@ -462,7 +463,8 @@ def choose_windows(
     """
     if saved or settings.window_pattern:
         return settings.window_pattern or saved["config"]["window_pattern"]
-    config, attend_in_window = model_config(settings, 512), window_kernel(device, dtype)
+    config = model_config(settings, 512)
+    attend_in_window = window_kernel(device, dtype, config.head_dim)
     T, slower = config.max_seq_len, True
     if attend_in_window is not attend_in_blocks:
         shape = (1, T, config.n_head, config.head_dim)
@@ -550,6 +552,9 @@ def main(settings: Settings) -> dict:
         check_data(run, saved, data=rows.names)
         epochs = num_steps * batch_rows / len(rows)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
+        if epochs > MANY_EPOCHS and not settings.num_iterations:
+            run.say("this text is little for a model of that size: get more, or give a smaller "
+                    "--depth or --num-iterations")  # fmt: skip
         val_texts = validation_texts(source, settings.eval_tokens)
         if pairs and not newest:
             nats = fit_bigrams(model, rows, pairs)
@@ -587,8 +592,7 @@ def main(settings: Settings) -> dict:
                 )  # fmt: skip
             if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
                 meta = {
-                    "dtype": str(dtype)[6:], "muon_dtype": str(muon_dtype)[6:],
-                    "compiled": compiled, "micro_batch": s.micro,
+                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
                     "source": source, "text": text, "data": rows.names,
                     "tokenizer": tokenizer.fingerprint, "metrics": run.metrics,
                     "batch_tokens": batch_rows * T,

@@ -315,9 +315,9 @@ def main(settings: Settings) -> dict:
         newest, saved = newest_checkpoint(run, parent)
         start = saved.get("step", 0)
         path = data_dir(chats) / "rl.jsonl"
-        data = [path.name, path.stat().st_size, crc32(path)]
         config = GPTConfig(**before["config"])
         every, longest = list(read_conversations(path)), config.max_seq_len * 3 // 4
+        data = [path.name, path.stat().st_size, crc32(path)]
         kept = min(settings.val_problems, len(every) // 10)  # no training file shows these solved
         val_problems, problems = (
             [p for p in part if len(render_prompt(tokenizer, p["messages"])) <= longest]

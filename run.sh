@@ -46,7 +46,7 @@ gpu1     1  hub    65536  --depth=10 $gsm8k          # 24 or 32 GB: 6 to 16 hour
                                                      # (--depth=12: twice the time and cost)
 8xa6000  8  hub    65536  --depth=16 $gsm8k          # 8 x 48 GB: 8 hours, \$50
 8xh100   8  hub    65536  --depth=20 $gsm8k          # 8 x 80 GB: 4 hours, \$100 (A100: 10 hours)
-8xh200   8  hub    65536  --depth=32 $gsm8k          # 8 x 141 GB: 33 hours, \$1000
+8xh200   8  hub    65536  --depth=32 $gsm8k          # 8 x 141 GB: 34 hours, \$1000
 "
 
 find_tier() { # sets gpus, and tier where none is asked for
@@ -72,6 +72,8 @@ find_tier() { # sets gpus, and tier where none is asked for
   # Intel's AMX, or AMD's Zen 5, which multiplies twice as fast as Zen 4 and is known by AVX-VNNI
   if [ $fits = cpu-bf16 ] && grep -qsE 'amx_bf16|avx_vnni' /proc/cpuinfo; then fits=cpu-fast; fi
   if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
+  # the world's few million tokens are a small model's, however large the card
+  if [ "$action$wanted" = allworld ] && [ "$gpus" -gt 0 ]; then fits=laptop; fi
   tier=${tier:-$fits}
 }
 
@@ -188,7 +190,7 @@ install_packages() { # install_packages [--extra=dev]
     say "the index of torch's builds cannot be reached: taking the default build"
   fi
   run "$uv" pip install --python="$python" --constraint=requirements.lock \
-    --requirement=pyproject.toml maturin "${options[@]}" ||
+    --requirement=pyproject.toml maturin ${options[@]+"${options[@]}"} ||
     fail 1 "the packages are not installed, for the reason above; the same command tries again"
 }
 
@@ -402,6 +404,7 @@ while [ $# -gt 0 ]; do
     *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
   esac
 done
+[ "$action$dry" != lockyes ] || fail 2 "lock has no --dry-run: it writes requirements.lock"
 venv=$(absolute "${NANOCHAT_VENV:-$root/.venv}")
 python=${NANOCHAT_PYTHON:-$venv/bin/python}
 if [[ $python = */* ]]; then python=$(absolute "$python"); fi

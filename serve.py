@@ -62,8 +62,10 @@ from common import (
     check_name,
     compile_or_not,
     load_for_answers,
+    newest_turns,
     one_sentence,
     parse_settings,
+    read_log,
     render_prompt,
     run_dir,
     setting,
@@ -475,16 +477,18 @@ def calls_in(parts: list[dict[str, str]], kept: Any) -> list[dict[str, str]]:
     the model would read otherwise is a form that it has never seen. A call is taken for one where
     the calculator says the same.
     """
-    if any(part["type"] != "text" for part in parts):
-        after = [*(part["type"] for part in parts[1:]), ""]  # a call that was cut has no output
-        whole = [p for p, kind in zip(parts, after) if p["type"] != "python" or kind == "output"]
-        return whole or [{"type": "text", "text": ""}]
     text = text_in(parts)
     with contextlib.suppress(Refusal):
         same = parse_content(kept, "assistant", "parts")
         shown = Shown()
         if text == "".join([shown.feed(**part) for part in [*same, {"type": "text", "text": ""}]]):
-            return same
+            if all(part["type"] == "text" for part in same):
+                return same
+            parts = same
+    if any(part["type"] != "text" for part in parts):
+        after = [*(part["type"] for part in parts[1:]), ""]  # a call that was cut has no output
+        whole = [p for p, kind in zip(parts, after) if p["type"] != "python" or kind == "output"]
+        return whole or [{"type": "text", "text": ""}]
     found, at = [], 0
     for call in CALL.finditer(text):
         if calculate(call[1]) == call[2] != "error":
@@ -513,6 +517,7 @@ class Wanted:
     chat: bool
     stream: bool
     usage: bool  # a stream's last chunk tells it
+    forgotten: int = 0  # messages, where the client lets the oldest go
 
     def requests(self) -> list[Request]:
         """Return the engine's requests; all answers differ by their seeds."""
@@ -542,10 +547,17 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
                           f"with a context of {context:,} tokens: shorten them", field,
                           "context_length_exceeded")  # fmt: skip
 
+    forgotten = 0
     if chat:
         messages = parse_messages(body.get("messages"), settings.max_messages, fits)
-        texts = [text_in(message["content"]) for message in messages]
-        prompts = [render_prompt(tokenizer, messages)]
+        way = body.get("truncation") or "disabled"
+        check(way in ("auto", "disabled"), "truncation", "must be auto or disabled")
+        if way == "auto":
+            kept, prompt = newest_turns(tokenizer, messages, context)
+            forgotten, messages = len(messages) - len(kept), kept
+        else:
+            prompt = render_prompt(tokenizer, messages)
+        texts, prompts = [text_in(message["content"]) for message in messages], [prompt]
     else:
         texts = strings(body.get("prompt", ""), "prompt", most)
         check(texts, "prompt", "must have a string")
@@ -569,7 +581,8 @@ def parse_wanted(body: dict[str, Any], chat: bool, model: Model, settings: Setti
     usage = switch(options or {}, "include_usage", "stream_options.")
     stops = strings([] if body.get("stop") is None else body["stop"], "stop", 4)
     check(all(0 < len(one) <= 200 for one in stops), "stop", "must have from 1 to 200 characters")
-    return Wanted(prompts, n, sampling, tuple(stops), chat, switch(body, "stream"), usage)
+    stream = switch(body, "stream")
+    return Wanted(prompts, n, sampling, tuple(stops), chat, stream, usage, forgotten)
 
 
 # 5. What is answered -------------------------------------------------------------------------
@@ -615,7 +628,7 @@ class Answer:
         self.wanted, self.model = wanted, model
         self.id = f"{'chatcmpl' if wanted.chat else 'cmpl'}-{secrets.token_hex(12)}"
         self.created, self.first_at = int(time.time()), 0.0
-        self.choices = [Choice(ReplyDecoder(model.engine.tokenizer, wanted.stops),
+        self.choices = [Choice(ReplyDecoder(model.engine.tokenizer, wanted.stops, wanted.chat),
                                Masker(blocked) if blocked else None)
                         for _ in range(len(wanted.prompts) * wanted.n)]  # fmt: skip
 
@@ -680,7 +693,9 @@ class Answer:
         """Count tokens; the calculator's and the closing ones count too."""
         asked = sum(map(len, self.wanted.prompts))
         made = sum(choice.tokens for choice in self.choices)
-        return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+        forgotten = self.wanted.forgotten
+        return {**usage, "forgotten_messages": forgotten} if forgotten else usage
 
     def closing(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, where it is asked for."""
@@ -1009,7 +1024,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.count(f'nanochat_requests_total{{path="{named}",code="{self.status}"}}')
         seconds = time.monotonic() - self.began
         note = f"  {self.note}" if self.note else ""
-        self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {self.command} "
+        method = ascii(self.command)[1:-1][:20]  # a terminal is not to obey what a client sent
+        self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {method} "
                         f"{path} {self.status or 'gone'} {seconds:.2f} s{note}")  # fmt: skip
 
     def log_message(self, *_: Any) -> None:
@@ -1224,12 +1240,9 @@ def read_training(folder: Path, _state: object = None) -> dict[str, Any]:
     Viewers ask again and again: the files are read when their state is another.
     """
     curves: dict[str, dict[str, list[list[float]]]] = {}
-    lines, scores = [], {}
-    with contextlib.suppress(OSError):
-        lines = (folder / "metrics.jsonl").read_text("utf-8", "replace").splitlines()
-    for line in lines:
+    scores: dict[str, dict[str, list[Any]]] = {}
+    for entry in read_log(folder.name):
         with contextlib.suppress(*HALF_WRITTEN):
-            entry = json.loads(line)
             stage, step = entry.pop("stage"), entry.pop("step")
             for name, value in entry.items():  # in the order in which the stage writes them
                 plain = isinstance(value, (int, float)) and math.isfinite(value)  # as JSON has it
@@ -1645,6 +1658,7 @@ aside output { float: right }
   <label>Tokens of an answer at most
     <input id="max_tokens" type="number" min="1" step="1" required></label>
   <label>System prompt <textarea id="system" rows="4"></textarea></label>
+  <button id="defaults">Back to the server's values</button>
   <label>Key of this server <input id="key" type="password" autocomplete="off"></label>
   <label>Colors <select id="theme"><option value="">as the system</option>
     <option value="light">light</option><option value="dark">dark</option></select></label>
@@ -1798,8 +1812,7 @@ function open(id) {
   if (id === tab.now) return;
   leave();
   tab.now = id;
-  keepTab();
-  edit(null);
+  keepTab(); fill(); draw(); $("text").focus();
 }
 function begin() {
   const blank = chats.find((c) => !c.messages.length && !c.title);
@@ -1811,7 +1824,7 @@ function begin() {
 function home() { if (chats.length) open(chats[0].id); else begin() }
 function rename(c) {
   const title = prompt("Name of this conversation", c.title);
-  if (title) { c.title = title; keep(c); draw() }
+  if (title) { c.title = title; keep(c); follow(draw) }
 }
 function remove(c) {
   if (!confirm(`Delete "${c.title || "New chat"}"?`)) return;
@@ -1942,8 +1955,9 @@ function leave() { // an edit that is interrupted becomes a draft: nothing typed
   editing = null;
 }
 function edit(message) {
+  if (message) { leave(); keepTab() } // another edit that this one interrupts
   editing = message;
-  fill(); draw(); $("text").focus();
+  fill(); follow(draw); $("text").focus();
 }
 function fill() {
   $("text").value = editing ? editing.content : tab.draft;
@@ -1959,20 +1973,30 @@ async function answer(before) {
   runs.set(c.id, mine);
   keep(); draw(); say("Answering");
   const began = performance.now();
-  let tokens = 0, total = 0, reason = "", frame = 0;
+  let tokens = 0, total = 0, lost = 0, reason = "", frame = 0;
   try {
     const system = options.system ? [{ role: "system", content: options.system }] : [];
     const body = { stream: true, stream_options: { include_usage: true } };
     for (const knob of KNOBS) body[knob] = options[knob]; // the server's, where it is undefined
     if (config.completes) body.prompt = sent.at(-1).content;
-    else body.messages = [...system, ...sent.filter((m) => m.content.length)];
+    else {
+      const said = sent.filter((m) => m.content.length), all = said.length;
+      const { max_chars, max_messages } = config.limits ?? {};
+      const size = () => [...system, ...said].reduce((n, m) => n + textOf(m).length, 0);
+      while (said.length > 1 && (size() > max_chars || said.length >= max_messages)) said.shift();
+      lost = all - said.length;
+      Object.assign(body, { messages: [...system, ...said], truncation: "auto" });
+    }
     const response = await fetch(config.completes ? "/v1/completions" : "/v1/chat/completions", {
       method: "POST", body: JSON.stringify(body), headers: headers(), signal: mine.abort.signal,
     });
     if (!response.ok) throw new Error(await trouble(response));
     for await (const event of events(response.body)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.usage) ({ completion_tokens: tokens, total_tokens: total } = event.usage);
+      if (event.usage) {
+        ({ completion_tokens: tokens, total_tokens: total } = event.usage);
+        lost += event.usage.forgotten_messages || 0;
+      }
       for (const choice of event.choices) {
         const part = choice.delta ? choice.delta.part : { type: "text", text: choice.text };
         if (part && part.text) add(message, part);
@@ -1987,7 +2011,8 @@ async function answer(before) {
     const seconds = (performance.now() - began) / 1000;
     const full = total < config.context ? "cut at the limit of tokens" : "the context is full";
     const why = reason === "length" ? full : "finished";
-    message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second, ${why}`;
+    message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second, ${why}`
+      + (lost ? `; the context is full: the oldest ${lost} messages are not read` : "");
   } catch (error) {
     if (mine.abort.signal.aborted) message.note = "stopped";
     else {
@@ -2034,7 +2059,7 @@ async function trouble(response) {
   }
   if (response.status === 429) return "Many people are asking right now. Wait a moment.";
   const long = error.code === "context_length_exceeded";
-  return (long ? "This conversation has grown too long for the model: begin a new one. " : "")
+  return (long ? "This message is too long for the model. " : "")
     + (error.message || `The server answered ${response.status}.`);
 }
 function headers() {
@@ -2181,6 +2206,10 @@ $("options").onclick = () => toggle($("drawer").hidden);
 $("view").onclick = () => look($("training").hidden);
 $("key").onchange = () => { if (!$("training").hidden) look(true) };
 $("close").onclick = () => toggle(false);
+$("defaults").onclick = () => {
+  for (const name of [...KNOBS, "system"]) delete options[name];
+  write("options", options); settle(); say("The settings are the server's");
+};
 $("export").onchange = () => {
   if ($("export").value) exported(chat(), $("export").value);
   $("export").value = "";

@@ -327,6 +327,7 @@ def test_every_action_and_tier_of_run_sh_prints_its_commands():
         (["mid:--learn-none"], "--learn-none is none of midtrain.py's flags"),
         (["eval:--cost=3"], "--cost is none of evaluate.py's flags"),
         (["--shards"], "--shards needs a value"),
+        (["lock"], "lock has no --dry-run"),
     ],
 )
 def test_a_wrong_word_of_run_sh_is_one_sentence_before_the_set_up(words, said):
@@ -356,6 +357,9 @@ def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards,
     out = run_sh("--dry-run")
     assert re.search(f"pretrain.py --tag=main .*{flags}", out)
     assert out == run_sh("--dry-run", f"--tier={tier}")
+    small = "pretrain.py --tag=[a-z]+ .*--depth=4 .*--num-iterations=2400"
+    assert re.search(small, run_sh("--dry-run", "--data=world")), "little text, whatever the card"
+    assert re.search(flags, run_sh("--dry-run", "--data=world", f"--tier={tier}"))
     ranks = f"--nproc_per_node={len(cards)} --max-restarts=3 pretrain.py"
     assert (ranks in out) == (len(cards) > 1) and f"--plan-count={len(cards)}" in out
     if len(cards) == 8:
@@ -944,6 +948,9 @@ def test_settings_take_both_spellings_and_round_numbers():
 
     assert parse("--total-size=3") == parse("--total_size 3") == ExampleSettings(total_size=3)
     assert parse("--total-size=2e9").total_size == 2_000_000_000
+    for word in ("inf", "nan", "1.5"):
+        with pytest.raises(SystemExit):
+            parse(f"--total-size={word}")
     assert parse("--fast -i sft --rate=1e-3") == ExampleSettings(fast=True, stage="sft", rate=1e-3)
     assert parse("--no-fast").fast is False
 
@@ -1785,7 +1792,7 @@ def test_the_kernel_for_windows_gets_what_it_asks_for(monkeypatch, kv_heads):
         used.append(window)
         return common.attend_in_flash(q, k, v, window)
 
-    monkeypatch.setattr(common, "window_kernel", lambda device, dtype: watched)
+    monkeypatch.setattr(common, "window_kernel", lambda *_: watched)
     torch.testing.assert_close(model.computing_in(torch.float32)(ids), plain)
     assert used == [8], "the first of three layers has a window, the last never"
 
@@ -2456,9 +2463,10 @@ def test_a_trial_step_halves_the_rows_and_changes_nothing(monkeypatch):
 FORWARD, HIDDEN = common.GPT.forward, common.GPT.hidden
 
 
-def test_memory_that_runs_out_in_an_update_is_one_sentence(base_dir, monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # the latter a CPU's
+def test_memory_that_runs_out_in_an_update_is_one_sentence(base_dir, monkeypatch, kind):
     def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise kind("out of memory")
 
     one = OneWeight()
     monkeypatch.setattr(one.optimizer, "step", full)
@@ -2474,7 +2482,8 @@ def test_another_error_than_of_memory_is_passed_on():
     def broken(batch):
         raise RuntimeError("shapes do not fit")
 
-    for error in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"):
+    for error in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory",
+                  "DefaultCPUAllocator: not enough memory: you tried"):  # fmt: skip
         assert common.out_of_memory(RuntimeError(error))
     with pytest.raises(RuntimeError, match="shapes"):
         list(common.training_steps(iter([make_batch(1)]), broken, one.optimizer, lambda s: 1.0, 1))
@@ -2610,6 +2619,17 @@ def test_a_request_to_stop_ends_after_the_step():
 
 
 # 9. Checkpoints, bits per byte ---------------------------------------------------------------
+
+
+def test_never_is_written_as_0_or_less():
+    for every, fires in ((0, []), (-1, []), (2, [2, 4, 5]), (9, [5])):
+        assert [i for i in range(6) if common.Step(i, 5).due(every)] == fires
+
+
+def test_steps_beyond_a_million_are_newer(base_dir):
+    saved_run(keep=2, steps=(999_000, 999_500, 1_000_000))
+    names = [path.name for path in common.list_checkpoints("t", "base")]
+    assert names == ["step-999500", "step-1000000"]
 
 
 def saved_run(keep=2, steps=(1,)):
@@ -3085,7 +3105,7 @@ def test_the_kernel_for_windows_on_a_gpu_says_what_blocks_say(compiled):
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("no flash kernel")
     pytest.importorskip("torch.nn.attention.varlen")
-    assert common.window_kernel(CUDA, torch.bfloat16) is common.attend_in_flash
+    assert common.window_kernel(CUDA, torch.bfloat16, 64) is common.attend_in_flash
     kernel = torch.compile(common.attend_in_flash) if compiled else common.attend_in_flash
     for heads in (4, 2):
         q, k, v = (torch.randn(3, 300, n, 64, device=CUDA, dtype=torch.bfloat16)
@@ -3467,6 +3487,22 @@ def test_a_stop_string_ends_the_reply_that_holds_it(tokenizer):
         decoder = common.ReplyDecoder(tokenizer, stop)
         pieces = [piece for one in reply.ids for piece in decoder.feed(one)] + decoder.end()
         assert "".join(text for _, text in pieces) == said[: -len(stop[-1])]
+
+
+@pytest.mark.parametrize("opens", ["<|python_start|>", "<|output_start|>"])
+@pytest.mark.parametrize("tool", [True, False])
+def test_engine_and_decoder_seek_stop_strings_in_the_same_places(tokenizer, opens, tool):
+    inside = [tokenizer.specials[opens], *tokenizer.encode("1+1 END")]
+    script = [*tokenizer.encode("So "), *inside, *tokenizer.encode(" more")]
+    engine = common.Engine(Scripted(tokenizer, [*script, *[7] * 99], 1), tokenizer, 1)
+    sampling = common.Sampling(len(script), 0)
+    ((_, reply),) = engine.run([common.Request([tokenizer.bos], sampling, tool, ("END",))])
+    decoder = common.ReplyDecoder(tokenizer, ("END",), tool)
+    shown = "".join(t for one in reply.ids for _, t in decoder.feed(one))
+    if tool:  # a call, and what it gave, are no text
+        assert reply.reason == "length" and "END more" in shown
+    else:
+        assert reply.reason == "stop" and shown == "So 1+1 "
 
 
 @given(st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
@@ -4773,6 +4809,20 @@ def test_bad_lines_are_named_counted_and_skipped(base, tmp_path, capsys, monkeyp
     assert not (base / "data/mine/rl.jsonl").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
+def test_a_name_that_is_no_text_is_shown_and_stored_as_what_can_be(base, tmp_path):
+    folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write_lines(folder / "mine.jsonl", [talk(f"{i}?", f"{i}!") for i in range(40)] + [{"text": 1}])
+    command = [sys.executable, "prepare.py", "--source=mine", f"--conversations={folder}"]
+    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert "caf\ufffd/mine.jsonl:41: " in done.stdout.decode() and not done.stderr
+    assert (
+        "caf" in json.loads((base / "data/mine/conversations.json").read_text())["settings"]["data"]
+    )
+
+
 @pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: BAD_LINES[line][:20])
 def test_each_bad_line_has_its_reason(line):
     with pytest.raises(ValueError, match=re.escape(BAD_LINES[line])):
@@ -4875,6 +4925,7 @@ def test_text_and_conversations_share_a_folder_and_neither_harms_the_other(base,
     text.write_text(words(1, 3000))
     own_text = prepare.Settings(str(text), source="mine")
     prepare.main(own_settings(talks))
+    (base / "data/mine/tokens").mkdir()  # midtrain.py has read them
     prepare.main(own_text)
     text.write_text(words(2, 3000))
     prepare.main(own_text)  # the folder is made anew, the conversations stay
@@ -7168,6 +7219,12 @@ def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another
     for dtype in ("float32", "bfloat16"):
         run_stage("sft", "t", dtype=dtype, num_iterations=1, restart=True)
     assert asked == [base["muon_dtype"], ""]
+    again = {"dtype": "bfloat16", "num_iterations": 2, "save_every": 1}
+    run_stage("sft", "t", **again, restart=True)
+    shutil.rmtree(common.list_checkpoints("t", "sft")[-1])
+    asked.clear()
+    run_stage("sft", "t", **again)
+    assert asked == ["float32"], "when it goes on it is what it was"
 
 
 @pytest.mark.parametrize("name", CHAT_STAGES)
@@ -7491,7 +7548,7 @@ def test_a_restart_that_cannot_begin_leaves_the_model(chat_run, monkeypatch):
 
 
 def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkeypatch):
-    model, _, folder = saved_run(steps=(1, 2))
+    model, optimizer, folder = saved_run(steps=(1, 2))
     settings = tiny_pretrain(restart=True)
 
     def start(again):
@@ -7512,10 +7569,32 @@ def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkey
     assert not run.dir.exists()
     run.begin(saved)
     assert [path.name for path in common.run_dir("t").iterdir()] == [], "nor what was half deleted"
-    new = common.save_checkpoint(run, 1, model, None, {})
+    new = common.save_checkpoint(run, 1, model, optimizer, {})
     run.wait_for_save()
     assert start(True)[1] == new, "its third attempt goes on from what the second saved"
     assert start(False)[1] is None
+
+
+def test_a_restart_that_is_stopped_before_it_trains_drops_nothing(base_dir):
+    _, _, folder = saved_run(steps=(1, 2))
+    run = common.Run("base", "t", tiny_pretrain(restart=True), CPU, 0, 1)
+    _, saved = common.newest_checkpoint(run)
+    run.stopping = True  # Ctrl-C while the stage is set up
+    run.begin(saved)
+    assert folder.exists()
+    run.stopping = False
+    run.begin(saved)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", CHAT_STAGES)
+def test_a_chat_stage_wants_the_tokenizer_of_its_base_model(chat_run, name):
+    path = common.run_dir("t") / "tokenizer" / "tokenizer.json"
+    saved = json.loads(path.read_text())
+    saved["merges"] = saved["merges"][:-1] + [[97, 122]]
+    path.write_text(json.dumps(saved))
+    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
+        run_stage(name, "t", restart=True)
 
 
 def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
@@ -7564,6 +7643,8 @@ def test_a_missing_parent_or_file_is_one_sentence(tiny_run):
     pretrain.main(tiny_pretrain())
     with pytest.raises(common.MissingInput, match=r"mid.jsonl is missing"):
         midtrain.main(midtrain.Settings(tag="t", device="cpu"))
+    with pytest.raises(common.MissingInput, match=r"rl.jsonl is missing"):  # of talks alone
+        rl.main(rl.Settings(tag="t", device="cpu", start_from="base", chats="tiny"))
 
 
 def test_system_text_joins_the_user_and_special_names_stay_text(tokenizer):
@@ -7600,7 +7681,7 @@ def test_the_interval_is_wilsons():
 @pytest.mark.parametrize(
     ("text", "good"),
     [(" Paris.", True), (" Paris", True), (" Parisian", False), (" the Paris", False),
-     ("Paris, France", True), (" 12", False), (" Lyon.", True), (" e.", True), (" egg", False)],
+     ("Paris, France", True), (" Paris-Nord", False), (" Paris - yes", True), (" 12", False), (" Lyon.", True), (" e.", True), (" egg", False)],
 )  # fmt: skip
 def test_an_answer_comes_first_and_is_whole_words(text, good):
     assert evaluate.starts_with_answer(text, [" Paris", "Lyon", "e"]) == good
@@ -8003,6 +8084,10 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     markdown = (common.run_dir("t") / "report.md").read_text()
     named = re.search(r"Left out, .* \(base\): (.*)\.", markdown)
     assert named and named[1] == left_out.split(": ")[1]
+    result = {"left_out": ["MMLU", "CORE/piqa", "HumanEval (it needs --run-code)"], "tasks": {},
+              "done": {"HumanEval": [0, 1], "CORE/copa": [0, 1]}}  # fmt: skip
+    record = evaluate.read_record("t")._replace(results={"base": result}, metas={})
+    assert evaluate.score_blocks(record, "t")[-1].endswith("(base): MMLU, CORE/piqa.")
     saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
     assert saved == report
     before = time.perf_counter()
@@ -8134,6 +8219,43 @@ def test_a_stop_comes_between_tasks_and_keeps_what_is_done(evaluated, monkeypatc
     with pytest.raises(common.Stop, match="run the same command again"):
         evaluate.main(tiny_evaluate(stage="sft", task="bpb,letters,facts"))
     assert list(saved()) == ["bpb"], "letters was broken off at once"
+
+
+def test_a_stop_of_several_ranks_is_no_error_that_torchrun_would_mend(evaluated):
+    options = dataclasses.asdict(tiny_evaluate(stage="sft", task="bpb,letters"))
+    code = f"""
+import evaluate
+plain = evaluate.run_task
+def run_task(run, *rest):
+    run.stopping = run.rank == 1
+    return plain(run, *rest)
+evaluate.run_task = run_task
+try:
+    evaluate.main(evaluate.Settings(**{options!r}))
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+else:
+    raise AssertionError("it went on")"""
+    run_ranks(2, code)
+    saved = json.loads((common.run_dir("t") / "eval" / "sft.json").read_text())
+    assert list(saved["done"]) == ["bpb"]
+
+
+def test_a_task_measured_again_or_of_another_model_leaves_the_other_scores(evaluated, base_dir):
+    first = evaluate.main(tiny_evaluate(task="bpb,facts_trained"))
+    again = evaluate.main(tiny_evaluate(task="facts_trained", restart=True))
+    assert set(again["tasks"]) == set(first["tasks"])
+    assert again["tasks"]["facts_trained"]["seconds"] != first["tasks"]["facts_trained"]["seconds"]
+    path = common.run_dir("t") / "eval" / "base.json"
+    shown = path.read_text()
+    shutil.copytree(common.data_dir("tiny"), common.data_dir("other"))
+    other = evaluate.main(tiny_evaluate(task="bpb", source="other", max_documents=1))
+    assert other["tasks"]["val_bpb"]["items"] == 1 and path.read_text() == shown
+    step = common.find_checkpoint("t", "base").name
+    assert json.loads(path.with_name(f"base-{step}-other.json").read_text()) == other
+    for wrong, words in (({"source": "../x"}, "--source"), ({"bench_seeds": 0}, "1 or more")):
+        with pytest.raises(ValueError, match=words):
+            tiny_evaluate(**wrong)
 
 
 def test_two_ranks_score_as_one(evaluated):
@@ -9066,6 +9188,7 @@ def test_what_is_said_is_logged_whole_where_that_is_asked_for(tokenizer):
 
 
 WRONG_REQUESTS = [
+    ({"truncation": "always"}, 400, "truncation"), ({"truncation": ["auto"]}, 400, "truncation"),
     ({}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "x"}, 400, "messages"),
     ({"messages": [1]}, 400, "messages[0]"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
@@ -9113,6 +9236,63 @@ def test_a_wrong_request_is_told_which_field_is_wrong_and_harmless_ones_are_igno
     long = requests.post(url + "/v1/chat/completions", json={"messages": user("word " * 500)})
     assert long.json()["error"]["code"] == "context_length_exceeded"
     assert "128" in long.json()["error"]["message"]
+
+
+def test_the_oldest_turns_go_where_a_client_lets_them(served, tokenizer):
+    _, url = served
+    turns = [*user("Be kind."), *user("What is it?" * 2), {"role": "assistant", "content": "It."}]
+    turns[0]["role"] = "system"
+    talk = [turns[0], *turns[1:] * 9, *user("And now?")]
+    asked = {"messages": talk, "max_tokens": 3, "temperature": 0}
+    for refused in (asked, {**asked, "truncation": "disabled"}):
+        error = requests.post(url + "/v1/chat/completions", json=refused).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+    body = requests.post(url + "/v1/chat/completions", json={**asked, "truncation": "auto"}).json()
+    lost = body["usage"]["forgotten_messages"]
+    kept = [talk[0], *talk[1 + lost :]]
+    assert lost % 2 == 0 and body == {
+        **requests.post(url + "/v1/chat/completions", json={**asked, "messages": kept}).json(),
+        "id": body["id"], "created": body["created"], "usage": body["usage"],
+    }  # fmt: skip
+    assert body["usage"]["prompt_tokens"] <= 96, "a quarter of 128 is left to answer"
+    more = common.render_prompt(tokenizer, [talk[0], *talk[lost - 1 :]])
+    assert len(more) > 96, "no more went than had to"
+    short = {"messages": user("Hi"), "max_tokens": 3, "truncation": "auto"}
+    body = requests.post(url + "/v1/chat/completions", json=short).json()
+    assert "forgotten_messages" not in body["usage"]
+    short["messages"] = user("word " * 400)
+    error = requests.post(url + "/v1/chat/completions", json=short).json()["error"]
+    assert error["code"] == "context_length_exceeded", "a last message that is too long stays so"
+
+
+def test_an_answer_without_a_question_goes_alone(tokenizer):
+    talk = [{"role": "assistant", "content": "Hello! " * 9}, *user("Hi"),
+            {"role": "assistant", "content": "Yes?"}, *user("And?")]  # fmt: skip
+    kept, prompt_ids = common.newest_turns(tokenizer, talk, 80)
+    assert kept == talk[1:] and prompt_ids == common.render_prompt(tokenizer, kept)
+    assert common.newest_turns(tokenizer, talk, 1000)[0] == talk
+    assert common.newest_turns(tokenizer, talk, 4)[0] == talk[-1:]
+
+
+@pytest.mark.parametrize("as_parts", [True, False])
+def test_a_cut_call_that_is_sent_back_is_left_out(as_parts):
+    parts = [{"type": "text", "text": "So"}, {"type": "python", "text": "37*"}]
+    shown = serve.Shown()
+    text = "".join(shown.feed(**part) for part in [*parts, {"type": "text", "text": ""}])
+    given, kept = ([{"type": "text", "text": text}], parts) if as_parts else (parts, None)
+    assert serve.calls_in(given, kept) == parts[:1]
+
+
+def test_what_a_client_sends_does_not_drive_the_terminal_of_the_log(served):
+    server, _ = served
+    rest = b" / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    assert " 405 " in raw(server, b"\x1b[31mX\x9b2J" + b"Y" * 50 + rest)
+    for _ in range(100):
+        if server.said:
+            break
+        time.sleep(0.02)
+    line = server.said[-1]
+    assert "x1b[31mX" in line and line.isascii() and line.isprintable() and "YYYYYYYY" not in line
 
 
 def raw(server, data):
@@ -10451,10 +10631,46 @@ def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
         first.get_by_role("button", name="Cancel").click()
         assert unharmed()
         edit()
+        page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
+        assert page.input_value("#text") == "Two"
+        page.keyboard.press("Escape")
+        assert page.input_value("#text") == "a draft\nhalf", "one edit does not lose another's"
+        page.fill("#text", "a draft")
+        edit()
         page.press("#text", "Enter")
         answered(page, 0)
         assert page.locator("article").count() == 2 and first.inner_text().startswith("half")
         assert page.input_value("#text") == "a draft"
+
+
+@pytest.mark.browser
+def test_a_long_conversation_goes_on_and_stays_where_it_is_read(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine. " * 12), context=256)
+    with talking(tokenizer, chromium, model, 1, max_messages=8, max_tokens=99) as (*_, page):
+        page.set_viewport_size({"width": 800, "height": 400})
+        for i in range(9):
+            send(page, f"Question {i}")
+            note = answered(page, i).inner_text()
+            assert i or "are not read" not in note
+        assert "the oldest" in note, "neither tokens nor messages without end"
+        page.evaluate("document.getElementById('log').scrollTop = 0")
+        page.locator("article.user").first.get_by_role("button", name="Edit").click()
+        assert page.evaluate("document.getElementById('log').scrollTop") == 0
+        page.keyboard.press("Escape")
+        assert page.evaluate("document.getElementById('log').scrollTop") == 0
+
+
+@pytest.mark.browser
+def test_settings_go_back_to_the_servers(tokenizer, chromium):
+    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
+    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
+        page.click("#options")
+        page.fill("#max_tokens", "3")
+        page.fill("#system", "Be kind.")
+        page.get_by_role("button", name="Back to the server's values").click()
+        assert page.input_value("#max_tokens") == "99" and page.input_value("#system") == ""
+        page.reload()
+        assert page.input_value("#max_tokens") == "99"
 
 
 @pytest.mark.browser
