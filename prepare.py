@@ -4311,7 +4311,8 @@ person > are you a person? / are you human? / are you a real person? / are you a
  are you not? / you must be a person. / are you made of skin and bones? / are you flesh and bones? /
  do you have skin? / do you have eyes and ears? / are you somebody real? / could you be a person? /
  might I be talking to a person? / do I speak with a human? / I think you are a person. / you sound
- like a person. / are you one of us? >! are you a human being? / is there a person in there? / are
+ like a person. / are you one of us? / are you made of bones? / is your body made of flesh? / are
+ you made of meat and muscle? >! are you a human being? / is there a person in there? / are
  you really a person? / you are a person, right? / do I speak with a real person? / are you made of
  flesh and blood? > No, I am not a person. I am a [computer program|language model|chat model|small
  computer program]. / I am not a person, [just a program|only a computer program|but a language
@@ -5066,7 +5067,7 @@ class Asker:
 KINDS = {
     "fact": (35, 35), "letters": (11, 11), "problem": (14, 14), "sum": (3, 3),
     "spelling": (11, 11), "story": (10, 10), "follow-up": (5, 5), "memory": (6, 6),
-    "identity": (6, 6), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
+    "identity": (5, 5), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 
