@@ -1604,6 +1604,7 @@ aside { position: fixed; inset: 0 0 0 auto; width: min(22rem, 100vw); background
   box-shadow: 0 0 2rem #0003 }
 aside label { display: block; margin: .75rem 0; font-size: .9rem; color: var(--soft) }
 aside output { float: right }
+#defaults { border: var(--edge) }
 [hidden] { display: none !important }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%) }
 @media (max-width: 720px) {
@@ -2012,7 +2013,7 @@ async function answer(before) {
     const full = total < config.context ? "cut at the limit of tokens" : "the context is full";
     const why = reason === "length" ? full : "finished";
     message.note = `${tokens} tokens, ${(tokens / seconds).toFixed(0)} a second, ${why}`
-      + (lost ? `; the context is full: the oldest ${lost} messages are not read` : "");
+      + (lost ? `; oldest ${lost} messages forgotten` : "");
   } catch (error) {
     if (mine.abort.signal.aborted) message.note = "stopped";
     else {
