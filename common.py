@@ -675,7 +675,7 @@ class Run:
         Until then --restart has deleted nothing. They go by one rename: whole, or not at all.
         Where the user has asked to stop while the stage was set up, nothing goes.
         """
-        if any(self.together(lambda: self.stopping)):
+        if any_rank(self.stopping, self.device):
             return  # training_steps will make no step
 
         def clear() -> None:
@@ -1051,14 +1051,21 @@ def newest_turns(
     Returns the messages that stay, a leading system message and the last one among them whatever
     their length, and the prompt that they make.
     """
+    room, prompt_ids = context - context // 4, render_prompt(tokenizer, messages)
+    if len(prompt_ids) <= room:
+        return messages, prompt_ids
     head = int(messages[0]["role"] == "system")
-    while True:
-        prompt_ids = render_prompt(tokenizer, messages)
-        if len(prompt_ids) <= context - context // 4 or len(messages) == head + 1:
-            return messages, prompt_ids
-        # a question and its answer, or the answer that no question stands before
-        first = head + 1 + (len(messages) - head) % 2
-        messages = messages[:head] + messages[first:]
+    questions = range(head + (len(messages) - 1 - head) % 2, len(messages), 2)
+
+    def kept(first: int) -> list[dict[str, Any]]:
+        return messages[:head] + messages[first:]
+
+    def fits(first: int) -> bool:
+        return len(render_prompt(tokenizer, kept(first))) <= room
+
+    # by halves: rendering once for each turn that goes would take seconds of a long conversation
+    first = questions[bisect.bisect_left(questions, True, 0, len(questions) - 1, key=fits)]
+    return kept(first), render_prompt(tokenizer, kept(first))
 
 
 THOUSANDS = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,000

@@ -53,6 +53,7 @@ from common import (
     Stop,
     Tokenizer,
     all_sum,
+    any_rank,
     base_dir,
     can_compile,
     check_name,
@@ -1579,7 +1580,7 @@ def main(settings: Settings) -> dict[str, Any]:
             report["done"][task] = key
             if run.rank == 0:
                 write_json(out, report)
-            if all_sum(torch.tensor([int(run.stopping)], device=run.device)).item():
+            if any_rank(run.stopping, run.device):
                 if run.world_size > 1:  # torchrun begins again what ends with an error
                     run.say("evaluate: stopped; run the same command again to go on")
                     raise SystemExit(0)

@@ -395,6 +395,7 @@ def validation_texts(source: str, max_tokens: int) -> list[str]:
 # 5. Start -----------------------------------------------------------------------------------
 
 MANY_EPOCHS = 10  # of the same text; past four more bring little (arXiv:2305.16264)
+LITTLE_TEXT = ": little text for such a model: get more, or lower --depth or --num-iterations"
 BIGRAM_PAIRS = 12_000_000  # counted at most
 BIGRAM_SHARE = 0.06  # of the run's FLOPs that the fit may take
 # factor on the rate of a head that was fitted, in pretraining alone: much of it is there
@@ -551,10 +552,8 @@ def main(settings: Settings) -> dict:
         rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run)
         check_data(run, saved, data=rows.names)
         epochs = num_steps * batch_rows / len(rows)
-        run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs")
-        if epochs > MANY_EPOCHS and not settings.num_iterations:
-            run.say("this text is little for a model of that size: get more, or give a smaller "
-                    "--depth or --num-iterations")  # fmt: skip
+        little = LITTLE_TEXT * (epochs > MANY_EPOCHS and not settings.num_iterations)
+        run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs{little}")
         val_texts = validation_texts(source, settings.eval_tokens)
         if pairs and not newest:
             nats = fit_bigrams(model, rows, pairs)
