@@ -10667,13 +10667,15 @@ def test_a_long_conversation_goes_on_and_stays_where_it_is_read(tokenizer, chrom
 def test_settings_go_back_to_the_servers(tokenizer, chromium):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
     with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
+        page.wait_for_function("document.getElementById('max_tokens').value === '99'")
         page.click("#options")
         page.fill("#max_tokens", "3")
         page.fill("#system", "Be kind.")
         page.get_by_role("button", name="Back to the server's values").click()
         assert page.input_value("#max_tokens") == "99" and page.input_value("#system") == ""
         page.reload()
-        assert page.input_value("#max_tokens") == "99"
+        page.wait_for_function("document.getElementById('max_tokens').value === '99'")
+        assert page.input_value("#system") == ""
 
 
 @pytest.mark.browser
