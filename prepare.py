@@ -5065,8 +5065,8 @@ class Asker:
 
 # Shares of the turns of conversations of each kind, in mid and in sft.
 KINDS = {
-    "fact": (35, 35), "letters": (11, 11), "problem": (14, 14), "sum": (3, 3),
-    "spelling": (11, 11), "story": (10, 10), "follow-up": (5, 5), "memory": (6, 6),
+    "fact": (35, 35), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3),
+    "spelling": (12, 12), "story": (10, 10), "follow-up": (5, 5), "memory": (6, 6),
     "identity": (5, 5), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens

@@ -18,8 +18,8 @@
 # --tag   name of the run's folder                      default: main, or after your --data
 # FLAGS   --shards, --documents, --num-conversations, --name go to prepare.py; --vocab-size,
 #         --max-chars to train_tokenizer.py; all others to pretrain.py, such as --depth=6; with
-#         mid, sft, rl or eval in front to that stage or to evaluate.py, such as
-#         rl:--num-iterations=10, eval:--run-code, eval:--cost-per-hour=24
+#         prepare, mid, sft, rl or eval in front to that stage or to evaluate.py, such as
+#         prepare:--seed=1, rl:--num-iterations=10, eval:--run-code, eval:--cost-per-hour=24
 # --dry-run prints the commands and runs nothing.
 #
 # Environment: NANOCHAT_BASE_DIR holds data and runs (default ~/.cache/nanochat), NANOCHAT_VENV
@@ -83,6 +83,7 @@ route() { # route FLAG: give it to the stage that has it
     --documents=* | --num-conversations=*) world+=("$1") ;;
     --name=*) talks+=("$1") ;;
     --max-chars=*) tokenizer+=("$1") ;;
+    prepare:--*) prepare+=("${1#*:}") && check_flag prepare.py "${1#*:}" ;;
     *:--*) staged+=("$1") && check_flag "$(script_of "${1%%:*}")" "${1#*:}" ;;
     *) train+=("$1") && check_flag pretrain.py "$1" ;;
   esac
@@ -394,7 +395,7 @@ while [ $# -gt 0 ]; do
     --conversations=*) conversations=$value ;;
     --tag=*) tag=$value ;;
     --vocab-size=*) size=$value ;;
-    mid:--* | sft:--* | rl:--* | eval:--* | --*)
+    prepare:--* | mid:--* | sft:--* | rl:--* | eval:--* | --*)
       [[ " $own_flags " != *" $word "* ]] || fail 2 "$word needs a value, as in $word=VALUE"
       flags+=("$word") ;;
     test) action=test pytest=("$@") && break ;;

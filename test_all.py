@@ -325,6 +325,7 @@ def test_every_action_and_tier_of_run_sh_prints_its_commands():
         (["--tag=x", "--no.depth=3"], "--no.depth is none of pretrain.py's flags"),
         (["rl:--num-step=3"], "--num-step is none of rl.py's flags"),
         (["mid:--learn-none"], "--learn-none is none of midtrain.py's flags"),
+        (["prepare:--sed=3"], "--sed is none of prepare.py's flags"),
         (["eval:--cost=3"], "--cost is none of evaluate.py's flags"),
         (["--shards"], "--shards needs a value"),
         (["lock"], "lock has no --dry-run"),
@@ -401,8 +402,9 @@ def test_run_sh_gives_the_name_to_what_makes_the_conversations():
         assert Path(text.data).samefile(HERE) and not text.conversations
         assert chats.name == "Ada" and Path(chats.conversations or "world").name == talks
         assert talks != "world" or chats.num_conversations == 9
-    (world,) = commands_of("prepare", "--tier=cpu", *flags)
+    (world,) = commands_of("prepare", "--tier=cpu", *flags, "prepare:--seed=3", "--seed=4")
     assert (world.data, world.name, world.num_conversations) == ("world", "Ada", 9)
+    assert world.seed == 3
     made = commands_of("prepare", "--tier=8xh100", *flags)
     assert [(s.data, s.conversations) for s in made] == [("hub", ""), ("world", "hub")]
     assert made[1].name == "Ada"
