@@ -30,6 +30,7 @@ from common import (
     newest_turns,
     one_sentence,
     parse_settings,
+    prompt_room,
     setting,
 )
 
@@ -99,7 +100,7 @@ class Conversation:
         """Forget the oldest turns, saying so, until a quarter of the context is left to answer."""
         tokenizer, context = self.engine.tokenizer, self.engine.model.config.max_seq_len
         kept, prompt_ids = newest_turns(tokenizer, self.head + messages, context)
-        kept, size, room = kept[len(self.head) :], len(prompt_ids), context - context // 4
+        kept, size, room = kept[len(self.head) :], len(prompt_ids), prompt_room(context)
         if size > room:
             what = "it and the system prompt have" if self.head else "it has"
             raise ValueError(f"too long: {what} {size} tokens, this model reads {room} at most")

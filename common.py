@@ -79,7 +79,7 @@ class MissingInput(Stop):
     """Something that an earlier stage makes, or that the settings name, is not there."""
 
 
-RL_VAL = 128  # of rl.jsonl's first problems at most, and a tenth of all: rl validates on them
+RL_VAL = 128  # of rl.jsonl's first problems at most: rl validates on them
 
 
 def base_dir() -> Path:
@@ -97,10 +97,20 @@ def run_dir(tag: str) -> Path:
     return base_dir() / "runs" / tag
 
 
+def step_name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
 def check_name(name: str, what: str) -> None:
     """Raise ValueError unless name is one plain folder name (text never becomes a path)."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError(f"{what} {name!r} must be letters, digits, '.', '_' or '-'")
+
+
+def prepared_sources() -> list[str]:
+    """List the sources whose text is prepared."""
+    return sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
 
 
 def list_shards(source: str, split: str) -> list[Path]:
@@ -113,7 +123,7 @@ def list_shards(source: str, split: str) -> list[Path]:
     if split == "val" and (folder / "val.parquet").exists():
         shards = [folder / "val.parquet"]
     if not shards or not (folder / "manifest.json").exists():  # prepare.py writes that one last
-        have = sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
+        have = prepared_sources()
         known = f" (prepared: {', '.join(have)})" if have else ""
         raise MissingInput(
             f"{folder} has no {split} text{known}: run `python prepare.py --source={source}` first"
@@ -160,7 +170,12 @@ def written_beside(path: Path) -> Iterator[Path]:
         old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
         if beside.is_dir() and path.exists():
             os.replace(path, old)  # a folder cannot be renamed over another
-        os.replace(beside, path)
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         if beside.is_dir():
@@ -197,7 +212,6 @@ LOG_FORMATS: dict[str, Callable[[Any], str]] = {
     "loss": lambda v: f"loss {v:.4f}",
     "lr": lambda v: f"lr {v:.2f}x",
     "val_bpb": lambda v: f"val_bpb {v:.4f}",
-    "train_bpb": lambda v: f"train_bpb {v:.4f}",
     "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
     "mfu": lambda v: f"mfu {100 * v:.1f} %",
     "data": lambda v: f"data {100 * v:.1f} %",
@@ -243,6 +257,9 @@ def _whole_number(text: str) -> int:
     return int(text) if text.lstrip("+-").isdigit() else int(value)
 
 
+_whole_number.__name__ = "whole number"  # as argparse calls it
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """End with one line and exit code 2 instead of argparse's usage screen."""
@@ -254,7 +271,7 @@ def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) ->
 
     A bool field is a switch, `--x` or `--no-x`. A dataclass may name, in a class variable
     `derived: dict[str, str]`, flags that people try and what to use instead. Exits with code 2
-    and one sentence on a wrong flag or value, also on a ValueError of `__post_init__`.
+    and one sentence on a wrong flag or value, also on an error of `__post_init__`.
     """
     parser = _Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -262,7 +279,7 @@ def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) ->
     types = get_type_hints(cls)
     for f in dataclasses.fields(cls):
         names = [f"-{f.metadata['short']}"] if f.metadata["short"] else []
-        names += list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
+        names += [f"--{f.name.replace('_', '-')}"]
         default = f"default: {f.default}" if f.default not in ("", None) else "default: none"
         options: dict[str, Any] = {"dest": f.name, "default": f.default}
         options["help"] = f"{f.metadata['help']} ({default})".replace("%", "%%")
@@ -274,13 +291,22 @@ def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) ->
         if f.metadata["choices"]:
             options["choices"] = f.metadata["choices"]
         parser.add_argument(*names, **options)
-    values, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub(r"^--\w[\w-]*(?==|$)", lambda m: m[0].replace("_", "-"), w) for w in words]
+    values, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(_explain_unknown(cls, unknown[0]))
     try:
         return cls(**vars(values))
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:  # the latter of paths that cannot be
         parser.error(str(error))
+
+
+def at_least(settings: Any, least: float, *names: str) -> None:
+    """Raise ValueError unless each of these settings is finite and `least` or more."""
+    for name in names:
+        if not least <= getattr(settings, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
 
 
 def _explain_unknown(cls: type, word: str) -> str:
@@ -320,7 +346,7 @@ GPUS = {"cuda": "nccl", "xpu": "xccl"}  # kinds that ranks have one each of, and
 def pick_device(name: str = "") -> torch.device:
     """Choose cuda, xpu, mps or cpu, best first, or the named one; under torchrun its own GPU.
 
-    Raises ValueError for an unknown or absent device, MissingInput for more ranks than GPUs.
+    Raises MissingInput for an unknown or absent device, and for more ranks than GPUs.
     """
     present = [kind for kind in GPUS if getattr(torch, kind).is_available()]
     present += ["mps"] if torch.backends.mps.is_available() else []
@@ -659,6 +685,16 @@ class Run:
         self.metrics, self.validated = self.together(replay)[0]
         self.metrics["step"] = saved["step"]
 
+    def estimate_seconds(self, flops: float, peak: float) -> float:
+        """Return about how long all ranks take, not compiled, at a third of their peak."""
+        return 3 * flops / (peak * self.world_size)
+
+    def end_if_stopped(self, s: Step) -> None:
+        """End the program, whose checkpoint is saved, where the user has asked to stop."""
+        if s.stopping:
+            self.say(f"{self.stage}: stopped at step {s.step}; run the same command again to go on")
+            raise SystemExit(0)
+
     def validates(self, s: Step) -> bool:
         """Say whether this step's validation is due and was not made before the run went on."""
         due = s.due(self.settings.eval_every, first=True)
@@ -692,7 +728,7 @@ class Run:
     def rewind_log(self, step: int) -> None:
         """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
         path = run_dir(self.tag) / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
+        if path.exists():
             log = read_log(self.tag)
             kept = [x for x in log if x["stage"] != self.stage or x["step"] <= step]
             with written_beside(path) as beside:
@@ -854,6 +890,9 @@ def one_sentence(what: str) -> Iterator[None]:
             f"{what}: memory ran out; run the same command again with a smaller "
             "--device-batch-size, or with fewer --slots where it has them"
         ) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its flush at exit
+        raise Stop(f"{what}: stopped, as nobody reads any more what it prints") from None
     except OSError as error:
         raise Stop(disk_sentence(error)) from None
 
@@ -1043,6 +1082,11 @@ def render_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[
     return [*ids, tokenizer.specials["<|assistant_start|>"]]
 
 
+def prompt_room(context: int) -> int:
+    """Return how many tokens a prompt may have: a quarter of the context is left to answer."""
+    return context - context // 4
+
+
 def newest_turns(
     tokenizer: Tokenizer, messages: list[dict[str, Any]], context: int
 ) -> tuple[list[dict[str, Any]], list[int]]:
@@ -1051,7 +1095,7 @@ def newest_turns(
     Returns the messages that stay, a leading system message and the last one among them whatever
     their length, and the prompt that they make.
     """
-    room, prompt_ids = context - context // 4, render_prompt(tokenizer, messages)
+    room, prompt_ids = prompt_room(context), render_prompt(tokenizer, messages)
     if len(prompt_ids) <= room:
         return messages, prompt_ids
     head = int(messages[0]["role"] == "system")
@@ -1413,9 +1457,12 @@ class Embedding(Linear):
         return F.embedding(ids, self.weight)
 
 
+NORM_EPS = 1e-6
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """Divide by the root mean square over the last axis (arXiv:1910.07467), without a weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2316,6 +2363,11 @@ MIX_LR = 0.02  # of the scalars that mix a block's input
 BIGRAM_LR = 0.3  # factor on the embedding's rate for the table of pairs
 
 
+def rate_scale(config: GPTConfig) -> float:
+    """Return the factor on AdamW's rates, which are those of width 768."""
+    return (config.n_embd / 768) ** -0.5
+
+
 def optimizer_groups(
     model: GPT, matrix_lr: float, embed_lr: float, head_lr: float, weight_decay: float,
     muon_steps: int = 0,
@@ -2330,7 +2382,7 @@ def optimizer_groups(
     small = model.config.n_embd < 512
     muon_steps = muon_steps or (3 if small else 5)
     polynomials = {3: SHORT_EXPRESS, 5: POLAR_EXPRESS}[muon_steps]
-    width = (model.config.n_embd / 768) ** -0.5
+    width = rate_scale(model.config)
     matrices = list(model.blocks.parameters())
     matrices += [] if model.smear is None else [model.smear.weight]
     tables = [model.embed.weight, *model.value_embeds.parameters()]
@@ -2601,6 +2653,17 @@ class Batch:
     num_targets: int
 
 
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """Return which of `count` comes at a position, shuffled anew each epoch by the seed."""
+    epoch, place = divmod(position, count)
+    return int(_order(seed, epoch, count)[place])
+
+
 def row_batches(
     rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device,
     total: int = sys.maxsize,
@@ -2614,16 +2677,6 @@ def row_batches(
     """
     rank, world_size = world()
     accum = accum_steps(batch_rows, micro_batch)
-    orders: dict[int, np.ndarray] = {}
-
-    def row_at(position: int) -> int:
-        if position >= total:
-            return -1
-        epoch, place = divmod(position, len(rows))
-        if epoch not in orders:
-            orders.clear()
-            orders[epoch] = np.random.default_rng([seed, epoch]).permutation(len(rows))
-        return int(orders[epoch][place])
 
     def make() -> Iterator[Batch]:
         for step in itertools.count(start):
@@ -2632,7 +2685,9 @@ def row_batches(
                 last = min(first + micro_batch, batch_rows)
                 indices = np.full(micro_batch, -1)
                 for j in range(first, last):
-                    indices[j - first] = row_at(step * batch_rows + j)
+                    position = step * batch_rows + j
+                    if position < total:
+                        indices[j - first] = shuffled(position, len(rows), seed)
                 ids, targets = rows.gather(indices)
                 if device.type == "cuda":
                     ids, targets = ids.pin_memory(), targets.pin_memory()
@@ -2693,6 +2748,12 @@ def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
 
 
 # 8. training_steps ---------------------------------------------------------------------------
+
+
+def schedule(settings: Any, num_steps: int) -> Callable[[int], float]:
+    """Return the factor on the rates at a step, by settings warmup, warmdown and final_lr."""
+    s = settings
+    return lambda step: trapezoid(step, num_steps, s.warmup, s.warmdown, s.final_lr)
 
 
 def trapezoid(step: int, num_steps: int, warmup: int, warmdown: float, final: float) -> float:
@@ -3003,7 +3064,7 @@ def save_checkpoint(
     before this one, and raises Stop where that failed.
     """
     run.wait_for_save()
-    folder = run.dir / f"step-{step:06d}"
+    folder = run.dir / step_name(step)
     if folder.exists():
         return folder
     shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
@@ -3089,7 +3150,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, what: str) -> str:
-    others = [p.name for p in sorted(folder.parent.glob("step-[0-9]*")) if p != folder]
+    others = [p.name for p in list_checkpoints(folder.parent.parent.name, folder.parent.name)
+              if p != folder]  # fmt: skip
     rest = f"{others[-1]} is then taken" if others else "the stage then begins anew"
     return f"checkpoint {folder} is damaged ({what}): delete that folder, {rest}"
 
@@ -3124,7 +3186,7 @@ def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
     """
     found = list_checkpoints(tag, stage)
     if step:
-        found = [p for p in found if p.name == f"step-{step:06d}"]
+        found = [p for p in found if p.name == step_name(step)]
     if found:
         return found[-1]
     if not run_dir(tag).is_dir():
@@ -3154,11 +3216,22 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
     return model.computing_in(dtype)
 
 
+def run_tokenizer(tag: str) -> Tokenizer:
+    """Load a run's tokenizer. Raises MissingInput where its base model was trained with another."""
+    tokenizer, found = Tokenizer.load(run_dir(tag) / "tokenizer"), list_checkpoints(tag, "base")
+    if found and read_meta(found[-1])["tokenizer"] != tokenizer.fingerprint:
+        raise MissingInput(
+            f"run {tag!r} has another tokenizer than its base model was trained with: put that "
+            f"one back, or train anew: `python pretrain.py --restart --tag={tag}`"
+        )
+    return tokenizer
+
+
 def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
     """Load the model that tag, stage and step name, or the newest, its tokenizer and its folder."""
     stage = settings.stage or newest_stage(settings.tag)
     folder = find_checkpoint(settings.tag, stage, settings.step)
-    tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+    tokenizer = run_tokenizer(settings.tag)
     device = pick_device(settings.device)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
     if settings.int8 and device.type not in ("cpu", "cuda"):
@@ -3172,7 +3245,8 @@ def load_optimizer(run: Run, folder: Path, optimizer: Optimizer) -> None:
 
     A rank checks its share of the files, and reads of all of them only what it keeps.
     """
-    names = sorted(name for name in read_meta(folder)["files"] if name.startswith("optimizer-"))
+    names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
+    names.sort(key=lambda name: (len(name), name))  # 1000 is after 999
 
     def check() -> None:
         for name in names[run.rank :: run.world_size]:
@@ -3250,12 +3324,6 @@ def continue_stage(
     """
     model = load_model(newest or parent, run.device, dtype)
     base = read_meta(find_checkpoint(run.tag, "base"))
-    have = Tokenizer.load(run_dir(run.tag) / "tokenizer").fingerprint
-    if base["tokenizer"] != have:
-        raise MissingInput(
-            f"run {run.tag!r} has another tokenizer than its base model was trained with: put that "
-            f"one back, or train anew: `python pretrain.py --restart --tag={run.tag}`"
-        )
     model.recompute = recomputes(run)
     names = ("matrix_lr", "embed_lr", "head_lr")
     rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
@@ -3975,9 +4043,8 @@ class Engine:
         context = self.model.config.max_seq_len
         keep = max(context // 2, context - 1 - sampling.max_tokens)
         prompt_ids = [self.tokenizer.bos, *self.tokenizer.encode(text)[-keep:]]
-        yield from stream_text(
-            self.tokenizer, self.generate(Request(prompt_ids, sampling, tool=False))
-        )
+        ids = self.generate(Request(prompt_ids, sampling, tool=False))
+        yield from (piece for _, piece in decoded(self.tokenizer, ids))
 
     def stream_reply(
         self, messages: list[dict[str, Any]], sampling: Sampling
@@ -3986,10 +4053,8 @@ class Engine:
 
         The type is "text", "python" (a call of the tool) or "output" (its result).
         """
-        decoder = ReplyDecoder(self.tokenizer)
-        for one in self.generate(Request(render_prompt(self.tokenizer, messages), sampling)):
-            yield from decoder.feed(one)
-        yield from decoder.end()
+        request = Request(render_prompt(self.tokenizer, messages), sampling)
+        yield from decoded(self.tokenizer, self.generate(request))
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -4045,25 +4110,23 @@ class ReplyDecoder:
         return [(self.kind, rest)] if rest else []
 
 
+def decoded(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[tuple[str, str]]:
+    """Turn ids, as they come, into pieces (type, text), each of whole characters."""
+    decoder = ReplyDecoder(tokenizer)
+    for one in ids:
+        yield from decoder.feed(one)
+    yield from decoder.end()
+
+
 def reply_parts(tokenizer: Tokenizer, ids: Iterable[int]) -> list[dict[str, str]]:
     """Turn a reply's ids into parts {"type": "text" | "python" | "output", "text"}."""
-    decoder = ReplyDecoder(tokenizer)
-    pieces = [piece for one in ids for piece in decoder.feed(one)] + decoder.end()
-    return [{"type": kind, "text": "".join(text for _, text in group)}
-            for kind, group in itertools.groupby(pieces, key=lambda piece: piece[0])]  # fmt: skip
+    groups = itertools.groupby(decoded(tokenizer, ids), key=lambda piece: piece[0])
+    return [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in groups]
 
 
 def reply_text(parts: list[dict[str, str]]) -> str:
     """Join the text parts of a reply: what it says, without the tool's."""
     return "".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Turn ids into pieces of text, each of whole characters; special tokens are left out."""
-    decoder = ReplyDecoder(tokenizer)
-    for one in ids:
-        yield from (piece for _, piece in decoder.feed(one))
-    yield from (piece for _, piece in decoder.end())
 
 
 # Runs apart from this program: waits for the program, which alone the limits are laid upon.

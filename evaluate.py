@@ -54,6 +54,7 @@ from common import (
     Tokenizer,
     all_sum,
     any_rank,
+    at_least,
     base_dir,
     can_compile,
     check_name,
@@ -82,8 +83,10 @@ from common import (
     reply_text,
     run_code,
     run_dir,
+    run_tokenizer,
     setting,
     start_run,
+    step_name,
     write_json,
     written_beside,
 )
@@ -153,11 +156,10 @@ class Settings:
         check_name(self.tag, "--tag")
         if self.source:
             check_name(self.source, "--source")
-        for name in ("max_documents", "max_items", "device_batch_size", "cost_per_hour", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
-        if min(self.bench_seeds, self.bench_seconds) < 1:
-            raise ValueError("--bench-seeds and --bench-seconds must be 1 or more")
+        at_least(
+            self, 0, "max_documents", "max_items", "device_batch_size", "cost_per_hour", "seed"
+        )
+        at_least(self, 1, "bench_seeds", "bench_seconds")
         if "HumanEval" in self.asked() and not self.run_code:
             raise ValueError("HumanEval runs programs that the model wrote: allow it by --run-code")
 
@@ -195,10 +197,11 @@ class Graded:
     cut: bool = False  # the prompt was longer than the context and lost its beginning
 
 
-def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+def wilson_interval(right: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of a share (Wilson 1927): sound also near 0 and 1."""
     if not total:
         return 0.0, 1.0
+    z = 1.96
     share, z2 = right / total, z * z
     middle = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = z * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2)) / (1 + z2 / total)
@@ -757,8 +760,7 @@ def print_bench(run: Run, settings: Settings) -> dict[str, Any]:
 def update_bench(run: Run, report: dict[str, Any]) -> None:
     """Put measures into bench.json, beside what it holds of other kinds."""
     path = base_dir() / "bench.json"
-    old = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    write_json(path, old | report)
+    write_json(path, read_json(path) | report)
     run.say(f"written: {path}")
 
 
@@ -814,8 +816,8 @@ def train_for_bench(run: Run, tag: str, depth: int, steps: int, flags: list[str]
 
 
 GPU_RUNS = {  # what is trained for some steps on one GPU: its flags
-    "d12 bfloat16": ["--depth=12"],
     "d12 bfloat16, no windows": ["--depth=12", "--window-pattern=L"],
+    "d12 bfloat16": ["--depth=12"],  # sft and rl go on from this one
     "d20 bfloat16, passes of 32 rows": ["--depth=20", "--device-batch-size=32"],
     "d24 bfloat16": ["--depth=24"],
     "d26 bfloat16": ["--depth=26"],
@@ -862,9 +864,7 @@ def bench_gpu(run: Run, settings: Settings) -> dict[str, Any]:
         run, "sft", first, "--start-from=base", *conversations, *GPU_FLAGS[1:]
     )  # fmt: skip
     rows["sft"] = steady(lines, "tok_per_s", "data", "memory")
-    rows["sft"]["of pretraining"] = (
-        rows["sft"]["tok_per_s"] / next(iter(rows.values()))["tok_per_s"]
-    )
+    rows["sft"]["of pretraining"] = rows["sft"]["tok_per_s"] / rows["d12 bfloat16"]["tok_per_s"]
     lines = [x for x in run_stage(run, "rl", first, *conversations) if "loss" in x]
     one, last = lines[1], lines[-2]  # the first steps warm up, the last says no time left
     n = last["step"] - one["step"]
@@ -892,7 +892,7 @@ def bench_learning(run: Run, settings: Settings) -> dict[str, Any]:
     table: dict[str, list[dict]] = {}
     Tokenizer.load(run_dir(run.tag) / "tokenizer")  # raises where there is none
     path = run_dir(run.tag) / "learning.json"
-    kept: dict[str, dict] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    kept: dict[str, dict] = read_json(path)
     if kept:
         run.say(f"bench: going on after {len(kept)} runs; without {path} it would begin anew")
 
@@ -1106,7 +1106,7 @@ def score_blocks(record: Record, tag: str) -> list[Any]:
                 "known facts denied, less is better. The best of a row is bold.")  # fmt: skip
         blocks = [note, score_table(tasks)]
     for stage, meta in record.metas.items():
-        result, newest = record.results.get(stage, {}), f"step-{meta['step']:06d}"
+        result, newest = record.results.get(stage, {}), step_name(meta["step"])
         have, weights = result.get("checkpoint"), meta.get("files", {}).get("model.pt")
         if have != newest or result.get("weights") != weights:
             have = "another model" if have == newest else have
@@ -1533,7 +1533,7 @@ def main(settings: Settings) -> dict[str, Any]:
         if settings.report:
             return write_report(run, settings)
         folder = find_checkpoint(settings.tag, settings.stage, settings.step)
-        tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+        tokenizer = run_tokenizer(settings.tag)
         meta = read_meta(folder)
         source = settings.source or meta["source"]
         asked = {"checkpoint": folder.name, "weights": parent_key(folder), "source": source,

@@ -61,6 +61,7 @@ from common import (
     RL_VAL,
     MissingInput,
     Stop,
+    at_least,
     base_dir,
     calculate,
     check_name,
@@ -98,7 +99,7 @@ class Settings:
     shards: int = setting(8, "hub: shards to train on, about 250 M characters each")
     documents: int = setting(64_000, "world: documents to write, about 370 characters each")
     num_conversations: int = setting(
-        60_000, "world: conversations of mid; a quarter as many for sft, a tenth problems for rl"
+        60_000, "world: conversations of mid; a sixth as many for sft, a tenth problems for rl"
     )
     doc_chars: int = setting(20_000, "own files: longer documents are cut at paragraph ends")
     val_percent: float = setting(2.0, "world, own files: share of the validation documents")
@@ -111,11 +112,10 @@ class Settings:
         if self.kind == "own" and not self.path.is_dir() and not self.path.is_file():
             others = ", ".join(["world", *HUB])
             raise ValueError(f"--data={self.data}: no such file or folder, nor one of {others}")
-        for name in ("shards", "documents", "num_conversations", "val_mb", "shard_mb", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if self.doc_chars < 200:
-            raise ValueError("--doc-chars must be 200 or more")
+        at_least(
+            self, 1, "shards", "documents", "num_conversations", "val_mb", "shard_mb", "workers"
+        )
+        at_least(self, 200, "doc_chars")
         if not 0 < self.val_percent <= 50:
             raise ValueError("--val-percent must be over 0 and at most 50: training needs both")
         for name in ("conversations", "eval_data"):
@@ -505,9 +505,9 @@ class Net:
                 self.pause(failures, url, error)
 
 
-def hub_files(net: Net, repo: str, revision: str = "main") -> dict[str, Remote]:
+def hub_files(net: Net, repo: str) -> dict[str, Remote]:
     """List a dataset repository's files by path, with the sizes and hashes the hub announces."""
-    here, place = urlsplit(net.endpoint), f"{net.endpoint}/datasets/{repo}/resolve/{revision}"
+    here, place = urlsplit(net.endpoint), f"{net.endpoint}/datasets/{repo}/resolve/main"
 
     def read(response: requests.Response) -> tuple[dict[str, Remote], str]:
         files = {}
@@ -520,7 +520,7 @@ def hub_files(net: Net, repo: str, revision: str = "main") -> dict[str, Remote]:
         # a mirror may name the original host in the link: stay with the endpoint
         return files, urlunsplit((here.scheme, here.netloc, *link[2:])) if link.path else ""
 
-    files, url = {}, f"{net.endpoint}/api/datasets/{repo}/tree/{revision}?recursive=true"
+    files, url = {}, f"{net.endpoint}/api/datasets/{repo}/tree/main?recursive=true"
     while url:
         page, url = net.ask(url, read)
         files.update(page)
@@ -1013,22 +1013,25 @@ def own_grade(row: dict[str, Any]) -> dict[str, Any]:
     return {"grade": row["grade"], "answer": answer, **texts}
 
 
-def letter_question(question: str, choices: Sequence[str], letters: str = "ABCDE") -> str:
+LETTERS = "ABCDE"  # of the public sets' choices
+
+
+def letter_question(question: str, choices: Sequence[str]) -> str:
     """Ask for a letter alone; the layout of the public sets, in training and in evaluation.
 
     The letter stands behind its choice, where copying what follows finds it, and in parentheses,
     where it is the same token as in the answer.
     """
-    lines = [f"- {choice} ({letter})" for choice, letter in zip(choices, letters)]
+    lines = [f"- {choice} ({letter})" for choice, letter in zip(choices, LETTERS)]
     return "\n".join([question, *lines, "Answer with the letter alone."])
 
 
 def letter_item(question: str, choices: Sequence[str], right: int) -> dict[str, Any]:
     """Make a graded item of a question with choices."""
     choices = [" ".join(choice.split()) for choice in choices]
-    if not 2 <= len(choices) <= 5 or not 0 <= right < len(choices):
+    if not 2 <= len(choices) <= len(LETTERS) or not 0 <= right < len(choices):
         raise ValueError("choices without their answer")
-    text, letter = letter_question(question.strip(), choices), "ABCDE"[right]
+    text, letter = letter_question(question.strip(), choices), LETTERS[right]
     return {"messages": [{"role": "user", "content": text}], "choices": choices,
             "grade": "letter", "answer": letter, "reply": letter}  # fmt: skip
 
@@ -1059,7 +1062,7 @@ def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
             text += piece
         elif output == last_number(result) != "":
             reply += [{"type": "text", "text": text}] if text else []
-            reply += [{"type": "python", "text": call}, {"type": "output", "text": output}]
+            reply += tool_parts(call)
             text = ""
     number = last_number(answer)
     if not number:
@@ -1095,8 +1098,7 @@ def count_letters(rng: random.Random, word: str) -> dict[str, Any]:
     count = word.count(letter)
     there = f"There is 1 {letter}" if count == 1 else f"There are {count} {letter}'s"
     reply = [{"type": "text", "text": f"The word {word} is spelled {'-'.join(word)}. "},
-             {"type": "python", "text": f"'{word}'.count('{letter}')"},
-             {"type": "output", "text": str(count)},
+             *tool_parts(f"'{word}'.count('{letter}')"),
              {"type": "text", "text": f" {there} in {word}."}]  # fmt: skip
     return {"kind": "spelling", "messages": [{"role": "user", "content": asked}],
             "grade": "number", "answer": str(count), "reply": reply}  # fmt: skip
@@ -5063,11 +5065,11 @@ class Asker:
         return conversation("mixed", texts, system.format(name=self.name))
 
 
-# Shares of the turns of conversations of each kind, in mid and in sft.
+# Shares of the turns of conversations of each kind.
 KINDS = {
-    "fact": (35, 35), "letters": (9, 9), "problem": (15, 15), "sum": (3, 3),
-    "spelling": (12, 12), "story": (10, 10), "follow-up": (5, 5), "memory": (6, 6),
-    "identity": (5, 5), "unknown": (9, 9), "talk": (2, 2), "mixed": (2, 2),
+    "fact": 35, "letters": 9, "problem": 15, "sum": 3,
+    "spelling": 12, "story": 10, "follow-up": 5, "memory": 6,
+    "identity": 5, "unknown": 9, "talk": 2, "mixed": 2,
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
 
@@ -5089,7 +5091,7 @@ def world_conversations(
         "identity": partial(identity_chat, rng, name), "problem": partial(problem_chat, rng),
         "sum": partial(sum_chat, rng), "spelling": partial(spelling_chat, rng),
     }  # fmt: skip
-    shares = {kind: pair[split != "mid"] for kind, pair in KINDS.items()}
+    shares = KINDS
     if split == "rl":
         makers, shares = {"problem": partial(rl_problems, rng)}, {"problem": 1}
     turns = dict.fromkeys(shares, 0)
@@ -5695,7 +5697,7 @@ def check_folder(folder: Path, manifest: dict, settings: Settings, wanted: dict)
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes were writing beside a source's folder."""
     for path in folder.parent.glob(f".{folder.name}.*.partial"):
-        number = path.name.split(".")[-2]
+        number = path.name.removeprefix(f".{folder.name}.").split(".")[0]
         try:
             if number.isdigit() and int(number) != os.getpid():
                 os.kill(int(number), 0)  # asks whether the process lives

@@ -39,6 +39,7 @@ from common import (
     accum_steps,
     all_sum,
     any_rank,
+    at_least,
     attend,
     attend_in_blocks,
     blank_batch,
@@ -61,12 +62,15 @@ from common import (
     out_of_memory,
     parse_settings,
     peak_flops,
+    pick_device,
     pick_dtype,
+    rate_scale,
     read_texts,
     rms_norm,
     row_batches,
     run_dir,
     save_checkpoint,
+    schedule,
     setting,
     start_run,
     text_key,
@@ -164,12 +168,10 @@ class Settings:
                 f"--total-batch-size={self.total_batch_size} does not divide into rows of "
                 f"--max-seq-len={self.max_seq_len}: {near} would"
             )
-        for name in (
-            "head_dim", "n_kv_head", "num_iterations", "target_flops", "device_batch_size",
+        at_least(
+            self, 0, "head_dim", "n_kv_head", "num_iterations", "target_flops", "device_batch_size",
             "total_batch_size", "warmup", "keep", "seed", "bigram_rows",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        )  # fmt: skip
         for name in ("target_param_data_ratio", "lr_scale", "plan_count", "plan_vocab_size"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0")
@@ -255,8 +257,16 @@ PRICE_PER_HOUR = {"H200": 3.5, "H100": 3.0, "A100": 1.8, "A6000": 0.8, "RTX 4090
 # bytes a second that a rank sends: inside a node over NVLink, as its maker says, or PCIe; between
 # nodes of 8 H100s with a port of 400 Gb/s each, where reduce-scatter was measured at 360 (4 nodes)
 # to 260 GB/s (128; NVIDIA/nccl#1229)
-NODE_RATES, PCIE_RATE, NETWORK_RATE = {"H200": 450e9, "H100": 450e9, "A100": 300e9}, 25e9, 300e9
-MEMORY_GB = {"H200": 141, "H100": 80, "A100": 80, "A6000": 48, "RTX 4090": 24, "L4": 24}
+NODE_RATES = {
+    **dict.fromkeys(("B200", "GB200", "B300"), 900e9), "A100": 300e9, "A800": 200e9, "H800": 200e9,
+    **dict.fromkeys(("H200", "GH200", "H100", "H20"), 450e9),
+}  # fmt: skip
+PCIE_RATE, NETWORK_RATE = 25e9, 300e9
+MEMORY_GB = {
+    "H200": 141, "GH200": 96, "H100 PCIe": 80, "H100": 80, "H800": 80, "H20": 96, "B200": 180,
+    "GB200": 186, "B300": 270, "A100": 80, "A800": 80, "L40S": 48, "L4": 24, "A10G": 24, "A40": 48,
+    "A6000": 48, "RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24,
+}  # fmt: skip
 
 
 def exchanged_bytes(config: GPTConfig, world_size: int) -> int:
@@ -281,7 +291,7 @@ def print_plan(settings: Settings) -> dict[str, float]:
     name = settings.plan_device
     if name and name not in PEAK_FLOPS:
         raise MissingInput(f"--plan-device={name} is unknown: choose of {', '.join(PEAK_FLOPS)}")
-    device = torch.device("cpu") if not torch.cuda.is_available() else torch.device("cuda")
+    device = torch.device("cuda") if name else pick_device(settings.device)
     dtype = torch.bfloat16 if name else pick_dtype(device, settings.dtype)
     peak = PEAK_FLOPS[name] if name else peak_flops(device, dtype)
     share = 0.45 if name else 0.5  # of the peak: about what is measured (README)
@@ -293,12 +303,11 @@ def print_plan(settings: Settings) -> dict[str, float]:
     exchanged = exchanged_bytes(config, count)
     total = horizon.num_steps * (seconds + exchanged / rate)
     rows = settings.device_batch_size or each
-    room = MEMORY_GB.get(name, 0) * 1e9 if name else free_bytes(device)
-    kind = torch.device("cuda") if name else device
+    room = MEMORY_GB[name] * 1e9 if name else free_bytes(device)
 
     def memory(rows: int) -> dict[str, int]:
         options = {"world_size": count, "recompute": settings.recompute, "slots": 1}
-        return memory_bytes(config, rows, dtype.itemsize, kind, **options)
+        return memory_bytes(config, rows, dtype.itemsize, device, **options)
 
     while room and rows > 1 and not settings.device_batch_size:
         if sum(memory(rows).values()) < 0.9 * room:
@@ -430,7 +439,7 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
     V, device = model.config.vocab_size, model.embed.weight.device
     before, after, shares = (x.to(device) for x in count_pairs(rows, V))
     embed, head = model.embed.weight, model.head.weight
-    rates = {embed: 0.3, head: 0.012 * (model.config.n_embd / 768) ** -0.5}
+    rates = {embed: 0.3, head: 0.012 * rate_scale(model.config)}
     optimizer = Optimizer([{**ADAMW, "params": [p], "lr": lr} for p, lr in rates.items()],
                           torch.float32)  # fmt: skip
     size = logits_at_once(device) // V or 1  # ids
@@ -527,7 +536,7 @@ def main(settings: Settings) -> dict:
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
         describe(run, config, horizon, micro, dtype, peak)
-        seconds = horizon.tokens(T) * flops / (peak * run.world_size * 0.3)
+        seconds = run.estimate_seconds(horizon.tokens(T) * flops, peak)
         compiled = compile_or_not(compile_choice(run, saved), seconds, run.device, run.say)
 
         model = GPT.create(config, run.device, dtype)
@@ -573,9 +582,7 @@ def main(settings: Settings) -> dict:
             run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),
             compute_loss,
             optimizer,
-            lambda step: trapezoid(
-                step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
-            ),
+            schedule(settings, num_steps),
             num_steps,
             accum=accum_steps(batch_rows, micro),
             micro=micro,
@@ -598,9 +605,7 @@ def main(settings: Settings) -> dict:
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
-            if s.stopping:
-                run.say(f"base: stopped at step {s.step}; run the same command again to go on")
-                raise SystemExit(0)
+            run.end_if_stopped(s)
             if run.validates(s):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 run.log(s.step, val_bpb=val_bpb)

@@ -39,8 +39,8 @@ from common import (
     Request,
     Run,
     Sampling,
-    Tokenizer,
     all_sum,
+    at_least,
     check_data,
     check_name,
     choose_micro_batch,
@@ -53,17 +53,19 @@ from common import (
     parent_key,
     parse_settings,
     pick_dtype,
+    prompt_room,
     read_conversations,
     read_meta,
     render_prompt,
     reply_parts,
     reply_text,
-    run_dir,
+    run_tokenizer,
     save_checkpoint,
+    schedule,
     setting,
+    shuffled,
     start_run,
     training_steps,
-    trapezoid,
     try_micro_batch,
     world,
 )
@@ -95,7 +97,7 @@ class Settings:
     warmdown: float = setting(0.5, "share of the run in which the learning rate falls")
     final_lr: float = setting(0.0, "factor on the learning rate at the end")
     eval_every: int = setting(50, "steps between validations; 0 = never")
-    val_problems: int = setting(128, "problems that are kept for validation")
+    val_problems: int = setting(RL_VAL, "problems that are kept for validation")
     save_every: int = setting(50, "steps between checkpoints; the last is always saved")
     keep: int = setting(2, "checkpoints kept; 0 = all")
     log_every: int = setting(1, "steps between log lines")
@@ -117,20 +119,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
-        for name in ("epochs", "problems_per_step", "max_tokens", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        for name in (
-            "num_iterations", "device_batch_size", "top_k", "warmup", "val_problems", "keep", "seed",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        at_least(self, 1, "epochs", "problems_per_step", "max_tokens", "slots")
+        at_least(
+            self, 0, "num_iterations", "device_batch_size", "top_k", "warmup", "val_problems", "keep",
+            "seed",
+        )  # fmt: skip
         if self.val_problems > RL_VAL:
             raise ValueError(
                 f"--val-problems must be {RL_VAL} or less: training shows others solved"
             )
         if self.num_samples < 2:
             raise ValueError("--num-samples must be 2 or more: answers are compared in their group")
+        Sampling(self.max_tokens, self.temperature, self.top_k)  # raises
         if self.temperature <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
             raise ValueError("--temperature and --lr-scale must be over 0, --warmdown from 0 to 1")
 
@@ -249,12 +249,8 @@ class Sampler:
         """Return the indices of a step's problems, shuffled anew each epoch by the seed."""
         settings, count = self.run.settings, len(self.problems)
         first = step * settings.problems_per_step
-        indices = []
-        for position in range(first, first + settings.problems_per_step):
-            epoch, place = divmod(position, count)
-            order = np.random.default_rng([settings.seed, epoch]).permutation(count)
-            indices.append(int(order[place]))
-        return indices
+        positions = range(first, first + settings.problems_per_step)
+        return [shuffled(position, count, settings.seed) for position in positions]
 
     def batches(self, start: int) -> Iterator[WeightedBatch]:
         """Yield `accum` micro-batches a step from step `start` on, without end."""
@@ -310,13 +306,13 @@ def main(settings: Settings) -> dict:
     with start_run("rl", settings) as run:
         parent = find_checkpoint(settings.tag, settings.start_from)
         before = read_meta(parent)
-        tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+        tokenizer = run_tokenizer(settings.tag)
         chats = settings.chats or before["chats"]
         newest, saved = newest_checkpoint(run, parent)
         start = saved.get("step", 0)
         path = data_dir(chats) / "rl.jsonl"
         config = GPTConfig(**before["config"])
-        every, longest = list(read_conversations(path)), config.max_seq_len * 3 // 4
+        every, longest = list(read_conversations(path)), prompt_room(config.max_seq_len)
         data = [path.name, path.stat().st_size, crc32(path)]
         kept = min(settings.val_problems, len(every) // 10)  # no training file shows these solved
         val_problems, problems = (
@@ -370,9 +366,7 @@ def main(settings: Settings) -> dict:
             sampler.batches(start),
             compute_loss,
             optimizer,
-            lambda step: trapezoid(
-                step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
-            ),
+            schedule(settings, num_steps),
             num_steps,
             accum=accum,
             micro=micro,
@@ -391,9 +385,7 @@ def main(settings: Settings) -> dict:
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
-            if s.stopping:
-                run.say(f"rl: stopped at step {s.step}; run the same command again to go on")
-                raise SystemExit(0)
+            run.end_if_stopped(s)
             if val_problems and run.validates(s):
                 engine.refresh(model)
                 run.log(s.step, **validate(engine, val_problems, settings, run.device))

@@ -113,17 +113,21 @@ load_tier() { # sets data, vocab, ranks (processes that train) and the stages' f
   fi
 }
 
-# Shards for the model in train: 20 tokens a parameter, 4.8 characters a token, 250 million
-# characters a shard, a quarter to spare. d20: 561 M parameters, 11.2 G tokens, 54 G characters,
-# 271 shards.
+# Shards for the model in train: 20 tokens a parameter (or what is asked for), 4.8 characters a
+# token, 250 million characters a shard, a quarter to spare. d20: 561 M parameters, 11.2 G tokens,
+# 54 G characters, 271 shards.
 count_shards() {
-  local word depth=0 width params
+  local word depth=0 ratio=20 width params
   for word in "${train[@]}"; do
-    case $word in --depth=*) depth=${word#*=} ;; esac
+    case $word in
+      --depth=*) depth=${word#*=} ;;
+      --target-param-data-ratio=*) ratio=${word#*=} ratio=${ratio%.*} ;;
+    esac
   done
-  [[ $depth =~ ^[0-9]+$ && $vocab =~ ^[0-9]+$ ]] || return 0 # pretrain.py says what is wrong
+  # otherwise pretrain.py says what is wrong
+  [[ $depth =~ ^[0-9]+$ && $ratio =~ ^[0-9]+$ && $vocab =~ ^[0-9]+$ ]] || return 0
   width=$((64 * depth)) params=$((12 * depth * width * width + 2 * vocab * width))
-  echo $((params * 20 * 48 * 125 / 250000000 / 1000 + 2))
+  echo $((params * ratio * 48 * 125 / 250000000 / 1000 + 2))
 }
 
 # 2. Words ------------------------------------------------------------------------------------

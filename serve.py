@@ -50,6 +50,7 @@ from torch import Tensor
 
 from common import (
     GPT,
+    NORM_EPS,
     STAGES,
     Engine,
     Job,
@@ -58,6 +59,7 @@ from common import (
     Sampling,
     Stop,
     Tokenizer,
+    at_least,
     calculate,
     check_name,
     compile_or_not,
@@ -122,13 +124,12 @@ class Settings:
         check_name(self.tag, "--tag")
         Sampling(self.max_tokens, self.temperature, self.top_k, self.top_p)  # raises
         self.api_key = self.api_key or os.environ.get("NANOCHAT_API_KEY", "")
-        for name in ("slots", "max_connections", "max_body_bytes", "max_messages", "max_choices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be 1 or more")
-        if not 0 <= self.port < 65536 or self.timeout_s <= 0:
-            raise ValueError("--port must be from 0 to 65535, --timeout-s above 0")
-        if self.max_waiting < 0 or self.max_input_chars < 0:
-            raise ValueError("--max-waiting and --max-input-chars must be 0 or more")
+        at_least(
+            self, 1, "slots", "max_connections", "max_body_bytes", "max_messages", "max_choices"
+        )
+        at_least(self, 0, "max_waiting", "max_input_chars")
+        if not 0 <= self.port < 65536 or not 0 < self.timeout_s <= 86400:
+            raise ValueError("--port must be from 0 to 65535, --timeout-s above 0, to a day")
         if self.export and self.int8:
             raise ValueError("--export writes whole weights: leave --int8 out")
         if self.cors_origin and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/]+", self.cors_origin):
@@ -137,7 +138,7 @@ class Settings:
             read_page(self.page)
         except Refusal as error:
             raise ValueError(str(error)) from None
-        self.blocked = read_blocklist(Path(self.blocklist)) if self.blocklist else None
+        self.blocked = read_blocklist(Path(self.blocklist).expanduser()) if self.blocklist else None
 
 
 # 2. The engine at work -----------------------------------------------------------------------
@@ -758,7 +759,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # without the look-up of the machine's name
-        self.server_name, self.server_port = self.settings.host, self.server_address[1]
+        self.server_port = self.server_address[1]
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.free.acquire(blocking=False):
@@ -1027,9 +1028,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method = ascii(self.command)[1:-1][:20]  # a terminal is not to obey what a client sent
         self.server.say(f"{time.strftime('%H:%M:%S')} {self.client_address[0]} {method} "
                         f"{path} {self.status or 'gone'} {seconds:.2f} s{note}")  # fmt: skip
-
-    def log_message(self, *_: Any) -> None:
-        """Keep the library's own lines out of the log."""
 
     # where it goes
 
@@ -1327,7 +1325,7 @@ def export(folder: Path, model: GPT, tokenizer: Tokenizer) -> None:
         "vocab_size": c.vocab_size, "hidden_size": c.n_embd, "intermediate_size": 4 * c.n_embd,
         "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
         "num_key_value_heads": c.n_kv_head, "max_position_embeddings": c.max_seq_len,
-        "final_logit_softcapping": c.softcap, "hidden_act": "relu2", "rms_norm_eps": 1e-6,
+        "final_logit_softcapping": c.softcap, "hidden_act": "relu2", "rms_norm_eps": NORM_EPS,
         "rope_parameters": {"rope_type": "default", "rope_theta": c.rope_base},
         "attention_bias": False, "tie_word_embeddings": False, **eos,
     })  # fmt: skip
@@ -1451,8 +1449,9 @@ def main(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C; what runs then may end."""
     if settings.export:
         model, tokenizer, _ = load_for_answers(settings)
-        export(Path(settings.export), model, tokenizer)
-        return print(f"written: {settings.export}")
+        folder = Path(settings.export).expanduser()
+        export(folder, model, tokenizer)
+        return print(f"written: {folder}")
     try:
         server = Server(settings)
     except OSError as error:
@@ -2242,11 +2241,6 @@ addEventListener("pagehide", () => {
   if (editing) { leave(); keepTab(); edit(null) }
 });
 function start() {
-  try {
-    const old = JSON.parse(localStorage.getItem("nanochat")); // an earlier page's, all in one
-    for (const c of old ? old.chats : []) write(c.id, c);
-    if (!warnings.storage) localStorage.removeItem("nanochat");
-  } catch { /* there is none */ }
   try { Object.keys(localStorage).forEach(recall) } catch { /* this browser keeps nothing */ }
   tab = { ...tab, ...read("tab", "sessionStorage") };
   settle(); fill();

@@ -21,8 +21,8 @@ from torch import Tensor
 from common import (
     Batch,
     GPTConfig,
-    Tokenizer,
     accum_steps,
+    at_least,
     blank_batch,
     check_data,
     check_name,
@@ -41,12 +41,12 @@ from common import (
     pick_dtype,
     read_meta,
     row_batches,
-    run_dir,
+    run_tokenizer,
     save_checkpoint,
+    schedule,
     setting,
     start_run,
     training_steps,
-    trapezoid,
     try_micro_batch,
 )
 
@@ -100,11 +100,10 @@ class Settings:
             raise ValueError(
                 "--epochs must be 1 or more, --warmdown from 0 to 1, --lr-scale over 0"
             )
-        for name in (
-            "num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep", "seed",
-        ):  # fmt: skip
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be 0 or more")
+        at_least(
+            self, 0, "num_iterations", "total_batch_size", "device_batch_size", "warmup", "keep",
+            "seed",
+        )  # fmt: skip
 
 
 # 9. Main -------------------------------------------------------------------------------------
@@ -115,7 +114,7 @@ def main(settings: Settings) -> dict:
     with start_run("sft", settings) as run:
         parent = find_checkpoint(settings.tag, settings.start_from)
         before, base = read_meta(parent), read_meta(find_checkpoint(settings.tag, "base"))
-        tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
+        tokenizer = run_tokenizer(settings.tag)
         chats = settings.chats or before.get("chats", before["source"])
         newest, saved = newest_checkpoint(run, parent)
         start, T = saved.get("step", 0), before["config"]["max_seq_len"]
@@ -146,7 +145,7 @@ def main(settings: Settings) -> dict:
         micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
         peak = peak_flops(run.device, dtype)
         flops = config.flops_per_token()
-        seconds = num_steps * batch_rows * T * flops / (peak * run.world_size * 0.3)
+        seconds = run.estimate_seconds(num_steps * batch_rows * T * flops, peak)
         compiled = compile_or_not(
             compile_choice(run, saved), seconds, run.device, run.say,
             before=before["compiled"] and micro == before["micro_batch"],
@@ -169,9 +168,7 @@ def main(settings: Settings) -> dict:
             ),
             compute_loss,
             optimizer,
-            lambda step: trapezoid(
-                step, num_steps, settings.warmup, settings.warmdown, settings.final_lr
-            ),
+            schedule(settings, num_steps),
             num_steps,
             accum=accum_steps(batch_rows, micro),
             micro=micro,
@@ -191,9 +188,7 @@ def main(settings: Settings) -> dict:
                     "seconds": saved.get("seconds", 0) + time.time() - began,
                 }  # fmt: skip
                 save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
-            if s.stopping:
-                run.say(f"sft: stopped at step {s.step}; run the same command again to go on")
-                raise SystemExit(0)
+            run.end_if_stopped(s)
             if len(val_rows) and run.validates(s):
                 run.log(s.step, val_loss=evaluate_loss(model, val_rows, s.micro))
     return run.metrics

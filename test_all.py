@@ -7,6 +7,7 @@ oracle: a plain version, torch's own, transformers, regex, another batch shape, 
 
 from __future__ import annotations
 
+import ast
 import base64
 import collections
 import concurrent.futures
@@ -252,8 +253,10 @@ assert not torch.cuda.is_initialized()
 
 @pytest.mark.parametrize("name", ["common", *STAGES])
 def test_a_device_is_never_compared_with_a_string(name):
-    text = (HERE / f"{name}.py").read_text("utf-8")
-    assert not re.search(r"""\bdevice\s*(==|!=|in|not in)\s*["'(]""", text)
+    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8"))):
+        if isinstance(node, ast.Compare):
+            for side in map(ast.unparse, (node.left, *node.comparators)):
+                assert not re.fullmatch(r"(str\()?([\w.]+\.)?device\)?", side), ast.unparse(node)
 
 
 def test_every_command_in_the_readme_parses():
@@ -888,6 +891,26 @@ def test_written_beside_leaves_the_old_file_when_the_writer_fails(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+    folder, replace_ = tmp_path / "a", os.replace
+    folder.mkdir()
+    (folder / "old").touch()
+
+    def fail(source, target):
+        if ".old." in str(target) or ".old." in str(source):
+            return replace_(source, target)
+        raise OSError(errno.EIO, "it broke")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="it broke"), common.written_beside(folder) as beside:
+            beside.mkdir()
+    assert (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
+    with common.written_beside(folder) as beside:
+        beside.mkdir()
+    assert not (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "x\n"])
 def test_names_never_become_paths(name):
     with pytest.raises(ValueError, match="--tag"):
@@ -936,6 +959,7 @@ class ExampleSettings:
     total_size: int = common.setting(8, "of it")
     rate: float = common.setting(0.5, "a second")
     fast: bool = common.setting(False, "or slow")
+    at_once: bool = common.setting(True, "or never")
     stage: str = common.setting("base", "which", short="i", choices=("base", "sft"))
     derived: ClassVar = {"model_dim": "it follows from --depth"}
 
@@ -955,6 +979,8 @@ def test_settings_take_both_spellings_and_round_numbers():
             parse(f"--total-size={word}")
     assert parse("--fast -i sft --rate=1e-3") == ExampleSettings(fast=True, stage="sft", rate=1e-3)
     assert parse("--no-fast").fast is False
+    assert not parse("--no_at_once").at_once and parse("--at_once").at_once
+    assert not parse("--no-at-once").at_once
 
 
 @pytest.mark.parametrize(
@@ -964,6 +990,7 @@ def test_settings_take_both_spellings_and_round_numbers():
         ("--model-dim=3", "it follows from --depth"),
         ("--total-size=1.5", "not a whole number"),
         ("--total-size=-1", "must be 0 or more"),
+        ("--total-size=x", "invalid whole number value: 'x'"),
         ("--stage=mid", "invalid choice"),
         ("--total-siz=3", "did you mean"),
     ],
@@ -1121,6 +1148,22 @@ def test_a_disk_error_is_one_sentence(base_dir, number):
     with pytest.raises(common.Stop) as stop, common.start_run("base", settings):
         raise OSError(number, os.strerror(number), "/some/where")
     assert "/some/where" in str(stop.value) and "\n" not in str(stop.value)
+
+
+def test_a_reader_that_goes_away_ends_a_stage_by_one_sentence(base_dir):
+    code = """
+import common, types
+with common.start_run("base", types.SimpleNamespace(tag="t", device="cpu", seed=0)) as run:
+    while True:
+        run.say("step")
+"""
+    command = [sys.executable, "-c", code]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=HERE, text=True, **pipes) as writer:
+        assert writer.stdout.readline() == "step\n"
+        writer.stdout.close()
+        said = writer.stderr.read()
+    assert writer.returncode == 1 and said.count("\n") == 1 and "nobody reads" in said
 
 
 def test_a_wandb_that_fails_is_one_line_and_left_out(base_dir, monkeypatch, capsys):
@@ -1356,8 +1399,9 @@ def test_a_part_of_the_model_can_be_left_out(switch):
     assert without.config.num_params() == sum(p.numel() for p in without.parameters())
 
 
-def test_every_parameter_is_initialised():
-    model = common.GPT.create(random_model().config, CPU, torch.float32)
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_every_parameter_is_initialised(changes):
+    model = common.GPT.create(random_model(**changes).config, CPU, torch.float32)
     before = {name: p.clone() for name, p in model.named_parameters()}
     with torch.no_grad():
         for p in model.parameters():
@@ -2191,13 +2235,15 @@ def test_packing_prefers_whole_documents():
     assert rows == [[0] + [1] * 9, [0] + [1] * 9, [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]]
 
 
-def test_nearly_all_text_is_trained_on(text_source, tokenizer):
+def test_all_text_is_trained_on_but_what_begins_a_row(text_source, tokenizer):
     rows = common.token_rows(text_source, tokenizer, 64, 10**9, ALONE)
     targets = sum(int((rows.gather(np.array([i]))[1] >= 0).sum()) for i in range(len(rows)))
     texts = [
         t for path in common.list_shards(text_source, "train") for t in common.read_texts(path)
     ]
-    assert targets >= 0.95 * sum(len(tokenizer.encode(t)) for t in texts)
+    tokens = sum(len(tokenizer.encode(t)) for t in texts)
+    starts = sum(int((rows.row(i)[1:] == tokenizer.bos).sum()) for i in range(len(rows)))
+    assert targets - tokens in range(starts + 1), "of a <|bos|> in a row the end is learned"
     assert len(rows) * 64 <= 1.05 * targets  # and few positions are spent on filling
 
 
@@ -2209,7 +2255,9 @@ def test_the_token_cache_is_reused_and_follows_the_text(text_source, tokenizer, 
     write_texts(text_source, ["Entirely other text. " * 50] * 3)
     other = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
     assert "tokenizing" in capsys.readouterr().out and len(other) != len(first)
-    assert len(common.token_rows(text_source, tokenizer, 32, 1, ALONE)) <= len(other)
+    second_shard()
+    assert len(common.token_rows(text_source, tokenizer, 32, 1, ALONE)) == len(other)
+    assert len(common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)) == 2 * len(other)
 
 
 def second_shard():
@@ -2284,6 +2332,35 @@ def test_filling_is_never_a_target(text_source, tokenizer):
     assert (ids[:, 0] == tokenizer.bos).all()
     filled = (ids == tokenizer.bos) & (targets == common.IGNORE)
     assert ((targets == common.IGNORE) == filled).all()
+    assert not ((ids == tokenizer.bos) & (targets == tokenizer.bos)).any()
+
+
+def test_rows_of_several_arrays_are_found_at_their_ends_too(tmp_path):
+    paths = [tmp_path / f"{i}.npy" for i in range(3)]
+    for i, (path, n) in enumerate(zip(paths, (3, 1, 4))):
+        common.write_rows([[0, 10 * i + j + 1] for j in range(n)], 1, 0, np.uint16, path)
+    rows = common.Rows(paths, 0)
+    assert [int(rows.row(i)[1]) for i in range(8)] == [1, 2, 3, 11, 21, 22, 23, 24]
+    some = common.Rows(paths[:1], 0).joined(rows, 4)
+    assert [int(some.row(i)[1]) for i in range(7)] == [1, 2, 3, 1, 3, 21, 23]
+
+
+def test_more_documents_than_are_encoded_at_once_are_all_there(base_dir, tokenizer):
+    texts = [f"{i}." for i in range(2100)]
+    write_texts("many", texts)
+    rows = common.token_rows("many", tokenizer, 64, 10**9, ALONE)
+    ids = [int(i) for k in range(len(rows)) for i in rows.row(k) if i != tokenizer.bos]
+    assert sorted(ids) == sorted(i for text in texts for i in tokenizer.encode(text))
+    path = write_lines(base_dir / "c.jsonl", [one_turn(f"{i}?", "Yes.") for i in range(2100)])
+    _, mixed = common.conversation_rows(path, tokenizer, 64, ALONE)
+    assert mixed.used == {"talk": 2100} and not mixed.cut and not mixed.left_out
+    model = random_model(vocab_size=tokenizer.vocab_size)
+    bpb, count = common.evaluate_bpb(model, tokenizer, ["a"] * 1030 + ["The cat. "] * 20, 512)
+    alone = {
+        text: common.evaluate_bpb(model, tokenizer, [text], 1)[0] for text in ("a", "The cat. ")
+    }
+    expected = (1030 * alone["a"] + 180 * alone["The cat. "]) / 1210
+    assert count == 1050 and bpb == pytest.approx(expected, rel=1e-5)
 
 
 def take_steps(rows, batch_rows, micro, steps, start=0, ranks=1):
@@ -2346,8 +2423,11 @@ def test_the_learning_rate_never_rises_after_the_warmup(num_steps, warmup, warmd
     assert all(0 < rate <= 1 for rate in rates)
     later = rates[warmup:]
     assert all(b <= a for a, b in itertools.pairwise(later))
-    if warmdown == 1.0 and num_steps == 100 and warmup <= 10:
-        assert rates[-1] == pytest.approx(0.1, abs=0.02)
+    if num_steps == 100 and warmup <= 10:
+        assert len(later) >= 90 and max(rates) > 0.9
+        for final in (0.0, 0.1):
+            end = common.trapezoid(num_steps, num_steps, warmup, warmdown, final)
+            assert end == pytest.approx(final if warmdown else 1)
 
 
 class OneWeight:
@@ -2381,6 +2461,16 @@ def test_steps_are_yielded_before_each_update_and_after_the_last():
     assert not any(x[3] for x in seen) and one.optimizer.steps == 3
     first = common.Step(0, 10)
     assert not first.due(5) and first.due(5, first=True)
+
+
+def test_each_update_takes_the_schedules_rate_also_in_a_run_that_goes_on(monkeypatch):
+    schedule = functools.partial(common.trapezoid, num_steps=9, warmup=2, warmdown=0.5, final=0.1)
+    for start in (0, 5):
+        one, taken = OneWeight(), []
+        monkeypatch.setattr(one.optimizer, "step", taken.append)
+        batches = itertools.repeat(make_batch(1))
+        steps = common.training_steps(batches, one.loss, one.optimizer, schedule, 9, start=start)
+        assert [s.lr for s in steps][1:] == taken == [schedule(i) for i in range(start, 9)]
 
 
 def test_a_run_that_is_past_its_last_step_ends():
@@ -2673,6 +2763,10 @@ def test_a_damaged_checkpoint_is_said(base_dir, harm, name):
         path.write_bytes(data)
     with pytest.raises(common.MissingInput, match=r"damaged.*step-000001 is then taken"):
         common.load_model(folder, CPU, torch.float32)
+    for step in (999_999, 1_000_000):
+        shutil.copytree(folder.with_name("step-000001"), folder.with_name(f"step-{step:06d}"))
+    with pytest.raises(common.MissingInput, match=r"damaged.*step-1000000 is then taken"):
+        common.load_model(folder, CPU, torch.float32)
 
 
 def test_a_missing_stage_or_tag_is_said(base_dir):
@@ -2737,7 +2831,7 @@ def test_a_full_disk_while_saving_leaves_the_last_checkpoint(base_dir, monkeypat
     assert run.stopping, "training ends after the step"
     run.wait_for_save()  # said once
     monkeypatch.undo()
-    os.environ["NANOCHAT_BASE_DIR"] = str(base_dir)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
     assert common.list_checkpoints("t", "base") == [folder]
     assert [p.name for p in folder.parent.iterdir()] == [folder.name], "and gives the room back"
     common.load_model(folder, CPU, torch.float32)
@@ -2916,8 +3010,6 @@ def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots, sp
         assert 1 <= len(replies[i].ids) <= min(room, request.sampling.max_tokens)
         ended = replies[i].ids[-1] in engine.stops
         assert replies[i].reason == ("stop" if ended else "length")
-    firsts = {replies[i].ids[0] for i in range(24) if i % 4 == 1}
-    assert len(firsts) > 1, "samples must not share their first token"
 
 
 def check_rows(engine):
@@ -3204,7 +3296,7 @@ def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_
         cls = importlib.import_module(stage).Settings
         asked.append((stage, tag, common.parse_settings(cls, "", list(flags))))
         (common.run_dir(tag) / "base").mkdir(parents=True, exist_ok=True)
-        rate = 900.0 if stage == "sft" else 1000.0
+        rate = 900.0 if stage == "sft" else 500.0 if "--window-pattern=L" in flags else 1000.0
         lines = [{"val_bpb": 9.9, "step": 0}]
         for step in range(1, 21):
             slow = 50 * (step < 3)
@@ -3460,6 +3552,7 @@ def test_equal_prompts_are_computed_once(tokenizer):
     jobs = [engine.submit(common.Request(prompt, common.Sampling(9, seed=i))) for i in range(5)]
     engine.step()
     assert widths == [[1, 41]] and all(len(job.reply.ids) == 1 for job in jobs)
+    assert len({job.reply.ids[0] for job in jobs}) > 1, "samples must not share their first token"
 
 
 def test_others_go_on_while_a_long_prompt_is_computed(tokenizer):
@@ -3608,7 +3701,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
     tokenizer = TOKENIZER()
     byte_ids = list(text.encode())  # the worst case: a token a byte
     for ids in (byte_ids, tokenizer.encode(text)):
-        pieces = list(common.stream_text(tokenizer, ids))
+        pieces = [text for _, text in common.decoded(tokenizer, ids)]
         assert (
             "".join(pieces) == text
             and all(pieces)
@@ -3618,7 +3711,7 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
 
 
 def test_a_broken_character_at_the_end_is_shown_as_such(tokenizer):
-    assert "".join(common.stream_text(tokenizer, "é".encode()[:1])) == "\ufffd"
+    assert list(common.decoded(tokenizer, "é".encode()[:1])) == [("text", "\ufffd")]
 
 
 @pytest.mark.parametrize(
@@ -4128,6 +4221,8 @@ def test_settings(base, tmp_path, capsys):
     assert "--shards must be 1" in fail(["--shards=0"], capsys)
     assert "--source" in fail(["--source=../x"], capsys)
     assert "--source=eval" in fail(["--source=eval"], capsys)
+    for path in ("~nobody-of-this-name/x", "x" * 5000):
+        assert fail([f"--data={path}"], capsys).count("\n") <= 1
     for name, source in (("My Corpus.v2.txt", "my-corpus"), ("world", "world-files")):
         (tmp_path / name).mkdir()
         assert prepare.Settings(str(tmp_path / name)).source == source
@@ -4222,10 +4317,11 @@ def test_leftovers_of_killed_processes_go(base):
     dead = subprocess.Popen(["true"])
     dead.wait()
     for number in (dead.pid, os.getppid()):
-        (base / "data" / f".world.{number}.partial").mkdir(parents=True)
+        for end in ("", ".old"):
+            (base / "data" / f".world.{number}{end}.partial").mkdir(parents=True)
     prepare.main(prepare.Settings(num_conversations=60, documents=50))
     left = sorted(p.name for p in base.glob("data/.*"))
-    assert left == [f".world.{os.getppid()}.partial"]
+    assert left == [f".world.{os.getppid()}{end}.partial" for end in (".old", "")]
 
 
 def test_base_directory_that_cannot_be(tmp_path, monkeypatch):
@@ -4702,6 +4798,8 @@ BAD_LINES = {
     b'{"messages": [{"role": "tool", "content": "4"}]}': "role that is not system, user or",
     json.dumps(talk([{"type": "image_url", "image_url": "x"}], "A cat")).encode(): "part that is no",
     json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}, {"type": "output", "text": "5"}])
+               ).encode(): "output is not the calculator's",
+    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}, {"type": "output", "text": "4.0"}])
                ).encode(): "output is not the calculator's",
     json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}])).encode(): "without its output",
     json.dumps({"messages": [{"role": "user", "content": "Hi"},
@@ -5257,9 +5355,9 @@ def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub):
     _, delays = fetch_chat()
     assert 9 in delays and any(r for path, r, _ in chat_hub.requests if "smol-0" in path)
     root = base / "data/downloads"
-    for repo, files in chat_hub.repos.items():
-        for path, data in files.items():
-            assert not (root / repo / path).exists() or (root / repo / path).read_bytes() == data
+    files = {root / repo / path: data for repo, files in chat_hub.repos.items()
+             for path, data in files.items() if (root / repo / path).exists()}  # fmt: skip
+    assert len(files) > 3 and all(path.read_bytes() == data for path, data in files.items())
     assert (root / "words_alpha.txt").read_bytes() == chat_hub.plain["words_alpha.txt"]
     assert not list(root.rglob(".*.partial"))
 
@@ -5664,7 +5762,7 @@ def test_text_reads_well(docs: list[str]) -> None:
             f
             for f in found
             if not re.search(
-                r"\ba (one|eu|ewe|in |is |of |ou|as)|letter|[Tt]he word|a, |s a [aeio]|with a and",
+                r"\ba (one|eu|ewe|in |is |of |ou|as)|letter|[Tt]he word|a, |with a and",
                 f,
             )
         ]
@@ -6076,13 +6174,13 @@ def test_conversations_differ_and_fit_the_context(chats) -> None:
 
 
 def test_each_kind_has_its_share_of_the_turns(chats) -> None:
-    for split, column in (("mid", 0), ("sft", 1), ("val", 1)):
+    for split in ("mid", "sft", "val"):
         count = collections.Counter()
         for conversation in chats[split]:
             count[conversation["kind"]] += len(conversation["messages"]) // 2
-        total = sum(share[column] for share in prepare.KINDS.values())
+        total = sum(prepare.KINDS.values())
         for kind, share in prepare.KINDS.items():
-            assert abs(count[kind] / count.total() - share[column] / total) < 0.01, (split, kind)
+            assert abs(count[kind] / count.total() - share / total) < 0.01, (split, kind)
 
 
 def test_every_tool_output_is_the_calculators(chats) -> None:
@@ -6326,7 +6424,7 @@ def test_the_evaluation_sets_are_functions_of_the_tables(world_items) -> None:
 
 
 def test_story_questions_have_the_answers_of_the_story() -> None:
-    rng = random.Random(4)
+    rng, gifts = random.Random(4), 0
     for _ in range(300):
         teller = prepare.Teller(rng, prepare.GIRLS, prepare.BOYS)
         told = teller.tell(rng.randint(1, 4))
@@ -6337,9 +6435,16 @@ def test_story_questions_have_the_answers_of_the_story() -> None:
                 place = told.place[forms["n"] if key == "person" else forms["t"]]
                 assert place.endswith(f" the {accept[-1]}") and forms["at"] == place
             if key in ("giver", "taker"):
-                assert accept == [forms["n" if key == "giver" else "m"]]
-                verbs = "gave|handed|let|take the|for it|gave it away|asked|you"
-                assert re.search(verbs, told.text) and forms["t"] in told.text
+                n, m, t = forms["n"], forms["m"], forms["t"]
+                assert accept == [n if key == "giver" else m]
+                told_so = (
+                    rf"(?:{n}|[Ss]?[Hh]e) (?:gave the {t} to {m}|(?:gave|handed) {m} the {t}"
+                    rf"|let {m} have the {t})|take the {t},\" said {n} to {m}|said {n}, and gave {m} "
+                    rf"the {t}|{m} asked for the {t}, and {n} gave it away"
+                )
+                assert re.search(told_so, told.text), (n, m, t, told.text)
+                gifts += 1
+    assert gifts > 30
 
 
 def test_memory_is_asked_for_what_was_told(world_items, chats) -> None:
@@ -6431,7 +6536,7 @@ def test_the_source_is_found_or_asked_for(base_dir):
     write_texts("one", ["a text"])
     assert train_tokenizer.find_source("") == "one"
     write_texts("two", ["a text"])
-    with pytest.raises(common.MissingInput, match="--source=one|two"):
+    with pytest.raises(common.MissingInput, match=r"--source=one\|two"):
         train_tokenizer.find_source("")
 
 
@@ -6469,6 +6574,8 @@ def tiny_run(text_source, tokenizer):
 def test_pretraining_learns_saves_and_says_when_it_is_finished(tiny_run, capsys):
     metrics = pretrain.main(tiny_pretrain(num_iterations=40, eval_every=20, matrix_lr=0.05))
     assert metrics["step"] == 40 and base_losses()[40] < base_losses()[1] - 0.5
+    rates = [line["lr"] for line in common.read_log("t") if "lr" in line]
+    assert rates == [common.trapezoid(i, 40, 10, 0.6, 0.05) for i in range(40)]
     out = capsys.readouterr().out
     assert "mfu" in out and "compile: off" in out and "left" in out
     pretrain.main(tiny_pretrain(num_iterations=40, eval_every=20, matrix_lr=0.05))
@@ -6914,6 +7021,9 @@ def test_negative_settings_of_rl_are_value_errors(name):
         rl.Settings(**{name: -1})
     with pytest.raises(ValueError, match="--val-problems must be 128 or less"):
         rl.Settings(val_problems=129)
+    for value in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            rl.Settings(temperature=value)
 
 
 def test_the_width_is_64_a_block_in_heads_of_64_and_from_depth_8_of_128() -> None:
@@ -6940,7 +7050,9 @@ def test_the_horizon_follows_from_steps_flops_or_ratio():
     assert half.tokens(2048) == pytest.approx(d20.tokens(2048) / 2, rel=0.01)
 
 
-def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(tiny_run, tokenizer):
+def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(
+    tiny_run, tokenizer, monkeypatch
+):
     rows, V = common.token_rows(tiny_run, tokenizer, 16, 10**6, ALONE), tokenizer.vocab_size
     counted = collections.Counter[tuple[int, int]]()
     for i in range(len(rows)):
@@ -6953,6 +7065,12 @@ def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(tiny_run, t
 
     model = common.GPT.create(random_model(vocab_size=V).config, CPU, torch.float32)
     nats = pretrain.fit_bigrams(model, rows, 60)
+    again = common.GPT.create(model.config, CPU, torch.float32)
+    torch.manual_seed(0)
+    again.init_weights()
+    with monkeypatch.context() as patch:  # few ids at once, as with a large vocabulary
+        patch.setattr(pretrain, "logits_at_once", lambda device: 100 * V)
+        assert pretrain.fit_bigrams(again, rows, 60) == pytest.approx(nats, abs=1e-2)
     with torch.no_grad():
         losses = F.cross_entropy(model(before[:, None])[:, 0], after, reduction="none")
     assert (losses * shares).sum().item() == pytest.approx(nats, abs=0.02)
@@ -7003,6 +7121,14 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert limits == sorted(limits, key=lambda x: x[:2]) and limits[0][0] >= 4
     assert all(plain < recomputed for plain, recomputed, _ in limits)
     assert not list(base_dir.iterdir())
+    for name in common.PEAK_FLOPS:
+        plan = pretrain.Settings(depth=34, plan=True, plan_device=name, plan_count=8)
+        pretrain.main(plan)
+        total, rows = re.search(
+            r"memory +([\d.]+) GB .* (\d+) rows:", capsys.readouterr().out
+        ).groups()
+        fits = float(total) < 0.9 * pretrain.MEMORY_GB[name]
+        assert fits or rows == "1", name
 
 
 def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
@@ -7070,7 +7196,8 @@ def chat_run(tiny_run):
     write_lines(folder / "val.jsonl", talk[:2])
     problem = {"messages": talk[0]["messages"][:1], "grade": "text", "answer": "red",
                "accept": words, "reject": [], "kind": "problem"}  # fmt: skip
-    write_lines(folder / "rl.jsonl", [problem] * 30)
+    problems = [{**problem, "messages": one["messages"][:1]} for one in talk] * 8
+    write_lines(folder / "rl.jsonl", problems[:30])
     for tag in ("t", "u"):
         pretrain.main(tiny_pretrain(tag=tag, max_seq_len=64, total_batch_size=192))
     return tiny_run
@@ -7159,6 +7286,41 @@ def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
     parent = {"rl": "mid"}.get(name, "base")
     before = common.load_file(common.find_checkpoint("t", parent), "model.pt", CPU)
     assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
+    rates = [x["lr"] for x in common.read_log("u") if x["stage"] == name and "lr" in x]
+    shape = settings.warmup, settings.warmdown, settings.final_lr
+    assert rates == [common.trapezoid(i, len(rates), *shape) for i in range(len(rates))]
+
+
+def test_pretraining_validates_on_text_that_it_does_not_train_on(text_source):
+    val = list(common.read_texts(common.data_dir(text_source) / "val.parquet"))
+    assert pretrain.validation_texts(text_source, 10**6) == val
+    assert pretrain.validation_texts(text_source, 1) == val[:1]
+    shards = common.list_shards(text_source, "train")
+    assert not set(val) & {text for path in shards for text in common.read_texts(path)}
+
+
+def test_the_validation_loss_is_of_all_rows_whatever_the_micro_batch(chat_run, tokenizer):
+    path = common.data_dir(chat_run) / "sft.jsonl"
+    rows, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    ids, targets = rows.gather(np.arange(len(rows)))
+    with torch.no_grad():
+        logits = model(ids).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets.flatten(), ignore_index=common.IGNORE).item()
+    for micro in (1, 2, len(rows) - 1, len(rows), 99):
+        assert common.evaluate_loss(model, rows, micro) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_best_validation_outlives_worse_ones_and_a_resume(base_dir):
+    common.run_dir("t").mkdir(parents=True)
+    run = common.Run("sft", "t", None, CPU, 0, 1)
+    for step, loss, best in ((0, 3.0, 3.0), (2, 1.0, 1.0), (4, 2.0, 1.0), (6, 0.5, 0.5)):
+        run.log(step, val_loss=loss)
+        assert run.metrics["best_val_loss"] == best
+    again = common.Run("sft", "t", None, CPU, 0, 1)
+    again.recall({"step": 4, "metrics": {"best_val_loss": 1.0}})
+    assert (again.metrics["best_val_loss"], again.metrics["val_loss"]) == (1.0, 2.0)
+    assert again.validated == {0, 2, 4}
 
 
 @pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
@@ -7243,6 +7405,9 @@ def test_two_ranks_follow_one_in_the_chat_stages(chat_run, name):
     assert a.keys() == b.keys() and len(a) >= 3
     for step in a:
         assert a[step] == pytest.approx(b[step], abs=1e-3)
+    if name != "rl":
+        a, b = ([x["val_loss"] for x in common.read_log(tag) if "val_loss" in x] for tag in "ut")
+        assert len(a) >= 2 and a == pytest.approx(b, abs=1e-3) and all(a)
 
 
 def test_two_ranks_make_the_rl_step_of_one(tokenizer, tmp_path):
@@ -7334,6 +7499,17 @@ def test_the_closing_token_is_learned_in_rl_and_the_tools_output_is_not(tokenize
     assert tokenizer.decode(whole).count("2+3") == 1 and whole == [
         i for i, own in zip(ids[start:], mask[start:]) if own
     ]
+
+
+def test_an_answer_keeps_its_closing_token_and_one_cut_off_has_no_reward(tokenizer):
+    script = [*tokenizer.encode("tan"), tokenizer.specials["<|assistant_end|>"]]
+    engine = common.Engine(Talker(tokenizer, script), tokenizer, 2)
+    problem = asking("Which?", grade="text", accept=["tan"])
+    for most, reward in ((len(script), 1.0), (len(script) - 1, 0.0)):
+        chosen = rl.Settings(num_samples=2, max_tokens=most)
+        (group,) = rl.answer_problems(engine, [problem], [0], chosen)
+        assert [r.ids for r in group.replies] == [script[:most]] * 2
+        assert group.rewards == [reward] * 2 and all(r.mask == [1] * most for r in group.replies)
 
 
 def test_all_samples_are_used_whatever_the_micro_batch(tokenizer):
@@ -7514,6 +7690,30 @@ def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
         assert not besides[outputs + 1].any(), "what the tool says is never learned"
 
 
+@pytest.mark.parametrize("name", ["mid", "sft"])
+def test_the_last_step_of_an_epoch_takes_the_rows_that_are_left(chat_run, name, monkeypatch):
+    module, plain, asked = CHAT_STAGES[name][0], common.row_batches, []
+    monkeypatch.setattr(module, "row_batches", lambda rows, *rest: (
+        asked.append((len(rows), rest[-1])) or plain(rows, *rest)
+    ))  # fmt: skip
+    run_stage(name, "t")
+    count = asked[0][0]
+    _, _, metrics = run_stage(name, "t", restart=True, total_batch_size=64 * (count - 1))
+    assert metrics["step"] == 2 and asked == [(count, count)] * 2
+    if name == "mid":
+        meta = common.read_meta(common.find_checkpoint("t", "mid"))
+        assert meta["mixture"]["text rows"] > 0
+
+
+def test_an_epoch_of_rl_meets_each_problem_once(chat_run):
+    run = SimpleNamespace(settings=rl.Settings(problems_per_step=4), rank=0, world_size=1)
+    sampler = rl.Sampler(run, None, None, list(range(10)), 1, 1)
+    met = [i for step in range(5) for i in sampler.problems_of(step)]
+    assert sorted(met[:10]) == sorted(met[10:]) == list(range(10)) and met[:10] != met[10:]
+    options = {"num_iterations": 0, "problems_per_step": 20, "save_every": 0}
+    assert run_stage("rl", "t", **options)[2]["step"] == 2, "of 27 problems"
+
+
 def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
     rows, _ = common.conversation_rows(
         common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
@@ -7600,6 +7800,11 @@ def test_a_chat_stage_wants_the_tokenizer_of_its_base_model(chat_run, name):
     path.write_text(json.dumps(saved))
     with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
         run_stage(name, "t", restart=True)
+    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
+        evaluate.main(evaluate.Settings(tag="t", device="cpu"))
+    chosen = SimpleNamespace(tag="t", stage="", step=0, device="cpu", dtype="", int8=False)
+    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
+        common.load_for_answers(chosen)
 
 
 def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
@@ -7727,6 +7932,13 @@ CALL = [{"type": "text", "text": "Let me see: "}, {"type": "python", "text": "37
 RIGHT = [CALL, "It is Paris.", "I am Tiny.", "    return math.floor(x + 1)"]
 WRONG = [[*CALL[:3], {"type": "text", "text": " So it is 4."}], "It is Paris or Rome.",
          "I don\u2019t know.", "    return x"]  # fmt: skip
+
+
+def test_a_prompt_that_was_cut_to_the_context_is_said(tokenizer):
+    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 2)
+    items = [asking(text, grade="text", accept=["x"], answer="x") for text in ("a?", "word " * 40)]
+    got = evaluate.write_replies(engine, items, range(2), 4)
+    assert {reply.index: reply.cut for reply in got} == {0: False, 1: True}
 
 
 @pytest.mark.parametrize("right", [True, False])
@@ -8274,7 +8486,7 @@ def test_two_ranks_score_as_one(evaluated):
         other = two["tasks"].get(name) or two["tasks"]["CORE"]["tasks"][name]
         assert other["score"] == pytest.approx(record["score"], abs=1e-6), name
         for key in ("items", "low", "high", "kinds", "unknown_said", "cut", "centred"):
-            assert other.get(key) == record.get(key) or "bpb" in name, (name, key)
+            assert other.get(key) == record.get(key), (name, key)
     assert one["tasks"]["letters"]["score"] in (3 / 7, 4 / 7)
 
 
@@ -9132,6 +9344,9 @@ def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
     assert re.search(re.escape(path) + said, capsys.readouterr().err)
     with pytest.raises(ValueError, match="No such file.*: name a file"):
         serve.Settings(blocklist=str(tmp_path / "none"))
+    for value in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="--timeout-s above 0"):
+            serve.Settings(timeout_s=value)
 
 
 def test_a_tiny_temperature_takes_the_likeliest_and_harms_nobody(tokenizer):

@@ -26,12 +26,12 @@ from common import (
     MissingInput,
     Stop,
     Tokenizer,
-    base_dir,
     check_name,
     format_count,
     list_shards,
     one_sentence,
     parse_settings,
+    prepared_sources,
     read_texts,
     run_dir,
     setting,
@@ -67,7 +67,7 @@ def find_source(source: str) -> str:
     """Return the data source to use: the named one, or the only one that is prepared."""
     if source:
         return source
-    found = sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
+    found = prepared_sources()
     if len(found) == 1:
         return found[0]
     if not found:
