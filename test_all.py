@@ -66,7 +66,7 @@ import requests
 import tiktoken
 import torch
 import torch.distributed as dist
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -97,6 +97,11 @@ STAGES = [
 CPU = torch.device("cpu")
 ALONE = common.Run("base", "t", None, CPU, 0, 1)
 
+settings.register_profile(  # on a machine of any pace; what CI's says of chance stays
+    "any pace", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any pace")
+
 # Fixtures ------------------------------------------------------------------------------------
 
 SENTENCES = [
@@ -120,6 +125,15 @@ def ctrl_c():
     """Let what the tests start hear Ctrl-C: a shell's background jobs inherit that it is ignored."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_environment():
+    """Drop what would make the project behave otherwise than the tests expect."""
+    for name in ("NANOCHAT_API_KEY", "NANOCHAT_MIRROR", "RANK", "WORLD_SIZE", "LOCAL_RANK",
+                 "LOCAL_WORLD_SIZE"):  # fmt: skip
+        os.environ.pop(name, None)
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
 @pytest.fixture
@@ -160,6 +174,14 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def until(condition, seconds=30):
+    """Wait until a condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def be_rank(env, out, code):
@@ -485,6 +507,9 @@ def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_pat
     run = common.run_dir("unbroken")
     shutil.copytree(common.run_dir("broken") / "tokenizer", run / "tokenizer")
     whole = ["--tag=unbroken", "--source=tale", *flags]
+    # which dtype is fast for Muon is timed: here it is what it was there
+    used = common.read_meta(common.find_checkpoint("broken", "base"))["muon_dtype"]
+    monkeypatch.setattr(pretrain, "pick_dtype", lambda _, name="": getattr(torch, name or used))
     pretrain.main(common.parse_settings(pretrain.Settings, "", whole))
     a, b = (final_weights(tag, 100) for tag in ("broken", "unbroken"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -609,7 +634,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(TEXTS)
 @example("")
 @example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re")
@@ -620,7 +645,7 @@ def test_split_is_the_pattern_by_regex(text):
     assert nanochat_bpe.split(text) == regex.findall(nanochat_bpe.PATTERN, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(TEXTS)
 @example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re  ")
 def test_split_is_the_pattern_by_tiktoken(text):
@@ -666,7 +691,7 @@ def test_merges_are_those_of_plain_bpe(texts):
         assert nanochat_bpe.train(iter(texts), 400, threads) == plain_bpe(texts, 400)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.text("abc é", max_size=60), max_size=5), st.integers(256, 330))
 def test_merges_are_those_of_plain_bpe_on_any_text(texts, vocab_size):
     assert nanochat_bpe.train(texts, vocab_size, 2) == plain_bpe(texts, vocab_size)
@@ -801,7 +826,7 @@ def test_ctrl_c_stops_training(documents):
         child.send_signal(signal.SIGINT)
         try:
             assert child.stdout.read() == "stopped\n"
-            assert time.perf_counter() - started < 4
+            assert time.perf_counter() - started < 60  # nothing else ends it
         finally:
             child.kill()
 
@@ -1216,7 +1241,7 @@ def test_a_damaged_tokenizer_is_said(tokenizer, tmp_path):
 
 
 @given(st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_encoding_loses_nothing_and_merges_as_trained(text):
     tokenizer = TOKENIZER()
     ids = tokenizer.encode(text)
@@ -2217,7 +2242,7 @@ def test_many_ranks_update_as_one_does_and_their_state_is_cut_anew(world_size, t
 
 
 @given(st.lists(st.integers(1, 70), max_size=60), st.integers(1, 24), st.integers(1, 9))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_packing_loses_no_token_and_begins_every_row_with_bos(lengths, T, buffer):
     serial = itertools.count(1)
     documents = [[0, *itertools.islice(serial, n)] for n in lengths]  # every token is its own
@@ -2368,12 +2393,12 @@ def take_steps(rows, batch_rows, micro, steps, start=0, ranks=1):
     result = []
     streams = []
     for rank in range(ranks):
-        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(ranks)
-        accum = common.accum_steps(batch_rows, micro)
-        stream = common.row_batches(rows, batch_rows, micro, 3, start, CPU)
-        got = list(itertools.islice(stream, accum * steps))
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        with unittest.mock.patch.dict(os.environ, place):
+            accum = common.accum_steps(batch_rows, micro)
+            stream = common.row_batches(rows, batch_rows, micro, 3, start, CPU)
+            got = list(itertools.islice(stream, accum * steps))
         streams.append([got[i : i + accum] for i in range(0, len(got), accum)])
-    del os.environ["RANK"], os.environ["WORLD_SIZE"]
     for step in range(steps):
         batches = [b for stream in streams for b in stream[step]]
         kept = [tuple(x.tolist()) for b in batches for x in b.ids[b.targets[:, 0] >= 0]]
@@ -3696,7 +3721,7 @@ def test_finished_rows_stop_calling_the_tool(tokenizer, monkeypatch):
 
 
 @given(st.text(min_size=1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_streamed_pieces_are_whole_characters_and_add_up(text):
     tokenizer = TOKENIZER()
     byte_ids = list(text.encode())  # the worst case: a token a byte
@@ -3766,10 +3791,10 @@ def test_the_calculator_equals_python_on_fractions(expression):
 
 @given(st.text("0123456789.,+-*/%() 'lenct\"aé\n\\", max_size=300) | st.text(max_size=40))
 def test_the_calculator_takes_any_text_and_is_soon_done(text):
-    began = time.process_time()
+    began = time.thread_time()
     result = common.calculate(text)
     assert re.fullmatch(r"error|-?[0-9]{1,30}(\.[0-9]{1,6})?", result)
-    assert time.process_time() - began < 0.2
+    assert time.thread_time() - began < 2
 
 
 @pytest.fixture(params=["best", "plain"])
@@ -3831,14 +3856,14 @@ def test_the_sandbox_ends_what_does_not_end(sandbox, program):
     began = time.perf_counter()
     outcome = sandbox(program, timeout_s=0.5)
     assert (outcome.passed, outcome.reason) == (False, "it took longer than 0.5 s")
-    assert time.perf_counter() - began < 5
+    assert time.perf_counter() - began < 30
 
 
 def test_the_sandbox_limits_cpu_time(sandbox):
     program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))"
-    assert sandbox(program, timeout_s=1.5).output == "(2, 2)\n"
-    program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (3, 3))"
-    assert not sandbox(program, timeout_s=1.5).passed, "it cannot be raised"
+    assert sandbox(program, timeout_s=9.5).output == "(10, 10)\n"
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (11, 11))"
+    assert not sandbox(program, timeout_s=9.5).passed, "it cannot be raised"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
@@ -4601,14 +4626,14 @@ def test_hub_that_refuses_a_range(base, hub):
 
 
 def test_hub_backs_off(base, hub):
-    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    date = email.utils.formatdate(time.time() + 500, usegmt=True)
     hub.script = {"main": ["503", "429 7"], "shard_00000.parquet": ["503", "500", "429"],
                   "shard_00004.parquet": ["429 33", f"429 {date}", "429 1e999"]}  # fmt: skip
     _, delays = fetch_shards()
     assert_same(base, hub, 1)
     assert 0.5 <= delays[0] <= 1.5 and delays[1] == 7
     assert all(0.5 * 2**n <= delays[2 + n] <= 1.5 * 2**n for n in range(3))
-    assert delays[5] == 33 and 90 < delays[6] <= 100 and len(delays) == 8
+    assert delays[5] == 33 and 400 < delays[6] <= 500 and len(delays) == 8
 
 
 def test_hub_gives_up_in_the_end(base, hub):
@@ -4667,12 +4692,12 @@ def test_hub_checks_small_files_by_gits_hash(base, hub, tmp_path):
 
 
 def test_hub_unreachable_names_the_other_choices(base):
-    start = time.monotonic()
+    net = quick_net()
     with pytest.raises(
         common.Stop, match="cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"
     ):
-        prepare.main(prepare.Settings("hub"))
-    assert time.monotonic() - start < 2 and not any(base.glob("data/*"))
+        prepare.main(prepare.Settings("hub"), net)
+    assert not net.stopping.delays and not any(base.glob("data/*"))
 
 
 @pytest.mark.parametrize("endpoint", ["hub.example", "http://[", "ftp://hub.example"])
@@ -4723,7 +4748,7 @@ def test_hub_is_interrupted_and_resumed(base, hub):
     command = [sys.executable, prepare.__file__, "--data=hub", "--shards=1", "--workers=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = base / "data" / "fineweb-edu"
-    for _ in range(3000):
+    for _ in range(12_000):
         begun = any(path.stat().st_size for path in folder.glob(".*.partial"))
         if begun or process.poll() is not None:
             break
@@ -4950,7 +4975,7 @@ TURN = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(JSON | GRADED | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
        | st.fixed_dictionaries({"question": JSON, "answer": st.text().map("{0}####1{0}".format)})
 )  # fmt: skip
@@ -6833,7 +6858,7 @@ def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
     run_ranks(2, f"pretrain.main(pretrain.Settings(**{options!r}))")
     flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command, env = torchrun(flags, settings)
-    victims, said, killed = [(20, 1), (65, 0)], [], []
+    victims, said, killed = [(20, 1), (40, 0)], [], []
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
         for line in agent.stdout:
             said.append(line)
@@ -6841,7 +6866,7 @@ def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
                 killed.append(time.monotonic())
                 os.kill(ranks_of(agent)[victims.pop(0)[1]], signal.SIGKILL)
             if "going on from" in line:
-                assert time.monotonic() - killed[-1] < 60
+                assert time.monotonic() - killed[-1] < 180
     assert agent.returncode == 0 and not victims
     assert sum("going on from" in line for line in said) == 2
     a, b = base_losses("u"), base_losses("t")
@@ -6853,7 +6878,9 @@ def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
 
 
 def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_run, capfd):
-    options = dataclasses.asdict(tiny_pretrain(num_iterations=100_000, save_every=2, eval_every=0))
+    options = dataclasses.asdict(
+        tiny_pretrain(num_iterations=100_000, save_every=2, eval_every=0, compile="no")
+    )
     code = f"""
     def full(path, *args, **options):
         shard = "step-000004.partial" in str(path) and str(path).endswith("001.pt")
@@ -6952,7 +6979,11 @@ def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shar
         )  # fmt: skip
         with open(tmp_path / f"host{i}.txt", "w") as out:
             agents.append(subprocess.Popen(host + command, env=env, stdout=out, stderr=out))
-    codes = [agent.wait(240) for agent in agents]
+    try:
+        codes = [agent.wait(240) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
     said = [(tmp_path / f"host{i}.txt").read_text() for i in (0, 1)]
     if not shared:
         assert 0 not in codes and "must be a folder that all nodes share" in said[1], said
@@ -6969,7 +7000,7 @@ def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shar
 
 def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
     settings = {**dataclasses.asdict(tiny_pretrain(num_iterations=100_000, eval_every=0,
-                                                   save_every=0)), "keep": 2}  # fmt: skip
+                                                   save_every=0, compile="no")), "keep": 2}  # fmt: skip
     code = f"import pretrain; pretrain.main(pretrain.Settings(**{settings!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
@@ -7265,12 +7296,16 @@ def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
         shutil.copytree(common.run_dir("u") / "mid", common.run_dir("t") / "mid")
     stage, given = module.__name__, dataclasses.asdict(settings)
     code = f"""
+    import time
     save, steps = {stage}.save_checkpoint, []
 
     def save_and_die(run, step, *rest):
-        save(run, step, *rest)
+        run.wait_for_save()
         steps.append(step)
-        if len(steps) == 2:  # the files are being written
+        if len(steps) == 2:  # its files never become whole
+            torch.save = lambda *_: time.sleep(60)
+        save(run, step, *rest)
+        if len(steps) == 2:
             os.kill(os.getpid(), {signal.SIGKILL:d})
 
     {stage}.save_checkpoint = save_and_die
@@ -8307,8 +8342,8 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     assert evaluate.score_blocks(record, "t")[-1].endswith("(base): MMLU, CORE/piqa.")
     saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
     assert saved == report
-    before = time.perf_counter()
-    assert evaluate.main(tiny_evaluate()) == report and time.perf_counter() - before < 5
+    with unittest.mock.patch.object(evaluate, "run_task", lambda *_: 1 / 0):
+        assert evaluate.main(tiny_evaluate()) == report, "what is done is not done again"
 
     capsys.readouterr()
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
@@ -8640,7 +8675,6 @@ def test_the_reports_curves_keep_their_points_and_their_box(base_dir):
     assert (y1 - y0) / (x1 - x0) == pytest.approx((y2 - y0) / (x2 - x0), rel=0.01), "a line"
 
 
-@settings(deadline=None)
 @example(5e-324, 0.0, False)
 @given(st.floats(-1e6, 1e6), st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.booleans())
 def test_ticks_are_few_and_hold_the_values(low, span, log):
@@ -9321,9 +9355,9 @@ def test_no_more_is_held_than_a_match_can_need(tmp_path):
         assert blocklist.window == window
         said = "".join(piece for _, piece in masker.feed("text", "z" * 1000))
         assert said == "z" * (1000 - window + 1)
-    began = time.monotonic()  # nine tenths of a million steps for each character, not 2**256
+    began = time.thread_time()  # nine tenths of a million steps for each character, not 2**256
     assert not serve.read_blocklist(Path(write_blocklist(tmp_path, "z*z*y"))).finds("z" * 2000)
-    assert time.monotonic() - began < 20
+    assert time.thread_time() - began < 20
     assert serve.read_blocklist(Path(write_blocklist(tmp_path, "# nothing", ""))) is None
 
 
@@ -9398,8 +9432,7 @@ def test_what_is_said_is_logged_whole_where_that_is_asked_for(tokenizer):
         with serving(tokenizer, 1, Talker(tokenizer, script), max_tokens=400,
                      log_content=log) as (server, url):  # fmt: skip
             requests.post(url + "/v1/chat/completions", json=asked)
-            while not server.said:
-                time.sleep(0.01)
+            until(lambda: server.said)
             (line,) = server.said
             assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
             found = json.loads(line[line.index("{") :]) if "{" in line else None
@@ -9750,7 +9783,7 @@ def fuzz_bodies(server, seed, count, codes):
         path, body = rng.choice(FUZZED)
         data = fuzzed_json(rng, body)
         if connection is None:
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=5)
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
         connection.request("POST", path, data)
         response = connection.getresponse()
         text = response.read()
@@ -9774,14 +9807,14 @@ def fuzz_framing(server, seed, count, codes):
     for _ in range(count):
         data, began = fuzzed_request(rng, *rng.choice(FUZZED)), time.monotonic()
         address = "127.0.0.1", server.server_port
-        with socket.create_connection(address, timeout=5) as connection:
+        with socket.create_connection(address, timeout=60) as connection:
             connection.sendall(data)
             if rng.random() < 0.9:  # else it waits for what may come, and says so after a while
                 connection.shutdown(socket.SHUT_WR)
             back = b""
             while part := connection.recv(1 << 16):
                 back += part
-        assert time.monotonic() - began < 5, data[:500]
+        assert time.monotonic() - began < 30, data[:500]
         found = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n", back)
         for code in found or ["closed" if not back else "no head"]:
             if found:
@@ -9813,7 +9846,7 @@ def test_malformed_requests_are_refused_and_the_next_is_served(
     asked = {"messages": user("Hi"), "temperature": 0, "max_tokens": 8}
     began, clients, codes = time.monotonic(), 4, collections.Counter()
     with (  # one that waits for nobody, and one that does not close connections of busy clients
-        serving(tokenizer, 8, random_model(**shape), timeout_s=0.25) as (hasty, hasty_url),
+        serving(tokenizer, 8, random_model(**shape)) as (hasty, hasty_url),
         serving(tokenizer, 8, random_model(**shape)) as (patient, url),
     ):
 
@@ -9822,6 +9855,7 @@ def test_malformed_requests_are_refused_and_the_next_is_served(
             return [requests.post(path, json=asked).json()["choices"] for path in paths]
 
         right = answers()
+        hasty.settings.timeout_s = 0.25
         with concurrent.futures.ThreadPoolExecutor(2 * clients) as pool:
             each = count // 2 // clients
             fuzzers = ((fuzz_bodies, patient), (fuzz_framing, hasty))
@@ -9829,6 +9863,7 @@ def test_malformed_requests_are_refused_and_the_next_is_served(
                     for i in range(clients) for fuzz, server in fuzzers]  # fmt: skip
             for run in concurrent.futures.as_completed(runs):
                 run.result()
+        hasty.settings.timeout_s = 30.0
         assert answers() == right
     assert "Traceback" not in capsys.readouterr().err
     assert codes[400] > count / 10 and codes[200] > count / 50, codes
@@ -9865,13 +9900,9 @@ def test_a_client_that_goes_away_frees_its_slot(tokenizer):
             data = posted(f"Content-Length: {len(asked)}", body=asked)
             with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
                 connection.sendall(data)
-                while not server.model.engine.decoding:
-                    time.sleep(0.01)
+                until(lambda: server.model.engine.decoding)
                 assert worker.open == 1
-            began = time.monotonic()
-            while worker.open or server.model.engine.load:
-                assert time.monotonic() - began < 3
-                time.sleep(0.01)
+            until(lambda: not (worker.open or server.model.engine.load))
             assert worker.generated < 3000, "it did not just run to its end"
 
 
@@ -9887,14 +9918,10 @@ def test_a_client_that_does_not_read_frees_its_slot(tokenizer):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.server_port))
             connection.sendall(posted(f"Content-Length: {len(asked)}", body=asked))
-            while not engine.decoding:
-                time.sleep(0.01)
+            until(lambda: engine.decoding)
             beside = {"messages": user("Hi"), "max_tokens": 2}
             assert requests.post(url + "/v1/chat/completions", json=beside).status_code == 200
-            end = time.monotonic() + 5
-            while worker.open or engine.load:
-                assert time.monotonic() < end
-                time.sleep(0.01)
+            until(lambda: not (worker.open or engine.load))
         assert worker.generated < 3500, "it did not just run to its end"
 
 
@@ -9951,9 +9978,8 @@ def test_a_log_that_cannot_be_written_stops_no_request(served, monkeypatch, caps
     closed = io.StringIO()
     monkeypatch.setattr(sys, "stdout", closed)
     assert requests.get(url + "/health").status_code == 200
-    while not closed.getvalue().endswith("\n"):
-        time.sleep(0.01)
-    assert re.fullmatch(r"[0-9:]{8} 127\.0\.0\.1 GET /health 200 0\.\d\d s\n", closed.getvalue())
+    until(lambda: closed.getvalue().endswith("\n"))
+    assert re.fullmatch(r"[0-9:]{8} 127\.0\.0\.1 GET /health 200 \d+\.\d\d s\n", closed.getvalue())
     closed.close()
     with requests.Session() as session:
         assert [session.get(url + "/health").status_code for _ in range(3)] == [200] * 3
@@ -9970,10 +9996,16 @@ def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
         def ask(_):
             return requests.post(url + "/v1/chat/completions", json=asked)
 
+        engine, go = server.model.engine, threading.Event()
+        step = engine.step
+        engine.step = lambda: go.wait(60) and step()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            responses = list(pool.map(ask, range(8)))
+            asking = [pool.submit(ask, i) for i in range(8)]
+            until(lambda: sum(one.done() for one in asking) == 6)
+            go.set()
+            responses = [one.result() for one in asking]
         codes = collections.Counter(response.status_code for response in responses)
-        assert set(codes) == {200, 429} and codes[200] >= 2
+        assert codes == {200: 2, 429: 6}
         never = requests.post(url + "/v1/chat/completions", json={**asked, "n": 3})
         assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
         refused = next(r for r in responses if r.status_code == 429)
@@ -9995,15 +10027,20 @@ def resident_bytes():
 class Crowd:
     """Clients who ask, stop reading, go away and ask nonsense, and note what is not as it should."""
 
-    def __init__(self, server, url, known, seconds):
-        self.server, self.url, self.known = server, url, known
+    def __init__(self, server, url, known, seconds, often):
+        self.server, self.url, self.known, self.often = server, url, known, often
         self.until, self.wrong, self.done = time.monotonic() + seconds, [], collections.Counter()
+
+    def enough(self):
+        """Whether every act was done often enough, or a slow machine has had a minute more."""
+        least = min(self.done[name] for name in ("whole", "stream", "leave", "cancel"))
+        return least >= self.often or time.monotonic() > self.until + 60
 
     def client(self, seed):
         rng, session = random.Random(seed), requests.Session()
         acts = [self.whole, self.stream, self.stream, self.leave, self.cancel, self.nonsense]
         try:
-            while time.monotonic() < self.until:
+            while time.monotonic() < self.until or not self.enough():
                 act = rng.choice(acts)
                 act(rng, session, rng.choice(list(self.known)))
                 self.done[act.__name__] += 1
@@ -10073,21 +10110,19 @@ def test_many_who_come_and_go_get_what_each_gets_alone_and_leave_nothing(
     texts = [f"{word} {number}?" for word in ("Who is", "Say") for number in range(6)]
     known = {text: reply_alone(tokenizer, user(text), 20)[1] for text in texts}
     with serving(tokenizer, 6, max_waiting=clients // 4) as (server, url):
-        crowd = Crowd(server, url, known, seconds)
+        crowd = Crowd(server, url, known, seconds, clients)
         threads = [threading.Thread(target=crowd.client, args=(i,)) for i in range(clients)]
         for thread in threads:
             thread.start()
         time.sleep(seconds / 4)
         warm = resident_bytes()
         for thread in threads:
-            thread.join(seconds + 60)
+            thread.join(seconds + 150)
         assert not crowd.wrong, crowd.wrong[:5]
         assert resident_bytes() - warm < max(30e6, 0.1 * warm)
         assert min(crowd.done[name] for name in ("whole", "stream", "leave", "cancel")) >= clients
-        end = time.monotonic() + 5
-        while "requests_open 0" not in (told := requests.get(url + "/metrics").text):
-            assert time.monotonic() < end, told
-            time.sleep(0.02)
+        until(lambda: "requests_open 0" in requests.get(url + "/metrics").text)
+        told = requests.get(url + "/metrics").text
         assert "nanochat_requests_waiting 0" in told
         assert requests.get(url + "/health").json()["status"] == "ready"
         answer = requests.post(url + "/v1/chat/completions", json={"messages": user(texts[0]),
@@ -10255,7 +10290,8 @@ def test_the_server_tells_how_it_is(served):
     assert config["context"] == 128 and config["model"] == "t-sft"
     asked = {"messages": user("Hi"), "max_tokens": 3}
     requests.post(url + "/v1/chat/completions", json=asked)
-    time.sleep(0.1)
+    label = 'nanochat_requests_total{path="/v1/chat/completions",code="200"}'
+    until(lambda: label in requests.get(url + "/metrics").text)  # it is counted last
     values = dict(line.rsplit(" ", 1) for line in requests.get(url + "/metrics").text.splitlines()
                   if not line.startswith("#"))  # fmt: skip
     for name in ("request", "first_token"):
@@ -10351,8 +10387,7 @@ def test_a_second_signal_ends_a_server_at_once(chat_run):
         assert any("ready" in line for line in process.stdout)
         asked = {"prompt": "The", "max_tokens": 2}
         answer = pool.submit(requests.post, url + "/v1/completions", json=asked)
-        while "nanochat_requests_open 1" not in requests.get(url + "/metrics").text:
-            time.sleep(0.05)
+        until(lambda: "nanochat_requests_open 1" in requests.get(url + "/metrics").text)
         process.terminate()
         assert any("1 answers may end" in line for line in process.stdout)
         assert requests.get(url + "/health").json()["status"] == "draining"
@@ -10565,10 +10600,18 @@ def opened(chromium, url, **options):
     context.on("dialog", lambda dialog: dialog.accept("Renamed"))
     context.set_default_timeout(10_000)
     page = context.new_page()
-    page.goto(url)
-    yield page
-    assert not errors
-    context.close()
+    try:
+        page.goto(url)
+        yield page
+        assert not errors
+    finally:
+        context.close()
+
+
+def has_value(page, field, value):
+    """Wait until a field of the settings has a value, which /config or another tab brings."""
+    found = pytest.importorskip("playwright.sync_api").expect(page.locator(field))
+    found.to_have_value(value, timeout=10_000)
 
 
 @contextlib.contextmanager
@@ -10611,7 +10654,7 @@ def cut(monkeypatch):
 
 @pytest.mark.browser
 def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer), pause=0.01)
+    model = Talker(tokenizer, answer_script(tokenizer), pause=0.03)
     with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
         page.fill("#text", "<img src=x onerror=\"document.title='owned'\">")
         page.press("#text", "Enter")
@@ -10690,11 +10733,7 @@ def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, 
         assert busy.status_code == 429
         page.click("#send")
         page.get_by_text("stopped", exact=True).wait_for()
-        for _ in range(100):
-            if not server.model.worker.open:
-                break
-            time.sleep(0.02)
-        assert not server.model.worker.open, "the slot is free"
+        until(lambda: not server.model.worker.open)  # the slot is free
 
         long = "many words " * 2000
         page.fill("#text", long)
@@ -10708,6 +10747,7 @@ def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, 
         page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
         cut()
         page.locator(".trouble").wait_for()
+        until(lambda: not server.model.worker.open)
         page.get_by_role("button", name="Try again").click()
         page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
         page.click("#send")
@@ -10792,25 +10832,9 @@ def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
         other.locator("#chats").get_by_text("First").wait_for(state="detached")
         page.click("#options")
         page.fill("#max_tokens", "77")
-        other.wait_for_function("document.getElementById('max_tokens').value === '77'")
+        has_value(other, "#max_tokens", "77")
         page.get_by_role("button", name="Delete Second").click()  # there it is open
         other.locator("#title").get_by_text("Third").wait_for()
-
-
-@pytest.mark.browser
-def test_conversations_of_an_earlier_page_are_taken_over(served, chromium):
-    _, url = served
-    said = [*user("Old"), {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}]
-    chats = [{"id": f"{i}", "title": f"Chat {i}", "messages": said} for i in (2, 1)]
-    with opened(chromium, url) as page:
-        kept = json.dumps({"chats": chats, "now": "1", "options": {}, "draft": ""})
-        page.evaluate("(kept) => localStorage.setItem('nanochat', kept)", kept)
-        for _ in range(2):
-            page.reload()
-            names = page.locator("#chats li > button:first-child").all_inner_texts()
-            assert names[-2:] == ["Chat 2", "Chat 1"]
-        page.locator("#chats").get_by_text("Chat 1", exact=True).click()
-        assert page.locator("article").all_inner_texts()[1].startswith("Yes.")
 
 
 @pytest.mark.browser
@@ -10884,14 +10908,14 @@ def test_a_long_conversation_goes_on_and_stays_where_it_is_read(tokenizer, chrom
 def test_settings_go_back_to_the_servers(tokenizer, chromium):
     model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
     with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
-        page.wait_for_function("document.getElementById('max_tokens').value === '99'")
+        has_value(page, "#max_tokens", "99")
         page.click("#options")
         page.fill("#max_tokens", "3")
         page.fill("#system", "Be kind.")
         page.get_by_role("button", name="Back to the server's values").click()
         assert page.input_value("#max_tokens") == "99" and page.input_value("#system") == ""
         page.reload()
-        page.wait_for_function("document.getElementById('max_tokens').value === '99'")
+        has_value(page, "#max_tokens", "99")
         assert page.input_value("#system") == ""
 
 
@@ -10978,7 +11002,7 @@ def test_settings_reach_the_request_and_only_changed_ones_are_kept(tokenizer, ch
             shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
             assert sum(map(int, re.findall(r"\d+", shade)[:3])) < 384
             page.reload()
-            page.wait_for_function("document.getElementById('top_k').value === '7'")
+            has_value(page, "#top_k", "7")
             assert page.input_value("#temperature") == "1.5"
             assert page.input_value("#max_tokens") == "50"
 
@@ -11001,11 +11025,15 @@ def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, b
         page.locator(".trouble").get_by_text("wants its key").wait_for()
         assert page.evaluate("document.activeElement.id") == "key"
         page.click("#close")
+        looking = []
+        page.on("request", lambda r: looking.append(r) if r.url.endswith("/training") else None)
         page.click("#view")
         page.locator("#notice").get_by_text("wants its key").wait_for()
         assert page.evaluate("document.activeElement.id") == "key"
-        page.click("#close")
+        for request in looking:  # those sent before the first was refused
+            request.response().finished()
         page.wait_for_timeout(300)
+        page.click("#close")
         looks = sum("/training" in line for line in server.said)
         page.wait_for_timeout(500)
         assert looks == sum("/training" in line for line in server.said) > 0
@@ -11066,7 +11094,7 @@ def test_the_page_says_what_it_cannot_do(tokenizer, chromium, base_dir):
         answered(page, 1)
         assert not notice.is_visible()
 
-        model.pause = 0.3  # somebody else is answered
+        model.pause = 1.0  # somebody else is answered
         asked = {"messages": user("Hi"), "stream": True}
         with requests.post(url + "/v1/chat/completions", json=asked, stream=True) as response:
             next(response.iter_lines())
@@ -11076,8 +11104,7 @@ def test_the_page_says_what_it_cannot_do(tokenizer, chromium, base_dir):
             page.locator("article.assistant").nth(3).locator(".trouble").wait_for()
             assert page.get_by_role("button", name="Try again").count() == 1
         model.pause = 0
-        while server.model.worker.open:
-            time.sleep(0.02)
+        until(lambda: not server.model.worker.open)
         page.get_by_role("button", name="Try again").click()
         answered(page, 3)
         assert page.get_by_role("button", name="Try again").count() == 0, "an older one has none"
@@ -11149,6 +11176,7 @@ def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
         page.click("#send")  # stop
         page.get_by_text("stopped", exact=True).wait_for()
         page.click("#new")
+        model.pause = 0.1  # so that a slow browser has looked around before it ends
         send(page, "Go")
         page.get_by_text("word word").wait_for()
         assert page.locator("article.assistant").get_attribute("aria-busy") == "true"
@@ -11170,10 +11198,12 @@ def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
         entry.click()
         assert page.inner_text("#send") == "Stop"
         entry.focus()
+        model.pause = 0.005
         assert answered(page, 0).inner_text().startswith("word " * 59)
         assert page.evaluate("document.activeElement.textContent") == "Go"
         assert page.locator("article.assistant").get_attribute("aria-busy") is None
 
+        model.pause = 0.02
         page.get_by_role("button", name="Regenerate").click()
         page.get_by_text("word word").wait_for()
         page.reload()  # what has come is kept
