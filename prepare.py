@@ -58,7 +58,6 @@ import requests
 from urllib3.exceptions import MaxRetryError
 
 from common import (
-    RL_VAL,
     MissingInput,
     Stop,
     at_least,
@@ -72,6 +71,7 @@ from common import (
     one_sentence,
     parse_settings,
     read_conversations,
+    rl_held,
     setting,
     write_json,
     written_beside,
@@ -1062,7 +1062,7 @@ def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
             text += piece
         elif output == last_number(result) != "":
             reply += [{"type": "text", "text": text}] if text else []
-            reply += tool_parts(call)
+            reply += [{"type": "python", "text": call}, {"type": "output", "text": output}]
             text = ""
     number = last_number(answer)
     if not number:
@@ -1393,7 +1393,7 @@ def write_problems(path: Path, sorter: Sorter) -> tuple[dict[str, Any], set[str]
     Returns what it holds, and the conversations that would show rl.py's validation solved.
     """
     lines = (line for _, line in sorter.documents())
-    first = list(islice(lines, min(RL_VAL, sorter.count // 10)))
+    first = list(islice(lines, rl_held(sorter.count)))
     held = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
     problems = map(json.loads, chain(first, lines))
     asked = ({key: item[key] for key in item if key != "reply"} for item in problems)

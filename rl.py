@@ -59,6 +59,7 @@ from common import (
     render_prompt,
     reply_parts,
     reply_text,
+    rl_held,
     run_tokenizer,
     save_checkpoint,
     schedule,
@@ -314,7 +315,7 @@ def main(settings: Settings) -> dict:
         config = GPTConfig(**before["config"])
         every, longest = list(read_conversations(path)), prompt_room(config.max_seq_len)
         data = [path.name, path.stat().st_size, crc32(path)]
-        kept = min(settings.val_problems, len(every) // 10)  # no training file shows these solved
+        kept = min(settings.val_problems, rl_held(len(every)))
         val_problems, problems = (
             [p for p in part if len(render_prompt(tokenizer, p["messages"])) <= longest]
             for part in (every[:kept], every[kept:])

@@ -2450,6 +2450,8 @@ def test_the_learning_rate_never_rises_after_the_warmup(num_steps, warmup, warmd
     assert all(b <= a for a, b in itertools.pairwise(later))
     if num_steps == 100 and warmup <= 10:
         assert len(later) >= 90 and max(rates) > 0.9
+        if warmdown == 1.0:
+            assert rates[-1] == pytest.approx(0.1, abs=0.02)
         for final in (0.0, 0.1):
             end = common.trapezoid(num_steps, num_steps, warmup, warmdown, final)
             assert end == pytest.approx(final if warmdown else 1)
