@@ -387,10 +387,11 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: in
 def matmul_ratio(device: torch.device, n: int) -> float:
     """Measure how many times as fast bf16's products of n x n matrices are as fp32's.
 
-    They take turns: on a busy machine a thread that waits for its core makes any of them slow.
+    They take turns of some length: on a busy machine a thread that waits for its core makes any of
+    them slow, and of two that have just begun the second may share the core of the first.
     """
     rates = [
-        [measure_matmul(device, dtype, n, 1) for dtype in (torch.bfloat16, torch.float32)]
+        [measure_matmul(device, dtype, n, 8) for dtype in (torch.bfloat16, torch.float32)]
         for _ in range(4)
     ]
     bf16, fp32 = map(max, zip(*rates, strict=True))
