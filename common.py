@@ -372,7 +372,7 @@ def pick_device(name: str = "") -> torch.device:
     return torch.device(kind, local_rank)
 
 
-def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 5) -> float:
+def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 40) -> float:
     """Measure the best of `repeats` products of n x n matrices, in FLOP/s."""
     a = torch.ones(n, n, device=device, dtype=dtype)
     best = math.inf
