@@ -742,6 +742,9 @@ class Run:
                 beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
 def keep_memory() -> None:
     """Have this process keep what memory it frees, in pages of 2 MB, where the system is Linux.
 
@@ -752,9 +755,6 @@ def keep_memory() -> None:
     if mallopt is not None:  # glibc's: when to return the heap's end, and what to map by itself
         for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             mallopt(option, 2**31 - 1)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextlib.contextmanager

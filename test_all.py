@@ -3919,7 +3919,7 @@ def test_the_sandbox_limits_the_number_of_processes(sandbox):
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert sandbox(bomb, timeout_s=0.5).reason == "it took longer than 0.5 s"
     # the dead count until the system's first process reaps them
-    until(lambda: sandbox("import os\nif os.fork(): os.wait()").passed)
+    until(lambda: sandbox("import os\nif os.fork(): os.wait()").passed, 20)
 
 
 def running(mark):
@@ -3941,7 +3941,7 @@ def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
         time.sleep(0.3 if {ends} else 60)
     """
     assert sandbox(textwrap.dedent(program), timeout_s=3 if ends else 0.6).passed == ends
-    until(lambda: not running(mark))
+    until(lambda: not running(mark), 5)
 
 
 def test_the_sandbox_has_no_network_where_namespaces_work(sandbox):
