@@ -97,7 +97,7 @@ class Settings:
     )
     name: str = setting("Nano", "what the assistant is called in its conversations")
     shards: int = setting(8, "hub: shards to train on, about 250 M characters each")
-    documents: int = setting(64_000, "world: documents to write, about 370 characters each")
+    documents: int = setting(64_000, "world: documents to write, about 440 characters each")
     num_conversations: int = setting(
         60_000, "world: conversations of mid; a sixth as many for sft, a tenth problems for rl"
     )
