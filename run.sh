@@ -33,7 +33,7 @@ set -euo pipefail
 # tier  GPUs  data  vocabulary  flags, as on the command line
 d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
 gsm8k="rl:--max-tokens=384" # a fifth of its solutions are longer than rl.py's 128 tokens
-most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-iterations=60"
+most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-iterations=60 rl:--eval-every=60"
 TIERS="
 cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
                                                      # 2 cores, 4 GB: 30 minutes, free

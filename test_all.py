@@ -1318,6 +1318,15 @@ CONFIGS = {
 }
 
 
+def test_grading_makes_patterns_of_what_the_reply_has_alone(monkeypatch):
+    made, search = [], re.search
+    monkeypatch.setattr(re, "search", lambda *args: made.append(args) or search(*args))
+    others = [f"rival {i}" for i in range(1000)]
+    item = {"grade": "text", "accept": ["Paris"], "reject": others}
+    assert common.grade(item, "It is Paris.") and not common.grade(item, "Paris or rival 7")
+    assert len(made) < 10
+
+
 def random_model(dtype=torch.float32, seed=0, **changes):
     shape = {"vocab_size": 100, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_kv_head": 4}
     config = common.GPTConfig(**{**shape, "max_seq_len": 32, **changes})
@@ -3530,6 +3539,20 @@ def test_prompts_of_unequal_length_are_computed_without_much_padding(tokenizer):
     assert len(replies) == len(lengths) and sum(lengths) <= sum(map(math.prod, shapes))
     assert sum(map(math.prod, shapes)) <= 2 * sum(lengths), shapes
     assert len(shapes) < len(lengths), "they are computed together all the same"
+
+
+def test_prompts_that_wait_join_together(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
+    hidden, prefills = model.hidden, []
+    model.hidden = lambda ids, *rest: prefills.append(ids) or hidden(ids, *rest)
+    engine = common.Engine(model, tokenizer, 8)
+    compute, model.logits = model.logits, lambda x: compute(x).index_fill(1, ends, -99.0)
+    ends = torch.tensor(sorted(engine.stops))  # none ends before its time
+    engine.next_logits = model.next_logits
+    requests = [greedy([tokenizer.bos, i], 3 + i % 7) for i in range(40)]
+    replies = dict(engine.run(requests))
+    assert [len(replies[i].ids) for i in range(40)] == [3 + i % 7 for i in range(40)]
+    assert len(prefills) <= 1 + 32 // 2, "two of eight rows or more are free at each"
 
 
 def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
