@@ -524,7 +524,7 @@ def compile_or_not(
     seconds is the run's estimated length without it. Compiling saves a quarter of it or more, and
     costs about a minute, or ten seconds where the same was compiled `before` (README, Choices).
     """
-    if choice == "no" or (choice == "auto" and seconds < (60 if before else 300)):
+    if choice == "no" or (choice == "auto" and seconds < (30 if before else 300)):
         short = f": a run of about {format_duration(seconds)} would not earn it back"
         say(f"compile: off{short if choice == 'auto' else ''}")
         return False
@@ -1365,23 +1365,24 @@ PACKED_INT8 = 3 << 19
 EXACT = 1024  # products of two int8 that fp32 adds up exactly
 AMX = torch.cpu._is_amx_tile_supported()  # its products of 8 bits want the weight first
 
-packed_products = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
-packed_products.define("packed_product(Tensor x, Tensor packed) -> Tensor")
-packed_products.define("packed_int8_product(Tensor x, Tensor packed, Tensor scale) -> Tensor")
+operators = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
+operators.define("packed_product(Tensor x, Tensor packed) -> Tensor")
+operators.define("packed_int8_product(Tensor x, Tensor packed, Tensor scale) -> Tensor")
+operators.define("sum_rows(Tensor x, Tensor rows, int count) -> Tensor")
 
 
-@torch.library.impl(packed_products, "packed_product", "MkldnnCPU")
+@torch.library.impl(operators, "packed_product", "MkldnnCPU")
 def packed_product(x: Tensor, packed: Tensor) -> Tensor:
     """Multiply x (N, n_in) by what pack() made of a weight (n_out, n_in), turned: (N, n_out)."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-@torch.library.register_fake("nanochat::packed_product", lib=packed_products)
+@torch.library.register_fake("nanochat::packed_product", lib=operators)
 def _packed_shape(x: Tensor, packed: Tensor) -> Tensor:
     return x.new_empty(x.size(0), packed.size(0))
 
 
-@torch.library.impl(packed_products, "packed_int8_product", "MkldnnCPU")
+@torch.library.impl(operators, "packed_int8_product", "MkldnnCPU")
 def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """Multiply x (N, n_in), of bytes that mean 128 less, by a packed int8 weight: fp32 (N, n_out).
 
@@ -1393,9 +1394,23 @@ def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     )
 
 
-@torch.library.register_fake("nanochat::packed_int8_product", lib=packed_products)
+@torch.library.register_fake("nanochat::packed_int8_product", lib=operators)
 def _packed_int8_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(x.size(0), scale.size(0), dtype=torch.float32)
+
+
+@torch.library.impl(operators, "sum_rows", "CPU")
+def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Add each row of x (N, C) to that of the sums (count, C) which rows (N,) names, in order.
+
+    A compiler's loop lets threads add where they meet: slower, and each run in another order.
+    """
+    return torch.ops.aten.embedding_dense_backward(x, rows, count, -1, False)
+
+
+@torch.library.register_fake("nanochat::sum_rows", lib=operators)
+def _sums_shape(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, x.size(1))
 
 
 @functools.cache
@@ -1475,10 +1490,29 @@ def product(
     return y.view(*x.shape[:-1], -1)
 
 
+class Lookup(torch.autograd.Function):
+    """F.embedding on a CPU, whose gradient is the same in every run."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):  # type: ignore[no-untyped-def]
+        """Return the rows of weight (V, C) that ids (...) name: (..., C)."""
+        ctx.save_for_backward(ids)
+        ctx.count = weight.size(0)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, d_rows):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        flat = d_rows.reshape(-1, d_rows.size(-1))
+        return torch.ops.nanochat.sum_rows(flat, ids.reshape(-1), ctx.count), None
+
+
 class Embedding(Linear):
     """A table of vectors, one a token id."""
 
     def forward(self, ids: Tensor) -> Tensor:
+        if ids.device.type == "cpu" and self.weight.requires_grad:
+            return Lookup.apply(self.weight, ids)
         return F.embedding(ids, self.weight)
 
 
