@@ -1306,6 +1306,15 @@ def test_the_graders():
     assert not common.grade(spelled, "c-a-t-s") and not common.grade(spelled, "s-c-a-t")
 
 
+def test_grading_makes_patterns_of_what_the_reply_has_alone(monkeypatch):
+    made, search = [], re.search
+    monkeypatch.setattr(re, "search", lambda *args: made.append(args) or search(*args))
+    others = [f"rival {i}" for i in range(1000)]
+    item = {"grade": "text", "accept": ["Paris"], "reject": others}
+    assert common.grade(item, "It is Paris.") and not common.grade(item, "Paris or rival 7")
+    assert len(made) < 10
+
+
 # 5. GPT --------------------------------------------------------------------------------------
 
 CONFIGS = {
@@ -1316,15 +1325,6 @@ CONFIGS = {
     "bigrams": {"bigram_rows": 37, "n_layer": 1},
     "bare": {"smear": False, "value_embeds": False, "skip": False, "qk_scale": 1.0},
 }
-
-
-def test_grading_makes_patterns_of_what_the_reply_has_alone(monkeypatch):
-    made, search = [], re.search
-    monkeypatch.setattr(re, "search", lambda *args: made.append(args) or search(*args))
-    others = [f"rival {i}" for i in range(1000)]
-    item = {"grade": "text", "accept": ["Paris"], "reject": others}
-    assert common.grade(item, "It is Paris.") and not common.grade(item, "Paris or rival 7")
-    assert len(made) < 10
 
 
 def random_model(dtype=torch.float32, seed=0, **changes):
