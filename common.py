@@ -1681,10 +1681,13 @@ class KVCache:
 
     SPARE = 256  # slots beside a window: a prompt that parts from a row so near its end can use it
 
-    def __init__(self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype):
-        T = config.max_seq_len
+    def __init__(
+        self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype,
+        context: int | None = None,
+    ):  # fmt: skip
+        T = context or config.max_seq_len  # positions a row has room for
         self.windows = [config.window(layer) for layer in range(config.n_layer)]
-        self.slots = {w: self.slots_of(config, w) for w in self.windows}
+        self.slots = {w: min(T, self.slots_of(config, w)) for w in self.windows}
 
         def room() -> list[Tensor]:
             shape = config.n_kv_head, config.head_dim
@@ -1707,6 +1710,14 @@ class KVCache:
         part.k, part.v = ([x[start:end] for x in xs] for xs in (self.k, self.v))
         part.ids, part.lengths = self.ids[start:end], self.lengths[start:end]
         return part
+
+    def copies(self, rows: list[int]) -> KVCache:
+        """Return a cache of its own whose rows continue these, of which one may stand twice."""
+        made = copy.copy(self)
+        made.k, made.v = ([x[rows] for x in xs] for xs in (self.k, self.v))
+        made.ids, made.lengths = self.ids[rows], [self.lengths[row] for row in rows]
+        made.reached = [self.reached[row] for row in rows]
+        return made
 
     def holds(self, row: int, n: int) -> bool:
         """Say whether a row still has all that goes on from its first n positions asks for."""
@@ -1760,7 +1771,7 @@ class KVCache:
         seen = {}
         for window, slots in self.slots.items():
             slot = torch.arange(min(slots, high + T), device=device)  # those in use
-            if T == 1 or window == context:  # the new ones are stored, then all are read
+            if T == 1 or window >= context:  # the new ones are stored, then all are read
                 mask = None
                 if window < context or not alike:
                     back = (positions[:, :, None] - slot) % slots

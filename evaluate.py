@@ -45,6 +45,7 @@ from common import (
     STAGES,
     Engine,
     GPTConfig,
+    KVCache,
     Linear,
     MissingInput,
     Request,
@@ -61,16 +62,17 @@ from common import (
     crc32,
     data_dir,
     evaluate_bpb,
+    fewer_rows,
     find_checkpoint,
     format_count,
     format_duration,
     grade,
-    hidden_states,
     list_checkpoints,
     list_shards,
     load_model,
     measure_matmul,
     memory_bytes,
+    out_of_memory,
     parent_key,
     parse_settings,
     pick_dtype,
@@ -293,21 +295,70 @@ def continuation_logits(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (index, logits (n, V)) of rows (ids, n): what the model expects for the last n ids.
 
-    Many rows a forward pass, longest first, padded at the right, where no position before it
-    looks. A row longer than the context is cut at the left; its last n ids stay while they fit.
+    What rows have in common before those, as choices have their question, is computed once. A row
+    longer than the context is cut at the left; its last n ids stay while they fit.
     """
-    T, device = model.config.max_seq_len, model.embed.weight.device
+    T = model.config.max_seq_len
     inputs = [fit(ids, T + 1)[:-1] for ids, _ in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(inputs[i]))
+    groups: dict[tuple[int, ...], list[Continuation]] = {}
+    for i, (ids, (_, n)) in enumerate(zip(inputs, rows)):
+        begun = ids[: max(0, len(ids) - n)]
+        groups.setdefault(tuple(begun), []).append(Continuation(i, ids, len(begun)))
+    for group in groups.values():
+        group.sort(key=lambda row: -len(row.ids))
+    order = sorted(groups.values(), key=lambda group: -len(group[0].ids))
     while order:
-        width = len(inputs[order[0]])
-        count = batch_rows(width, settings)
+        count = batch_rows(len(order[0][0].ids), settings)
         part, order = order[:count], order[count:]
-        padded = [inputs[i] + [0] * (width - len(inputs[i])) for i in part]
-        hidden = hidden_states(model, torch.tensor(padded, device=device))  # (rows, width, C)
-        for i, h in zip(part, hidden):
-            end = len(inputs[i])
-            yield i, model.logits(h[max(0, end - rows[i][1]) : end])
+        for i, hidden in continued_states(model, part):
+            yield i, model.logits(hidden)
+
+
+class Continuation(NamedTuple):
+    """A row of continuation_logits."""
+
+    number: int  # of the row
+    ids: list[int]
+    start: int  # what is asked about are the states from here on
+
+
+def continued_states(model: GPT, groups: list[list[Continuation]]) -> list[tuple[int, Tensor]]:
+    """Compute (number, hidden states (n, C)) of rows; a group's have all before `start` in common.
+
+    The first of each group, its longest, is computed whole, the others go on from its cache, as
+    many at once as there are groups. Padding is at the right, where no position before it looks.
+    """
+    device, T = model.embed.weight.device, model.config.max_seq_len
+    firsts = [group[0] for group in groups]
+    others = [(k, row) for k, group in enumerate(groups) for row in group[1:]]
+    tail = max((len(row.ids) - row.start for _, row in others), default=0)
+    starts = [min(row.start, T - tail) for row in firsts]  # no padding is past the context either
+    context = max(len(firsts[0].ids), max(starts) + tail)
+    found = []
+
+    def compute(
+        rows: Sequence[Continuation], starts: list[int], cache: KVCache, counts: list[int] | None
+    ) -> None:
+        tails = [row.ids[start:] for row, start in zip(rows, starts)]
+        width = max(map(len, tails))
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in tails], device=device)
+        for row, start, hidden in zip(rows, starts, model.hidden(ids, cache, counts)):
+            found.append((row.number, hidden[row.start - start : len(row.ids) - start]))
+
+    try:
+        cache = KVCache(model.config, len(groups), device, model.dtype, context)
+        compute(firsts, [0] * len(groups), cache, starts)
+        cache.lengths = starts
+        for first in range(0, len(others), len(groups)):
+            owners, rows = zip(*others[first : first + len(groups)])
+            compute(rows, [starts[k] for k in owners], cache.copies(list(owners)), None)
+        return found
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    count = fewer_rows(len(groups), device)
+    parts = (groups[i : i + count] for i in range(0, len(groups), count))
+    return list(itertools.chain.from_iterable(continued_states(model, part) for part in parts))
 
 
 # 4. Completions: facts and samples -----------------------------------------------------------

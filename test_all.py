@@ -8241,6 +8241,35 @@ def test_a_row_past_the_context_keeps_its_first_id_and_its_continuation(tokenize
     assert [len(got[i]) for i in range(5)] == [5, 3, 4, 32, 32]
 
 
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_what_rows_have_in_common_is_computed_once(spare, changes, monkeypatch):
+    model, rng = random_model(**changes), random.Random(0)
+    rows = []
+    for start, tails in ((20, (3, 5, 1)), (9, (2, 9, 9)), (28, (4, 4)), (1, (20, 31, 2)),
+                         (12, (1,)), (30, (9, 9)), (25, (12, 1)), (3, (5, 6, 7, 8))):  # fmt: skip
+        begun = rng.choices(range(100), k=start)  # some rows are longer than the context of 32
+        rows += [([*begun, *rng.choices(range(100), k=n)], n) for n in tails]
+    rng.shuffle(rows)
+    inputs = [ids[:-1] if len(ids) <= 33 else [ids[0], *ids[-32:-1]] for ids, _ in rows]
+    expected = [model(torch.tensor([ids]))[0, -n:] for ids, (_, n) in zip(inputs, rows)]
+    begun = {tuple(ids[: max(0, len(ids) - n)]) for ids, (_, n) in zip(inputs, rows)}
+    once = sum(map(len, begun)) + sum(map(len, expected))
+    computed = []
+
+    def counted(model, ids, *args):
+        computed.append(ids.numel())
+        return HIDDEN(model, ids, *args)
+
+    for size, hidden in itertools.product((0, 3, 1), (scarce(HIDDEN, 2), counted)):
+        monkeypatch.setattr(common.GPT, "hidden", hidden)
+        computed.clear()
+        options = evaluate.Settings(device_batch_size=size)
+        got = dict(evaluate.continuation_logits(model, rows, options))
+        for i, logits in enumerate(expected):
+            torch.testing.assert_close(got[i], logits, rtol=1e-4, atol=1e-4)
+    assert sum(computed) == once < 0.8 * sum(map(len, inputs)), "one at a time, without padding"
+
+
 def test_letters_are_chosen_batched_as_one_at_a_time(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=40)
     engine, rng = common.Engine(model, tokenizer, 1), random.Random(0)
