@@ -1566,7 +1566,7 @@ def attend(
     elif T == 1:  # the caller gives the keys in the window only
         y = F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped)
     elif T == S <= STORED and not grouped and on_cpu and torch.compiler.is_compiling():
-        y = attend_in_products(q, k, v)
+        y = InProducts.apply(q, k, v)
     elif T == S:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
@@ -1623,19 +1623,46 @@ def window_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ca
     return attend_in_blocks
 
 
-def attend_in_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend causally, each (B, H, T, D), in products of some queries with the keys they may see.
+class InProducts(torch.autograd.Function):
+    """Causal attention, each (B, H, T, D), in products of 128 queries with the keys they may see.
 
-    What lies between the products a compiler makes one loop of. The weights are stored for the
-    backward pass.
+    What lies between the products a compiler makes one loop of, a pass over the scores each way.
+    The weights are stored, not yet divided by their sums.
     """
-    T, parts = q.size(2), []
-    for i in range(0, T, 128):
-        end = min(i + 128, T)
-        scores = (q[:, :, i:end] @ k[:, :, :end].transpose(2, 3)).float() / math.sqrt(q.size(3))
-        later = torch.ones(end - i, end, dtype=torch.bool, device=q.device).triu(i + 1)
-        parts.append(scores.masked_fill(later, -math.inf).softmax(-1).to(v.dtype) @ v[:, :, :end])
-    return torch.cat(parts, 2)
+
+    @staticmethod
+    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
+        parts, stored = [], []
+        for start in range(0, q.size(2), 128):
+            x = q[:, :, start : start + 128]
+            end = start + x.size(2)
+            scores = (x @ k[:, :, :end].transpose(2, 3)).float() / math.sqrt(q.size(3))
+            at = torch.arange(end, device=q.device, dtype=torch.int32)  # int64 takes twice the time
+            scores = scores.masked_fill(at > at[start:, None], -math.inf)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp().to(v.dtype)
+            total = weights.float().sum(-1, keepdim=True)
+            parts.append(((weights @ v[:, :, :end]).float() / total).to(v.dtype))
+            stored += [weights, total]
+        y = torch.cat(parts, 2)
+        ctx.save_for_backward(q, k, v, y, *stored)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):  # type: ignore[no-untyped-def]
+        q, k, v, y, *stored = ctx.saved_tensors
+        means = (d_y.float() * y.float()).sum(-1, keepdim=True)  # of each query's d_weights
+        d_q, d_k, d_v = [], torch.zeros_like(k).float(), torch.zeros_like(v).float()
+        for i, (weights, total) in enumerate(zip(stored[::2], stored[1::2])):
+            own, end = slice(128 * i, 128 * i + weights.size(2)), weights.size(3)
+            d_out = (d_y[:, :, own].float() / total).to(v.dtype)
+            d_weights = (d_out @ v[:, :, :end].transpose(2, 3)).float()
+            d_scores = weights.float() * (d_weights - means[:, :, own] / total)
+            d_scores = (d_scores / math.sqrt(q.size(3))).to(q.dtype)
+            d_q.append(d_scores @ k[:, :, :end])
+            later = 0, 0, 0, k.size(2) - end
+            d_k = d_k + F.pad((d_scores.transpose(2, 3) @ q[:, :, own]).float(), later)
+            d_v = d_v + F.pad((weights.transpose(2, 3) @ d_out).float(), later)
+        return torch.cat(d_q, 2), d_k.to(k.dtype), d_v.to(v.dtype)
 
 
 def by_parts(q: Tensor) -> bool:
@@ -2122,17 +2149,18 @@ class HeadLoss(torch.autograd.Function):
         d_hidden = []
         chunk = logits_at_once(hidden.device, len(hidden) * W.size(0)) // W.size(0) or 1
         for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
-            z = (h @ W.t()).float()
+            z, cap = (h @ W.t()).float(), config.softcap
             t = t.clamp_min(0)[:, None]
-            logits = softcap(z, config.softcap)
+            # softcap(z), whose tanh takes a CPU as long as all the rest of the loop
+            logits = cap - 2 * cap / ((z * (2 / cap)).exp() + 1) if cap else z
             # capped logits have no need of their maximum taken off: one pass and one exp less
-            top = 0.0 if config.softcap else logits.amax(-1, keepdim=True)
+            top = 0.0 if cap else logits.amax(-1, keepdim=True)
             e = (logits - top).exp() * real
             total = e.sum(-1, keepdim=True)
             loss = loss + ((total.log() + top - logits.gather(1, t))[:, 0] * m).sum()
             d_logits = (e / total - (columns == t).float()) * m[:, None]
-            if config.softcap:
-                d_logits = d_logits * (1 - (logits / config.softcap).square())
+            if cap:
+                d_logits = d_logits * (1 - (logits / cap).square())
             d_logits = d_logits.to(h.dtype)
             d_hidden.append(d_logits @ W)
             d_weight = d_weight + (d_logits.t() @ h).float()
@@ -2204,14 +2232,14 @@ def orthogonalize(g: Tensor, coefficients: list, dtype: torch.dtype) -> Tensor:
         g = g / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
     x = g.to(dtype)
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x  # the smaller side squared is the cheaper product
     # Polar Express needs all singular values safely below 1, Newton-Schulz only at most 1
     margin = 1.0 if coefficients is NEWTON_SCHULZ else 1.02
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * margin + 1e-7)
     for a, b, c in coefficients:
-        xx = x @ x.mT
-        x = a * x + (b * xx + c * xx @ xx) @ x
-    return x.mT if tall else x
+        xx = x.mT @ x if tall else x @ x.mT  # the smaller side squared is the cheaper product
+        xx = b * xx + c * xx @ xx
+        x = a * x + (x @ xx if tall else xx @ x)
+    return x
 
 
 def muon_update(
@@ -2934,7 +2962,7 @@ def memory_bytes(
     backward = again + 10 * N * C * item + 4 * V * C
     # the largest array is of the attention's matrices: its copy, and what makes it orthogonal
     update = max(
-        16 * max(V, config.bigram_rows) * C, (8 + 6 * item) * (4 * L + config.smear) * C * C
+        16 * max(V, config.bigram_rows) * C, (8 + 5 * item) * (4 * L + config.smear) * C * C
     )
     update -= parts["activations"] + casts
     return {**parts, "workspace": max(0, int(max(backward, update)) - parts["logits"])}

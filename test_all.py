@@ -1755,7 +1755,7 @@ def test_attention_in_products_is_torchs_own(T):
     mine = [torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3)]
     plain = [x.detach().clone().requires_grad_() for x in mine]
     weights = torch.randn(2, 3, T, 8)
-    y = common.attend_in_products(*mine)
+    y = common.InProducts.apply(*mine)
     expected = F.scaled_dot_product_attention(*plain, is_causal=True)
     (y * weights).sum().backward()
     (expected * weights).sum().backward()
