@@ -1652,8 +1652,9 @@ class InProducts(torch.autograd.Function):
         q, k, v, y, *stored = ctx.saved_tensors
         means = (d_y.float() * y.float()).sum(-1, keepdim=True)  # of each query's d_weights
         d_q, d_k, d_v = [], torch.zeros_like(k).float(), torch.zeros_like(v).float()
-        for i, (weights, total) in enumerate(zip(stored[::2], stored[1::2])):
-            own, end = slice(128 * i, 128 * i + weights.size(2)), weights.size(3)
+        for weights, total in zip(stored[::2], stored[1::2]):
+            end = weights.size(3)
+            own = slice(end - weights.size(2), end)
             d_out = (d_y[:, :, own].float() / total).to(v.dtype)
             d_weights = (d_out @ v[:, :, :end].transpose(2, 3)).float()
             d_scores = weights.float() * (d_weights - means[:, :, own] / total)
