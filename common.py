@@ -2150,10 +2150,8 @@ class HeadLoss(torch.autograd.Function):
         d_hidden = []
         chunk = logits_at_once(hidden.device, len(hidden) * W.size(0)) // W.size(0) or 1
         for h, t, m in zip(hidden.split(chunk), targets.split(chunk), mask.split(chunk)):
-            z, cap = (h @ W.t()).float(), config.softcap
-            t = t.clamp_min(0)[:, None]
-            # softcap(z), whose tanh takes a CPU as long as all the rest of the loop
-            logits = cap - 2 * cap / ((z * (2 / cap)).exp() + 1) if cap else z
+            cap, t = config.softcap, t.clamp_min(0)[:, None]
+            logits = softcap((h @ W.t()).float(), cap)
             # capped logits have no need of their maximum taken off: one pass and one exp less
             top = 0.0 if cap else logits.amax(-1, keepdim=True)
             e = (logits - top).exp() * real
@@ -2175,21 +2173,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def hidden_states(model: GPT, ids: Tensor) -> Tensor:
-    """Compute model.hidden(ids) (B, T, C) without gradients, in parts where memory asks for it."""
-    try:
-        return model.hidden(ids)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-    parts = ids.split(fewer_rows(len(ids), ids.device))
-    return torch.cat([hidden_states(model, part) for part in parts])
-
-
-@torch.no_grad()
 def token_losses(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """Compute the nats of each target (B, T) given ids (B, T); 0 where it is IGNORE."""
-    hidden, flat = hidden_states(model, ids).flatten(0, 1), targets.flatten()
+    hidden = torch.cat(in_fewer_rows(model.hidden, ids, ids.device)).flatten(0, 1)
+    flat = targets.flatten()
     chunk = max(1, (1 << 24) // model.config.padded_vocab_size)
     losses = [
         F.cross_entropy(model.logits(h), t, ignore_index=IGNORE, reduction="none")
@@ -2199,8 +2186,12 @@ def token_losses(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:
-    """Squash x smoothly into (-cap, cap); cap 0 leaves it (arXiv:2408.00118)."""
-    return cap * torch.tanh(x / cap) if cap else x
+    """Squash x smoothly into (-cap, cap): cap tanh(x / cap); 0 leaves it (arXiv:2408.00118)."""
+    if not cap:
+        return x
+    if torch.compiler.is_compiling():  # as an exponential, which takes a CPU a third of tanh's time
+        return cap - 2 * cap / ((x * (2 / cap)).exp() + 1)
+    return cap * torch.tanh(x / cap)
 
 
 # 6. Optimizer --------------------------------------------------------------------------------
@@ -2904,6 +2895,20 @@ def fewer_rows(rows: int, device: torch.device) -> int:
     if device.type in GPUS:
         getattr(torch, device.type).empty_cache()
     return max(n for n in range(1, rows // 2 + 1) if rows % n == 0)  # equal parts
+
+
+def in_fewer_rows(
+    compute: Callable[[Any], Any], rows: Sequence[Any] | Tensor, device: torch.device
+) -> list[Any]:
+    """Return [compute(rows)], or what it returns for parts of the rows where memory runs out."""
+    try:
+        return [compute(rows)]
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    count = fewer_rows(len(rows), device)
+    parts = (rows[i : i + count] for i in range(0, len(rows), count))
+    return [found for part in parts for found in in_fewer_rows(compute, part, device)]
 
 
 def accumulate(

@@ -32,6 +32,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,17 +63,16 @@ from common import (
     crc32,
     data_dir,
     evaluate_bpb,
-    fewer_rows,
     find_checkpoint,
     format_count,
     format_duration,
     grade,
+    in_fewer_rows,
     list_checkpoints,
     list_shards,
     load_model,
     measure_matmul,
     memory_bytes,
-    out_of_memory,
     parent_key,
     parse_settings,
     pick_dtype,
@@ -298,7 +298,7 @@ def continuation_logits(
     What rows have in common before those, as choices have their question, is computed once. A row
     longer than the context is cut at the left; its last n ids stay while they fit.
     """
-    T = model.config.max_seq_len
+    device, T = model.embed.weight.device, model.config.max_seq_len
     inputs = [fit(ids, T + 1)[:-1] for ids, _ in rows]
     groups: dict[tuple[int, ...], list[Continuation]] = {}
     for i, (ids, (_, n)) in enumerate(zip(inputs, rows)):
@@ -310,8 +310,9 @@ def continuation_logits(
     while order:
         count = batch_rows(len(order[0][0].ids), settings)
         part, order = order[:count], order[count:]
-        for i, hidden in continued_states(model, part):
-            yield i, model.logits(hidden)
+        for found in in_fewer_rows(partial(continued_states, model), part, device):
+            for i, hidden in found:
+                yield i, model.logits(hidden)
 
 
 class Continuation(NamedTuple):
@@ -345,20 +346,13 @@ def continued_states(model: GPT, groups: list[list[Continuation]]) -> list[tuple
         for row, start, hidden in zip(rows, starts, model.hidden(ids, cache, counts)):
             found.append((row.number, hidden[row.start - start : len(row.ids) - start]))
 
-    try:
-        cache = KVCache(model.config, len(groups), device, model.dtype, context)
-        compute(firsts, [0] * len(groups), cache, starts)
-        cache.lengths = starts
-        for first in range(0, len(others), len(groups)):
-            owners, rows = zip(*others[first : first + len(groups)])
-            compute(rows, [starts[k] for k in owners], cache.copies(list(owners)), None)
-        return found
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-    count = fewer_rows(len(groups), device)
-    parts = (groups[i : i + count] for i in range(0, len(groups), count))
-    return list(itertools.chain.from_iterable(continued_states(model, part) for part in parts))
+    cache = KVCache(model.config, len(groups), device, model.dtype, context)
+    compute(firsts, [0] * len(groups), cache, starts)
+    cache.lengths = starts
+    for first in range(0, len(others), len(groups)):
+        owners, rows = zip(*others[first : first + len(groups)])
+        compute(rows, [starts[k] for k in owners], cache.copies(list(owners)), None)
+    return found
 
 
 # 4. Completions: facts and samples -----------------------------------------------------------

@@ -487,7 +487,9 @@ case $action in
   lock) lock ;;
   test)
     set_up --extra=dev
-    run exec "$python" -m pytest test_all.py ${pytest[@]+"${pytest[@]}"} ;;
+    # most tests use one core; the halves' order stays, so that what a module makes once serves it
+    run exec "$python" -m pytest test_all.py --numprocesses=2 --dist=worksteal \
+      ${pytest[@]+"${pytest[@]}"} ;;
   bench)
     set_up
     run rm -rf "$base/runs/"bench{,-fp32}

@@ -62,7 +62,7 @@ class Settings:
     num_iterations: int = setting(0, "optimizer steps; 0 = from the epochs")
     total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = the base run's")
     device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
-    lr_scale: float = setting(0.1, "factor on all learning rates")
+    lr_scale: float = setting(0.05, "factor on all learning rates")
     matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
     embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
     head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
