@@ -2962,7 +2962,7 @@ def memory_bytes(
         "gradients": 4 * params,
         "optimizer": (4 * matrices + 8 * (params - matrices)) // world_size,
         "activations": int(N * C * kept),
-        "logits": 24 * min(N * V, logits_at_once(device, N * V)) + 8 * V * C,
+        "logits": 20 * min(N * V, logits_at_once(device, N * V)) + 8 * V * C,
         "cache": slots * config.cache_bytes(item),
     }
     backward = again + 10 * N * C * item + 4 * V * C

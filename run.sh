@@ -487,7 +487,8 @@ case $action in
   lock) lock ;;
   test)
     set_up --extra=dev
-    # most tests use one core; the halves' order stays, so that what a module makes once serves it
+    # most tests use one core; each half in its order, so that what is made once serves what follows
+    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-passive} # waiting threads would hold the other's core
     run exec "$python" -m pytest test_all.py --numprocesses=2 --dist=worksteal \
       ${pytest[@]+"${pytest[@]}"} ;;
   bench)
