@@ -1,9 +1,7 @@
 """What two or more stages run, and nothing else: ten numbered sections, each usable alone.
 
-1. Formats, paths, errors, log   2. Settings        3. Device, ranks, start_run
-4. Tokenizer                     5. GPT             6. Optimizer
-7. Rows                          8. training_steps  9. Checkpoints, bits per byte
-10. Engine
+1 tokenizer and chat format   2 rows   3 GPT   4 optimizer   5 training_steps   6 engine
+7 checkpoints, bits per byte   8 settings, errors, log   9 devices and ranks   10 fast paths
 
 On disk, below the base directory (NANOCHAT_BASE_DIR, default ~/.cache/nanochat):
   data/SOURCE/train-00000.parquet ... val.parquet    column `text`, one document a row
@@ -69,869 +67,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-# 1. Formats, paths, errors, log --------------------------------------------------------------
+# 1. Tokenizer and chat format ----------------------------------------------------------------
 
-
-class Stop(SystemExit):
-    """End the program with one sentence on stderr and exit code 1, without a traceback."""
-
-
-class MissingInput(Stop):
-    """Something that an earlier stage makes, or that the settings name, is not there."""
-
-
-RL_VAL = 128  # problems at most on which rl validates
-
-
-def rl_held(count: int) -> int:
-    """Return how many of rl.jsonl's first problems are for validation: training shows none solved."""
-    return min(RL_VAL, count // 10)
-
-
-def base_dir() -> Path:
-    """Return the folder that holds everything: NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
-
-
-def data_dir(source: str) -> Path:
-    """Return the folder of one data source's shards and conversations."""
-    return base_dir() / "data" / source
-
-
-def run_dir(tag: str) -> Path:
-    """Return the folder of one run: tokenizer, checkpoints, metrics, report."""
-    return base_dir() / "runs" / tag
-
-
-def step_name(step: int) -> str:
-    """Return the name of a checkpoint's folder."""
-    return f"step-{step:06d}"
-
-
-def check_name(name: str, what: str) -> None:
-    """Raise ValueError unless name is one plain folder name (text never becomes a path)."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"{what} {name!r} must be letters, digits, '.', '_' or '-'")
-
-
-def prepared_sources() -> list[str]:
-    """List the sources whose text is prepared."""
-    return sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
-
-
-def list_shards(source: str, split: str) -> list[Path]:
-    """List a source's text shards of split "train" or "val" in order.
-
-    Raises MissingInput where prepare.py has not made them.
-    """
-    folder = data_dir(source)
-    shards = sorted(folder.glob("train-*.parquet")) if split == "train" else []
-    if split == "val" and (folder / "val.parquet").exists():
-        shards = [folder / "val.parquet"]
-    if not shards or not (folder / "manifest.json").exists():  # prepare.py writes that one last
-        have = prepared_sources()
-        known = f" (prepared: {', '.join(have)})" if have else ""
-        raise MissingInput(
-            f"{folder} has no {split} text{known}: run `python prepare.py --source={source}` first"
-        )
-    return shards
-
-
-def text_key(source: str) -> str:
-    """Tell a source's text from what it was: a hash of its files' own, "" where they have none."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        files = json.loads((data_dir(source) / "manifest.json").read_text("utf-8"))["files"]
-        hashes = {name: entry["sha256"] for name, entry in files.items()}
-        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:12]
-    return ""
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield a parquet file's `text` column document by document.
-
-    Raises MissingInput where the file is truncated or is no parquet file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
-                yield from batch.column(0).to_pylist()
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise MissingInput(f"{path} cannot be read ({reason}): delete it and run prepare.py again")
-
-
-@contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it into place at the end, drop it on error.
-
-    Works for files and folders. The process id keeps two writers apart.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield beside
-        old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
-        if beside.is_dir() and path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over another
-        try:
-            os.replace(beside, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write value as indented JSON, beside and renamed."""
-    with written_beside(path) as beside:
-        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-
-
-def format_duration(seconds: float) -> str:
-    """Say a time span in its natural unit: 45 s, 12 min, 3.4 h, 2.1 d."""
-    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
-        if seconds < limit:
-            digits = 1 if unit == "h" else 0
-            return f"{seconds / divisor:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} d"
-
-
-def format_count(value: float) -> str:
-    """Say a count with three digits and k, M, G or T: 1.23 M."""
-    for divisor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= divisor:
-            return f"{value / divisor:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-# How a logged value is printed; a key that is not here is printed as `key value`.
-LOG_FORMATS: dict[str, Callable[[Any], str]] = {
-    "loss": lambda v: f"loss {v:.4f}",
-    "lr": lambda v: f"lr {v:.2f}x",
-    "val_bpb": lambda v: f"val_bpb {v:.4f}",
-    "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
-    "mfu": lambda v: f"mfu {100 * v:.1f} %",
-    "data": lambda v: f"data {100 * v:.1f} %",
-    "update": lambda v: f"update {100 * v:.1f} %",
-    "memory": lambda v: f"memory {v:.1f} GB",
-    "left_s": lambda v: f"left {format_duration(v)}",
-}
-
-
-def format_log(stage: str, step: int, num_steps: int, values: dict[str, Any]) -> str:
-    """Make the one log line of an event, same order and units in every stage."""
-    words = [LOG_FORMATS.get(key, lambda v, k=key: f"{k} {_plain(v)}")(values[key])
-             for key in values]  # fmt: skip
-    return "  ".join([f"{stage} {step:05d}/{num_steps:05d}", *words])
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def read_log(tag: str) -> list[dict[str, Any]]:
-    """Read what a run's stages have logged, but for lines torn by a full disk or a power cut."""
-    path = run_dir(tag) / "metrics.jsonl"
-    events = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
-    return events
-
-
-# 2. Settings ---------------------------------------------------------------------------------
-
-
-def setting(default: Any, help: str, short: str = "", choices: tuple = ()) -> Any:  # noqa: A002
-    """Declare one field of a Settings dataclass: its default, help, one-letter flag, choices."""
-    return field(default=default, metadata={"help": help, "short": short, "choices": choices})
-
-
-def _whole_number(text: str) -> int:
-    value = float(text)  # so that 2e9 is an int, as people write it
-    if not value.is_integer():  # nor inf
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text) if text.lstrip("+-").isdigit() else int(value)
-
-
-_whole_number.__name__ = "whole number"  # as argparse calls it
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """End with one line and exit code 2 instead of argparse's usage screen."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) -> Any:
-    """Turn a Settings dataclass into a command line and parse it: `--a-b 1`, `--a_b=1` alike.
-
-    A bool field is a switch, `--x` or `--no-x`. A dataclass may name, in a class variable
-    `derived: dict[str, str]`, flags that people try and what to use instead. Exits with code 2
-    and one sentence on a wrong flag or value, also on an error of `__post_init__`.
-    """
-    parser = _Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    types = get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        names = [f"-{f.metadata['short']}"] if f.metadata["short"] else []
-        names += [f"--{f.name.replace('_', '-')}"]
-        default = f"default: {f.default}" if f.default not in ("", None) else "default: none"
-        options: dict[str, Any] = {"dest": f.name, "default": f.default}
-        options["help"] = f"{f.metadata['help']} ({default})".replace("%", "%%")
-        if types[f.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = _whole_number if types[f.name] is int else types[f.name]
-            options["metavar"] = types[f.name].__name__.upper()
-        if f.metadata["choices"]:
-            options["choices"] = f.metadata["choices"]
-        parser.add_argument(*names, **options)
-    words = sys.argv[1:] if argv is None else argv
-    words = [re.sub(r"^--\w[\w-]*(?==|$)", lambda m: m[0].replace("_", "-"), w) for w in words]
-    values, unknown = parser.parse_known_args(words)
-    if unknown:
-        parser.error(_explain_unknown(cls, unknown[0]))
-    try:
-        return cls(**vars(values))
-    except (ValueError, OSError, RuntimeError) as error:  # the latter of paths that cannot be
-        parser.error(str(error))
-
-
-def at_least(settings: Any, least: float, *names: str) -> None:
-    """Raise ValueError unless each of these settings is finite and `least` or more."""
-    for name in names:
-        if not least <= getattr(settings, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
-
-
-def _explain_unknown(cls: type, word: str) -> str:
-    name = word.lstrip("-").split("=")[0].replace("-", "_")
-    if name in getattr(cls, "derived", {}):
-        return f"{word} is not a setting: {cls.derived[name]}"  # type: ignore[attr-defined]
-    known = [f.name for f in dataclasses.fields(cls)]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists them"
-    return f"{word!r} is not a setting; {hint}"
-
-
-# 3. Device, ranks, seeds, start_run ----------------------------------------------------------
-
-# Dense bf16 matmul peaks in FLOP/s as the makers state them; other devices are measured.
-PEAK_FLOPS = {
-    "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
-    "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "A100": 312e12,
-    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A6000": 155e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-
-
-def world() -> tuple[int, int]:
-    """Return (rank, world_size) of this process: (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def local_world() -> tuple[int, int]:
-    """Return (rank, world_size) among the processes of this node: (0, 1) without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-GPUS = {"cuda": "nccl", "xpu": "xccl"}  # kinds that ranks have one each of, and what sums there
-
-
-def pick_device(name: str = "") -> torch.device:
-    """Choose cuda, xpu, mps or cpu, best first, or the named one; under torchrun its own GPU.
-
-    Raises MissingInput for an unknown or absent device, and for more ranks than GPUs.
-    """
-    present = [kind for kind in GPUS if getattr(torch, kind).is_available()]
-    present += ["mps"] if torch.backends.mps.is_available() else []
-    present += ["cpu"]
-    if name and name not in present:
-        raise MissingInput(f"--device={name} is not on this machine: it has {', '.join(present)}")
-    kind = name or present[0]
-    if kind not in GPUS:
-        return torch.device(kind)
-    local_rank, count = local_world()[0], getattr(torch, kind).device_count()
-    if local_rank >= count:
-        raise MissingInput(
-            f"local rank {local_rank} has no GPU of its own: start torchrun with "
-            f"--nproc_per_node={count} or less, or --device=cpu"
-        )
-    getattr(torch, kind).set_device(local_rank)
-    return torch.device(kind, local_rank)
-
-
-def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 40) -> float:
-    """Measure the best of `repeats` products of n x n matrices, in FLOP/s."""
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    best = math.inf
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        b = a @ a
-        b[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def matmul_ratio(device: torch.device, n: int) -> float:
-    """Measure how many times as fast bf16's products of n x n matrices are as fp32's.
-
-    They take turns of some length: on a busy machine a thread that waits for its core makes any of
-    them slow, and of two that have just begun the second may share the core of the first.
-    """
-    rates = [
-        [measure_matmul(device, dtype, n, 8) for dtype in (torch.bfloat16, torch.float32)]
-        for _ in range(4)
-    ]
-    bf16, fp32 = map(max, zip(*rates, strict=True))
-    return bf16 / fp32
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the matmul peak in FLOP/s: the maker's bf16 figure, else measured here."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for key, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{key}\b", name):  # an L40 is no L4
-                return flops
-    return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
-
-
-@functools.cache  # a second timing could choose otherwise on a busy machine
-def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
-    """Choose the compute dtype: the named one, else bf16 where it is fast, fp16 where that is.
-
-    Elsewhere fp32. On a CPU bf16 and fp32 are timed: without the instructions bf16 runs hundreds of
-    times slower (so a small product is asked first), and where it is little faster the conversions
-    eat the gain; at 2.2 times fp32's rate training was 1.6 to 1.9 times as fast.
-    """
-    if name:
-        return getattr(torch, name)
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if (7, 0) <= capability < (8, 0):  # V100, T4: tensor cores, but no bf16
-            return torch.float16
-        fast = capability >= (8, 0)
-    elif device.type == "cpu":
-        fast = all(matmul_ratio(device, n) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
-        fast = any_rank(fast, device)  # each has timed by itself, beside the others
-    else:
-        fast = device.type == "xpu"
-    return torch.bfloat16 if fast else torch.float32
-
-
-def try_attention(
-    attend: Callable[..., Tensor], shape: Sequence[int], device: torch.device, dtype: torch.dtype
-) -> tuple[float, list[Tensor]]:
-    """Time attention forward and backward; return seconds, what it made and its gradients.
-
-    q, k and v are of one shape. No random number is drawn.
-    """
-    count = torch.arange(math.prod(shape), device=device).view(*shape)
-    q, k, v = ((count * step).sin().to(dtype).requires_grad_() for step in (0.7, 1.1, 1.3))
-    best = math.inf
-    for _ in range(4):
-        start = time.perf_counter()
-        y = attend(q, k, v)
-        made = [y.detach(), *torch.autograd.grad(y, (q, k, v), y.detach())]
-        made[1].sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best, made
-
-
-def is_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    """Say whether two kernels' results differ by what 16 bits round."""
-    return all((x.double() - y).norm() < 0.05 * y.double().norm() for x, y in zip(a, b))
-
-
-def rank_attention(
-    device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (1, 8, 2048, 128),
-    lengths_vary: bool = False,
-) -> list[SDPBackend]:  # fmt: skip
-    """List the kernels of torch's attention that say what its plain one says, the fastest first.
-
-    They are tried with q, k and v of this shape (B, H, T, D). cuDNN plans half a second for each
-    new shape, so that where lengths vary it is left out, as are versions of it with known faults.
-    FlashAttention 3 (arXiv:2407.08608) is the flash kernel of an H100 where it is installed.
-    """
-    flash, library = SDPBackend.FLASH_ATTENTION, torch.nn.attention
-    kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, flash]
-    if device.type == "cuda":
-        sound = (torch.backends.cudnn.version() or 0) > 91500  # pytorch/pytorch#169849
-        kinds += [SDPBackend.CUDNN_ATTENTION] * (sound and not lengths_vary)
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        if hopper and importlib.util.find_spec("flash_attn_interface"):
-            with contextlib.suppress(AttributeError, ImportError, RuntimeError):
-                library.activate_flash_attention_impl("FA3")  # torch 2.10 and newer
-                kinds.append(flash)  # the older one, should that not work
-    plain, times = None, {}
-    for i, kind in enumerate(kinds):
-        if kind == flash and kinds.index(flash) < i:
-            if flash in times:
-                continue
-            library.restore_flash_attention_impl()
-        with sdpa_kernel(kind), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
-            warnings.simplefilter("ignore")  # of why one cannot run here
-            attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
-            seconds, made = try_attention(attend, shape, device, dtype)
-            plain = plain or made
-            if is_close(made, plain):
-                times[kind] = seconds
-    return sorted(times, key=lambda kind: times[kind])
-
-
-def can_compile(device: torch.device) -> bool:
-    """Say whether torch.compile can work here: Python's headers, a compiler, on a GPU Triton."""
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return False
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (7, 0):  # too old for Triton
-            return False
-        compiler = os.environ.get("CC") or "gcc"  # of what launches Triton's programs
-        found = any(map(shutil.which, (compiler, "gcc", "clang")))
-        return found and importlib.util.find_spec("triton") is not None
-    compiler = os.environ.get("CXX") or "g++"
-    return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
-
-
-def compile_choice(run: Run, saved: dict[str, Any]) -> str:
-    """Return --compile: yes, no, or auto, which in a run that goes on is what it was."""
-    if run.settings.compile != "auto" or "compiled" not in saved:
-        return run.settings.compile
-    return "yes" if saved["compiled"] else "no"
-
-
-def compile_or_not(
-    choice: str,
-    seconds: float,
-    device: torch.device,
-    say: Callable[[str], None],
-    before: bool = False,
-) -> bool:
-    """Decide on torch.compile, and say it: yes, no, or auto where the run earns it back.
-
-    seconds is the run's estimated length without it. Compiling saves a quarter of it or more, and
-    costs about a minute, or ten seconds where the same was compiled `before` (README, Choices).
-    """
-    if choice == "no" or (choice == "auto" and seconds < (30 if before else 300)):
-        short = f": a run of about {format_duration(seconds)} would not earn it back"
-        say(f"compile: off{short if choice == 'auto' else ''}")
-        return False
-    if not can_compile(device):
-        need = "Triton, a C compiler" if device.type == "cuda" else "a C++ compiler"
-        say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
-        return False
-    say(f"compile: on: the first step takes {'some seconds' if before else 'a minute or so'}")
-    return True
-
-
-def say(text: str) -> None:
-    """Print a line on rank 0."""
-    if world()[0] == 0:
-        print(text, flush=True)
-
-
-def all_sum(values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in place; alone it is returned as it is."""
-    if world()[1] > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Say whether it is so on any rank."""
-    if world()[1] == 1:  # without waiting for the device
-        return flag
-    return bool(all_sum(torch.tensor(float(flag), device=device)).item())
-
-
-# of a container, v2 and v1; what is used there counts files in memory, which give way
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-
-def free_bytes(device: torch.device) -> float:
-    """Return the memory that this process may fill: what a GPU has free, a share of a machine's."""
-    if device.type in GPUS:
-        kind = getattr(torch, device.type)
-        held = kind.memory_reserved(device) - kind.memory_allocated(device)
-        return kind.mem_get_info(device)[0] + held
-    if not hasattr(os, "sysconf"):  # Windows does not say
-        return math.inf
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            room = min(room, int(Path(path).read_text("utf-8")))
-    return room / local_world()[1]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Say whether memory ran out; not all of torch's allocators have a class for it."""
-    words = r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
-    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
-
-
-@dataclass
-class Run:
-    """One stage at work: its place on disk, device, ranks, log. Made by start_run."""
-
-    stage: str
-    tag: str
-    settings: Any
-    device: torch.device
-    rank: int
-    world_size: int
-    num_steps: int = 0
-    metrics: dict[str, Any] = field(default_factory=dict)
-    validated: set[int] = field(default_factory=set)  # the steps that were
-    stopping: bool = False
-    again: bool = False  # torchrun began it again after a fault
-    group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
-    saving: threading.Thread | None = None  # writes a checkpoint
-    save_error: BaseException | None = None
-    wandb: Any = None
-    cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    @property
-    def dir(self) -> Path:
-        return run_dir(self.tag) / self.stage
-
-    def closing(self, items: Any) -> Any:
-        """Return items, which will be closed when the run ends."""
-        return self.cleanup.enter_context(contextlib.closing(items))
-
-    def in_background(self, work: Callable[[], None]) -> None:
-        """Run work in a thread; where it fails, training stops after the step."""
-
-        def body() -> None:
-            try:
-                work()
-            except BaseException as error:  # noqa: BLE001  wait_for_save raises it
-                self.save_error, self.stopping = error, True
-
-        self.saving = threading.Thread(target=body, daemon=True)  # Ctrl-C leaves a hung disk
-        self.saving.start()
-
-    def wait_for_save(self) -> None:
-        """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
-        if self.saving is not None:
-            self.saving.join()  # to its end: see prefetch
-        error, self.saving, self.save_error = self.save_error, None, None
-        if error is not None:
-            raise error
-
-    def together(self, work: Callable[[], Any]) -> list:
-        """Do a part of the work on files on each rank, wait for all, return every rank's result.
-
-        Raises Stop on all ranks where one cannot read or write.
-        """
-        mine, failed = None, None
-        try:
-            mine = work()
-        except Stop as error:
-            failed = error
-        except OSError as error:
-            failed = Stop(disk_sentence(error))
-        everyone: list = [(mine, str(failed or ""))] * self.world_size
-        if self.world_size > 1:
-            dist.all_gather_object(everyone, everyone[0], self.group)
-        for _, sentence in everyone:
-            if failed or sentence:
-                raise failed or Stop(sentence)
-        return [result for result, _ in everyone]
-
-    def say(self, text: str) -> None:
-        """Print a line on rank 0."""
-        say(text)
-
-    def log(self, step: int, **values: Any) -> None:
-        """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
-        if self.device.type == "cuda" and "loss" in values:
-            values["memory"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        self.remember(step, values)
-        if self.rank == 0:
-            print(format_log(self.stage, step, self.num_steps, values), flush=True)
-            line = {"stage": self.stage, "step": step, "time": time.time(), **values}
-            with open(run_dir(self.tag) / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(
-                {f"{self.stage}/{key}": v for key, v in {"step": step, **values}.items()}
-            )
-
-    def remember(self, step: int, values: dict[str, Any]) -> None:
-        """Keep an event's values as the newest, its validation loss also if it is the best."""
-        self.metrics.update(values, step=step)
-        for name in [name for name in values if name.startswith("val_")]:
-            self.validated.add(step)
-            if name in ("val_bpb", "val_loss"):
-                best = self.metrics.get(f"best_{name}", math.inf)
-                self.metrics[f"best_{name}"] = min(best, values[name])
-
-    def recall(self, saved: dict[str, Any]) -> None:
-        """Take over a checkpoint's metrics and its validation, which came after it was saved."""
-
-        def replay() -> Any:  # on rank 0, for all
-            self.metrics = dict(saved.get("metrics", {}))
-            for line in read_log(self.tag) if self.rank == 0 else []:
-                if line["stage"] == self.stage and line["step"] <= saved["step"]:
-                    values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
-                    self.remember(line["step"], values)
-            return self.metrics, self.validated
-
-        self.metrics, self.validated = self.together(replay)[0]
-        self.metrics["step"] = saved["step"]
-
-    def estimate_seconds(self, flops: float, peak: float) -> float:
-        """Return about how long all ranks take, not compiled, at 0.3 of their peak."""
-        return flops / (peak * self.world_size * 0.3)
-
-    def end_if_stopped(self, s: Step) -> None:
-        """End the program, whose checkpoint is saved, where the user has asked to stop."""
-        if s.stopping:
-            self.say(f"{self.stage}: stopped at step {s.step}; run the same command again to go on")
-            raise SystemExit(0)
-
-    def validates(self, s: Step) -> bool:
-        """Say whether this step's validation is due and was not made before the run went on."""
-        due = s.due(self.settings.eval_every, first=True)
-        return due and s.step not in self.validated
-
-    def finished(self) -> bool:
-        """Say whether the last step's checkpoint is there, and validated if any was."""
-        step = self.metrics.get("step", -1)
-        return step >= self.num_steps and (not self.validated or step in self.validated)
-
-    def begin(self, saved: dict[str, Any]) -> None:
-        """Drop what training from here on replaces: old checkpoints, log lines after `saved`.
-
-        Until then --restart has deleted nothing. They go by one rename: whole, or not at all.
-        Where the user has asked to stop while the stage was set up, nothing goes.
-        """
-        if any_rank(self.stopping, self.device):
-            return  # training_steps will make no step
-
-        def clear() -> None:
-            if self.rank == 0:
-                old = self.dir.with_name(f".{self.stage}.partial")
-                shutil.rmtree(old, ignore_errors=True)  # a killed run's
-                if not saved and self.dir.exists():
-                    os.replace(self.dir, old)
-                    shutil.rmtree(old)
-                self.rewind_log(saved.get("step", -1))
-
-        self.together(clear)
-
-    def rewind_log(self, step: int) -> None:
-        """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
-        path = run_dir(self.tag) / "metrics.jsonl"
-        if path.exists():
-            log = read_log(self.tag)
-            kept = [x for x in log if x["stage"] != self.stage or x["step"] <= step]
-            with written_beside(path) as beside:
-                beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-
-def keep_memory() -> None:
-    """Have this process keep what memory it frees, in pages of 2 MB, where the system is Linux.
-
-    Each step's tensors would come anew from the system, in pages of 4 KB that it clears first.
-    """
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:  # glibc's: when to return the heap's end, and what to map by itself
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            mallopt(option, 2**31 - 1)
-
-
-@contextlib.contextmanager
-def start_run(stage: str, settings: Any) -> Iterator[Run]:
-    """Set up device, ranks, seed and signals for a stage, and clean up after it.
-
-    settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM sets `run.stopping`,
-    which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
-    read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
-    """
-    keep_memory()
-    device, attempt = pick_device(settings.device), 1
-    rank, world_size = world()
-    if world_size > 1:
-        if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world()[1]))
-        store = None
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            # torchrun's store outlives its restarts: in it are the addresses of dead ranks. Its own
-            # count of restarts differs between nodes: one that follows another's fault counts none
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            kept = dist.TCPStore(host, port, world_size, is_master=False)
-            attempt = agree_on_attempt(kept, rank, world_size)
-            store = dist.PrefixStore(str(attempt), kept)
-        backend = GPUS.get(device.type, "gloo")
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(settings.seed)
-    run = Run(stage, settings.tag, settings, device, rank, world_size, again=attempt > 1)
-    run.group = dist.new_group(backend="gloo") if world_size > 1 else None
-    if device.type == "cuda":
-        vary = stage in ("rl", "eval")
-        if kernels := rank_attention(device, pick_dtype(device), lengths_vary=vary):
-            run.cleanup.enter_context(sdpa_kernel(kernels, set_priority=True))
-
-    def stop(number: int, frame: Any) -> None:
-        if run.stopping and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if rank == 0 and not run.stopping:  # print could be what the signal interrupted
-            os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
-        run.stopping = True
-
-    in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
-    before = {number: signal.signal(number, stop) for number in signals}
-    try:
-        with one_sentence(stage):
-            if stage != "eval":
-                run.cleanup.enter_context(alone_at_work(run))
-            run.wandb = _start_wandb(run)
-            try:
-                yield run
-            finally:
-                run.wait_for_save()
-    finally:
-        run.cleanup.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> int:
-    """Return the number of this start of all ranks, in a store that knows of former ones.
-
-    Rank 0 counts; who reads the count too early, of a start whose rank 0 is dead, gets no answer
-    and reads it again.
-    """
-    if rank == 0:
-        attempt = store.add("attempt", 1)
-        for other in range(1, world_size):
-            store.set(f"welcome/{store.get(f'here/{attempt}/{other}').decode()}", "yes")
-        return attempt
-    me = secrets.token_hex(8)
-    while True:
-        attempt = store.add("attempt", 0)
-        store.set(f"here/{attempt}/{rank}", me)
-        with contextlib.suppress(RuntimeError):  # in time, or not
-            store.wait([f"welcome/{me}"], timedelta(seconds=1))
-            return attempt
-
-
-@contextlib.contextmanager
-def alone_at_work(run: Run) -> Iterator[None]:
-    """Keep a second process out of a run's stage while this one trains it.
-
-    Raises MissingInput where one is at work, or where a rank does not see rank 0's folder. A file
-    system without locks is left unguarded, and so is a run that is not there: the stage will say.
-    """
-    path = run_dir(run.tag) / f".{run.stage}.lock"
-    mark = f"{socket.gethostname()} {time.time_ns()}"
-    with contextlib.ExitStack() as held:
-
-        def take() -> str:
-            if run.rank or not path.parent.is_dir():
-                return ""
-            file = held.enter_context(open(path, "a", encoding="utf-8"))
-            try:
-                import fcntl  # Windows has none
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MissingInput(
-                    f"another process is training {run.stage} of the run {run.tag!r}: wait for it, "
-                    "or give another --tag"
-                ) from None
-            except (ImportError, OSError):
-                pass
-            path.write_text(mark, "utf-8")
-            return mark
-
-        def see() -> None:
-            patience = time.monotonic() + 20  # of NFS, which may still know how it was before
-            while first and not (path.exists() and path.read_text("utf-8") == first):
-                if time.monotonic() > patience:
-                    raise MissingInput(
-                        f"{socket.gethostname()} does not see {path} of {first.split()[0]}: "
-                        "NANOCHAT_BASE_DIR must be a folder that all nodes share"
-                    )
-                time.sleep(0.1)
-
-        first = run.together(take)[0]
-        run.together(see)
-        yield
-
-
-def _start_wandb(run: Run) -> Any:
-    name = getattr(run.settings, "run", "")
-    if not name or run.rank:
-        return None
-    if importlib.util.find_spec("wandb") is None:
-        run.say("wandb is not installed (`uv pip install wandb`): metrics.jsonl has everything")
-        return None
-    try:
-        import wandb
-
-        return wandb.init(project="nanochat", name=name, config=dataclasses.asdict(run.settings))
-    except Exception as error:  # noqa: BLE001  an extra stops no training, whatever ails it
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        run.say(f"wandb is left out ({reason}): metrics.jsonl has everything")
-        return None
-
-
-@contextlib.contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Turn Ctrl-C, full memory and a disk's errors into one sentence and a non-zero exit."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise Stop(f"{what}: stopped; run the same command again to go on") from None
-    except RuntimeError as error:  # not in a pass, which would have been halved
-        if not out_of_memory(error):
-            raise
-        raise Stop(
-            f"{what}: memory ran out; run the same command again with a smaller "
-            "--device-batch-size, or with fewer --slots where it has them"
-        ) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its flush at exit
-        raise Stop(f"{what}: stopped, as nobody reads any more what it prints") from None
-    except OSError as error:
-        raise Stop(disk_sentence(error)) from None
-
-
-def disk_sentence(error: OSError) -> str:
-    """Say what a failed read or write means for the user."""
-    place = error.filename2 or error.filename or base_dir()
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full at {place}: free some space and run the same command again"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return f"{place} cannot be written: set NANOCHAT_BASE_DIR to a folder of your own"
-    what = error.strerror or error
-    return f"{place}: {what}; NANOCHAT_BASE_DIR must be a folder that can be written"
-
-
-# 4. Tokenizer --------------------------------------------------------------------------------
 
 BOS = "<|bos|>"
 SPECIAL_TOKENS = [
@@ -1190,7 +327,357 @@ def _says(text: str, words: str) -> bool:
     return re.search(rf"(?<!\w)(?<!\w-){re.escape(words)}(?!-?\w)", text) is not None
 
 
-# 5. GPT --------------------------------------------------------------------------------------
+# 2. Rows -------------------------------------------------------------------------------------
+
+
+def pack_rows(
+    documents: Iterable[list[int]], T: int, buffer: int = 512, whole: bool = False
+) -> Iterator[list[int]]:
+    """Pack documents into rows of T + 1 ids, best fit first, losing nothing.
+
+    Each document begins with `<|bos|>`. A row takes the longest waiting document that fits; when
+    none does, the longest is cut there and its rest waits, begun with `<|bos|>` again, so every
+    row begins with one and every other token is a target exactly once. With `whole` none is cut,
+    which asks for at most T + 1 ids each: the row stays shorter, as the last one may anyhow.
+    `buffer` documents wait at a time: the choice of a best fit.
+    """
+    waiting: list[tuple[int, int, list[int]]] = []  # sorted by length, then by arrival
+    arrivals = itertools.count()
+    incoming = iter(documents)
+
+    def add(ids: list[int]) -> None:
+        bisect.insort(waiting, (len(ids), next(arrivals), ids))
+
+    row: list[int] = []
+    while True:
+        for ids in itertools.islice(incoming, buffer - len(waiting)):
+            add(ids)
+        if not waiting:
+            break
+        room = T + 1 - len(row)
+        fit = bisect.bisect_left(waiting, (room + 1,))
+        if fit:
+            row += waiting.pop(fit - 1)[2]
+        elif whole:
+            assert row, f"a document of {waiting[-1][0]} ids does not fit in a row of {T + 1}"
+            yield row
+            row = []
+        else:
+            ids = waiting.pop()[2]
+            row += ids[:room]
+            add(ids[:1] + ids[max(room, 1) :])
+        if len(row) == T + 1:
+            yield row
+            row = []
+    if row:
+        yield row
+
+
+def encode_shard(path: Path, tokenizer: Tokenizer, T: int, out: Path) -> None:
+    """Tokenize and pack one parquet shard into the array out (rows, T + 1), beside and renamed.
+
+    The last row is filled up with `<|bos|>`: a `<|bos|>` after a `<|bos|>` is never a target.
+    """
+
+    def documents() -> Iterator[list[int]]:
+        texts = read_texts(path)
+        while chunk := list(itertools.islice(texts, 1024)):
+            for ids in tokenizer.encode_batch(chunk):
+                if ids:
+                    yield [tokenizer.bos, *ids]
+
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    write_rows(pack_rows(documents(), T), T, tokenizer.bos, dtype, out)
+
+
+def write_rows(rows: Iterable[list[int]], T: int, bos: int, dtype: Any, out: Path) -> None:
+    """Write rows of at most T + 1 ids as an array, filled up with bos, beside and renamed."""
+    arrays = [np.array(row + [bos] * (T + 1 - len(row)), dtype) for row in rows]
+    with written_beside(out) as beside, open(beside, "wb") as file:
+        plain: Any = SimpleNamespace(write=file.write)  # numpy's own way may miss a full disk
+        np.save(plain, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
+
+
+NO_TARGET = 1 << 30  # added to an id of a conversation's row that must not be learned
+
+
+def cut_conversation(
+    tokenizer: Tokenizer, messages: list[dict[str, Any]], limit: int
+) -> list[dict[str, Any]]:
+    """Drop turns from the end until the messages have at most `limit` ids; [] if none is left."""
+    while messages and len(render_conversation(tokenizer, messages)[0]) > limit:
+        messages = messages[:-2] if messages[-1]["role"] == "assistant" else messages[:-1]
+    return messages if any(m["role"] == "assistant" for m in messages) else []
+
+
+@dataclass
+class Mixed:
+    """What became of the conversations of a file: rows of one kind and tokens, counted."""
+
+    used: dict[str, int] = field(default_factory=dict)  # conversations by kind
+    cut: int = 0  # too long for the context: their last turns are left out
+    left_out: int = 0  # too long even in their first turn
+
+
+def conversation_rows(
+    path: Path, tokenizer: Tokenizer, T: int, run: Run, learn_all: bool = False, some: bool = False
+) -> tuple[Rows, Mixed]:
+    """Pack the conversations of a .jsonl file whole into rows, and count them by kind.
+
+    Targets are the assistant's own tokens, or with learn_all those of users
+    too (never what the tool says). The rows are cached below data/SOURCE/tokens/.
+    Raises MissingInput where there must be some rows and there are none.
+    """
+    _need(path)
+    learned = "all" if learn_all else "own"
+    makers = (_conversation_ids, render_conversations, render_conversation, cut_conversation)
+    folder = rows_folder(path.parent, tokenizer, T, *makers)
+    out = folder / f"{path.stem}-{learned}-{path.stat().st_size}-{crc32(path):08x}.npy"
+    counts = out.with_suffix(".json")
+
+    def make(maker: bool) -> None:
+        if maker and not (out.exists() and counts.exists()):
+            mixed = Mixed()
+            documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
+            rows = pack_rows(documents, T, whole=True)
+            write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
+            write_json(counts, dataclasses.asdict(mixed))
+
+    run.together(lambda: make(run.rank == 0))
+    run.together(lambda: make(local_dist_info()[0] == 0))  # on other nodes' disks
+    rows, mixed = Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
+    if some and not len(rows):
+        raise MissingInput(
+            f"none of the {mixed.left_out:,} conversations of {path} fits in {T} tokens: pretrain "
+            "with a larger --max-seq-len"
+        )
+    return rows, mixed
+
+
+def _conversation_ids(
+    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool, mixed: Mixed
+) -> Iterator[list[int]]:
+    conversations = read_conversations(path)
+    while chunk := list(itertools.islice(conversations, 1024)):
+        rendered = render_conversations(tokenizer, [one["messages"] for one in chunk])
+        for conversation, (ids, mask) in zip(chunk, rendered):
+            if len(ids) > T + 1:
+                shorter = cut_conversation(tokenizer, conversation["messages"], T + 1)
+                mixed.cut += bool(shorter)
+                mixed.left_out += not shorter
+                if not shorter:
+                    continue
+                ids, mask = render_conversation(tokenizer, shorter)
+            kind = conversation.get("kind", "own")
+            mixed.used[kind] = mixed.used.get(kind, 0) + 1
+            output = False
+            flagged = []
+            for i, own in zip(ids, mask):
+                output |= i == tokenizer.specials["<|output_start|>"]
+                learned = own or (learn_all and not output and i != tokenizer.bos)
+                flagged.append(i if learned else i + NO_TARGET)
+                output &= i != tokenizer.specials["<|output_end|>"]
+            yield flagged
+
+
+class Rows:
+    """The packed rows of one or more shards, in the order of their files, memory-mapped."""
+
+    def __init__(self, paths: list[Path], bos: int):
+        self.bos = bos
+        self.names = [f"{path.parent.name}/{path.name}" for path in paths]  # hold keys of contents
+        self.arrays = [np.load(path, mmap_mode="r") for path in paths]
+        self.ends = np.cumsum([len(array) for array in self.arrays])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def row(self, index: int) -> np.ndarray:
+        """Return one row (T + 1,) as it is stored."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        return self.arrays[shard][index - self.ends[shard]]  # counted from the shard's end
+
+    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Return (ids, targets), each (len(indices), T) int64; an index of -1 is an empty row."""
+        rows = np.full((len(indices), self.arrays[0].shape[1]), self.bos, np.int64)  # (B, T + 1)
+        for i, index in enumerate(indices):
+            if index >= 0:
+                rows[i] = self.row(int(index))
+        ids = torch.from_numpy(rows[:, :-1] % NO_TARGET)
+        targets = torch.from_numpy(np.where(rows[:, 1:] >= NO_TARGET, IGNORE, rows[:, 1:]))
+        targets[(ids == self.bos) & (targets == self.bos)] = IGNORE
+        return ids, targets
+
+    def joined(self, other: Rows, count: int) -> Rows:
+        """Return these rows and, spread evenly over them, `count` of another's, as one."""
+        picked = np.linspace(0, len(other), count, endpoint=False).astype(np.int64)
+        both = copy.copy(self)
+        both.names = self.names + other.names
+        both.arrays = [*self.arrays, np.stack([other.row(int(i)) for i in picked])]
+        both.ends = np.cumsum([len(array) for array in both.arrays])
+        return both
+
+
+def rows_folder(folder: Path, tokenizer: Tokenizer, T: int, *makers: Any) -> Path:
+    """Return where rows are kept: a folder for each tokenizer, T and code, which may change."""
+    code = "".join(map(inspect.getsource, [*makers, pack_rows, write_rows]))
+    return folder / "tokens" / f"{tokenizer.fingerprint}-{T}-{zlib.crc32(code.encode()):08x}"
+
+
+def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run) -> Rows:
+    """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
+
+    Shards without a cached array for this tokenizer and T are encoded first, shared out over the
+    ranks, or over those of a node that does not see the others' files; the rows depend on none
+    of that. Ends the program after a shard where run.stopping asks for it on any rank.
+    """
+    rank, world_size = dist_info()
+    local_rank, local_size = local_dist_info()
+    shards = list_shards(source, "train")
+    folder = rows_folder(data_dir(source), tokenizer, T, encode_shard)
+    outs: list[Path] = []
+    count = 0
+    start = time.perf_counter()
+
+    def encode(pairs: list[tuple[Path, Path]]) -> bool:
+        for path, out in pairs:
+            if not out.exists():
+                run.say(f"tokenizing {path.name} ({len(outs) + 1} of at most {len(shards)} shards)")
+                encode_shard(path, tokenizer, T, out)
+                run.say(f"tokenized in {format_duration(time.perf_counter() - start)}")
+        return run.stopping
+
+    for first in range(0, len(shards), world_size):
+        paths = shards[first : first + world_size]
+        wave = [(path, folder / f"{path.stem}-{_file_key(path)}.npy") for path in paths]
+        # each its own, then what was made on another node's disk
+        for mine in (wave[rank : rank + 1], wave[local_rank::local_size]):
+            if any(run.together(functools.partial(encode, mine))):
+                run.say(f"{run.stage}: stopped while tokenizing; run the same command again")
+                raise SystemExit(0)
+        for _, out in wave:
+            while not out.exists():  # NFS may still know how it was before
+                time.sleep(0.1)
+            outs.append(out)
+            count += len(np.load(out, mmap_mode="r"))
+            if count >= needed:
+                return Rows(outs, tokenizer.bos)
+    if not count:
+        raise MissingInput(f"data source {source} holds no text: run prepare.py again")
+    return Rows(outs, tokenizer.bos)
+
+
+def _file_key(path: Path) -> str:
+    with open(path, "rb") as file:  # a parquet file's end describes all of it
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        return hashlib.sha256(file.read()).hexdigest()[:12]
+
+
+@dataclass
+class Batch:
+    """One micro-batch: ids and targets (B, T) int64 on the device; targets that count."""
+
+    ids: Tensor
+    targets: Tensor
+    num_targets: int
+
+
+@functools.lru_cache(maxsize=1)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def shuffled(position: int, count: int, seed: int) -> int:
+    """Return which of `count` comes at a position, shuffled anew each epoch by the seed."""
+    epoch, place = divmod(position, count)
+    return int(_order(seed, epoch, count)[place])
+
+
+def row_batches(
+    rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device,
+    total: int = sys.maxsize,
+) -> Iterator[Batch]:  # fmt: skip
+    """Yield this rank's micro-batches from step `start` on, without end, made ahead of use.
+
+    A step takes batch_rows rows over all ranks, in `accum_steps` micro-batches a rank; rows are
+    shuffled anew each epoch by the seed. Where the division leaves a remainder, empty rows fill
+    it, so that a step's rows depend on neither ranks nor micro-batch; so they do after `total`
+    rows, where a run ends with its last epoch and not with a whole batch.
+    """
+    rank, world_size = dist_info()
+    accum = accum_steps(batch_rows, micro_batch)
+
+    def make() -> Iterator[Batch]:
+        for step in itertools.count(start):
+            for i in range(accum):
+                first = (i * world_size + rank) * micro_batch
+                last = min(first + micro_batch, batch_rows)
+                indices = np.full(micro_batch, -1)
+                for j in range(first, last):
+                    position = step * batch_rows + j
+                    if position < total:
+                        indices[j - first] = shuffled(position, len(rows), seed)
+                ids, targets = rows.gather(indices)
+                if device.type == "cuda":
+                    ids, targets = ids.pin_memory(), targets.pin_memory()
+                count = int((targets != IGNORE).sum())
+                move = functools.partial(Tensor.to, device=device, non_blocking=True)
+                yield Batch(move(ids), move(targets), count)
+
+    return prefetch(make(), 2 * accum)
+
+
+def batch_parts(batch: Any, rows: int) -> Iterator[Any]:
+    """Cut a micro-batch in parts of at most `rows` rows; its count of targets stays the whole's."""
+    tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+    for first in range(0, len(batch.ids), rows):
+        part = {k: v[first : first + rows] for k, v in tensors.items()}
+        yield dataclasses.replace(batch, **part)
+
+
+def accum_steps(batch_rows: int, micro_batch: int) -> int:
+    """Return how many micro-batches a rank runs for its share of a step's rows."""
+    return -(-batch_rows // (micro_batch * dist_info()[1]))
+
+
+def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
+    """Run an iterator in a thread, `depth` items ahead; its exceptions are raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+    done = threading.Event()
+
+    def put(entry: tuple[Any, BaseException | None]) -> bool:
+        while not done.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(entry, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((None, StopIteration()))
+        except BaseException as error:  # noqa: BLE001  it goes to the reader, whatever it is
+            put((None, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if isinstance(error, StopIteration):
+                return
+            if error is not None:
+                raise error
+            yield item
+    finally:
+        done.set()
+        thread.join()  # a thread inside torch while the interpreter ends would abort the process
+
+
+# 3. GPT --------------------------------------------------------------------------------------
+
 
 IGNORE = -1  # a target that has no loss
 
@@ -1313,200 +800,6 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(rounded, requires_grad=False)
 
 
-class Float8Product(torch.autograd.Function):
-    """The product of rows and a weight, each rounded to fp8 with one scale (arXiv:2209.05433).
-
-    Rows and weight have 4 bits of exponent, gradients have 5 and are summed in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
-        """Return x (N, n_in) @ weight (n_out, n_in) turned, in x's dtype; all multiples of 16."""
-        x8, w8 = (to_float8(a, torch.float8_e4m3fn) for a in (x, weight))
-        ctx.save_for_backward(*x8, *w8)
-        return float8_matmul(x8, (w8[0].t(), w8[1]), x.dtype, fast=True)
-
-    @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def]
-        x, x_scale, w, w_scale = ctx.saved_tensors
-        g, g_scale = to_float8(dy, torch.float8_e5m2)
-        # the kernel wants its second factor stored by columns
-        dx = float8_matmul((g, g_scale), (w.t().contiguous().t(), w_scale), dy.dtype)
-        turned = g.t().contiguous(), g_scale
-        dw = float8_matmul(turned, (x.t().contiguous().t(), x_scale), torch.float32)
-        return dx, dw
-
-
-def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Round x to an 8-bit float; return it and its scale, which brings the largest to the end."""
-    top = torch.finfo(dtype).max
-    scale = x.float().abs().amax().clamp_min(1e-12) / top
-    return (x.float() / scale).clamp(-top, top).to(dtype), scale
-
-
-def float8_matmul(
-    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False
-) -> Tensor:
-    """Multiply two matrices in fp8, each with its scale; fast sums have fewer bits, on a GPU."""
-    fast = fast and a[0].is_cuda
-    return torch._scaled_mm(
-        a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype, use_fast_accum=fast
-    )
-
-
-def row_sizes(x: Tensor) -> Tensor:
-    """Return what one step of 8 bits is worth for each row of x (..., n): fp32 (..., 1)."""
-    return x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-
-
-FEW_ROWS = 64  # as many as the engine's slots
-PACKED = 1 << 18  # numbers in the smallest weight that is packed: each call has a price
-PACKED_INT8 = 3 << 19
-EXACT = 1024  # products of two int8 that fp32 adds up exactly
-AMX = torch.cpu._is_amx_tile_supported()  # its products of 8 bits want the weight first
-
-operators = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
-operators.define("packed_product(Tensor x, Tensor packed) -> Tensor")
-operators.define("packed_int8_product(Tensor x, Tensor packed, Tensor scale) -> Tensor")
-operators.define("sum_rows(Tensor x, Tensor rows, int count) -> Tensor")
-
-
-@torch.library.impl(operators, "packed_product", "MkldnnCPU")
-def packed_product(x: Tensor, packed: Tensor) -> Tensor:
-    """Multiply x (N, n_in) by what pack() made of a weight (n_out, n_in), turned: (N, n_out)."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-
-
-@torch.library.register_fake("nanochat::packed_product", lib=operators)
-def _packed_shape(x: Tensor, packed: Tensor) -> Tensor:
-    return x.new_empty(x.size(0), packed.size(0))
-
-
-@torch.library.impl(operators, "packed_int8_product", "MkldnnCPU")
-def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """Multiply x (N, n_in), of bytes that mean 128 less, by a packed int8 weight: fp32 (N, n_out).
-
-    The sums are exact; scale (n_out,) multiplies them.
-    """
-    zero = scale.new_zeros(1, dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-@torch.library.register_fake("nanochat::packed_int8_product", lib=operators)
-def _packed_int8_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    return x.new_empty(x.size(0), scale.size(0), dtype=torch.float32)
-
-
-@torch.library.impl(operators, "sum_rows", "CPU")
-def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """Add each row of x (N, C) to that of the sums (count, C) which rows (N,) names, in order.
-
-    A compiler's loop lets threads add where they meet: slower, and each run in another order.
-    """
-    return torch.ops.aten.embedding_dense_backward(x, rows, count, -1, False)
-
-
-@torch.library.register_fake("nanochat::sum_rows", lib=operators)
-def _sums_shape(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    return x.new_empty(count, x.size(1))
-
-
-@functools.cache
-def packs_int8() -> bool:
-    """Say whether packed products of 8 bits are there and exact: without VNNI their sums clip."""
-    if AMX:
-        return False
-    x = torch.full((2, 64), 255, dtype=torch.uint8)
-    weight = torch.full((16, 64), 127, dtype=torch.int8)
-    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        y = torch.ops.nanochat.packed_int8_product(x, packed, torch.ones(16))
-        return bool((y == 127 * 127 * 64).all())
-    return False
-
-
-def pack(weight: Tensor) -> Tensor | None:
-    """Lay a weight out in the blocks that oneDNN reads; None where that is not known to pay."""
-    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-        return None
-    if not torch.backends.mkldnn.is_available() or weight.numel() < PACKED:
-        return None
-    if weight.dtype == torch.int8:
-        if weight.numel() < PACKED_INT8 or not packs_int8():
-            return None
-        return torch.ops.onednn.qlinear_prepack(weight.detach(), None)
-    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if weight.dtype != torch.float32 and not bf16:
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
-
-
-def stored(x: Tensor) -> Tensor:
-    """Return x; a compiler then stores it, where it would compute it anew for each use."""
-    return x.as_strided(x.shape, x.stride())
-
-
-def product(
-    x: Tensor, weight: Tensor, scale: Tensor | None = None, packed: Tensor | None = None
-) -> Tensor:
-    """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
-
-    An int8 weight has scales (n_out,), and the rows of x are rounded to 8 bits as well, as in
-    arXiv:2208.07339: the sums are exact, and a row's result depends on no other row.
-    `packed` is what pack() made of the weight.
-    """
-    rows = x.flatten(0, -2)
-    n = rows.size(0)
-    training = torch.is_grad_enabled()
-    few = n <= FEW_ROWS and x.device.type == "cpu" and not training
-    alone = few and n == 1 and torch.compiler.is_compiling()
-    if scale is not None:
-        size = row_sizes(rows)
-        small = (rows / size).round()
-        if alone and not AMX and weight.numel() >= PACKED_INT8 and weight.size(1) <= EXACT:
-            y = (weight.float() * stored(small)).sum(-1) * scale
-        elif packed is not None and n > 1:
-            y = torch.ops.nanochat.packed_int8_product((small + 128).byte(), packed, scale)
-        elif n > FEW_ROWS or (few and n == 1 and not AMX):
-            y = torch._int_mm(small.char(), weight.t()) * scale
-        else:
-            if x.device.type == "cuda":
-                small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
-            y = torch._int_mm(weight, small.char().t())[:, :n].t() * scale
-        y = (y * size).to(x.dtype)
-    elif alone and (x.dtype == torch.float32 or (weight.numel() >= PACKED and not AMX)):
-        # one loop of a compiler's, on some CPUs twice as fast as their library
-        y = (weight.float() * stored(rows).float()).sum(-1).to(x.dtype)
-    elif packed is not None and not training and (n > 1 or x.dtype == torch.float32):
-        y = torch.ops.nanochat.packed_product(rows, packed)
-    elif few and n > 1:
-        y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
-    else:
-        y = F.linear(rows, weight.to(x.dtype))
-    if not torch.compiler.is_compiling():
-        y = y.contiguous()  # attention is slow on what lies turned
-    return y.view(*x.shape[:-1], -1)
-
-
-class Lookup(torch.autograd.Function):
-    """F.embedding on a CPU, whose gradient is the same in every run."""
-
-    @staticmethod
-    def forward(ctx, weight, ids):  # type: ignore[no-untyped-def]
-        """Return the rows of weight (V, C) that ids (...) name: (..., C)."""
-        ctx.save_for_backward(ids)
-        ctx.count = weight.size(0)
-        return F.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx, d_rows):  # type: ignore[no-untyped-def]
-        (ids,) = ctx.saved_tensors
-        flat = d_rows.reshape(-1, d_rows.size(-1))
-        return torch.ops.nanochat.sum_rows(flat, ids.reshape(-1), ctx.count), None
-
-
 class Embedding(Linear):
     """A table of vectors, one a token id."""
 
@@ -1574,288 +867,6 @@ def attend(
         mask = (back >= 0) & (back < window)  # (T, S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return y.transpose(1, 2)
-
-
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend as attend() does, T = S > window, without scores that no window holds.
-
-    Blocks of `window` queries see their own keys and those of the block before.
-    """
-    B, T = q.shape[:2]
-    first = attend(q[:, :window], k[:, :window], v[:, :window], window)
-    missing = -T % window
-    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
-    q, k, v = (x.view(B, -1, window, *x.shape[2:]) for x in (q, k, v))
-    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 2).flatten(0, 1) for x in (k, v))
-    at = torch.arange(-window, window, device=q.device)
-    back = at[window:, None] - at
-    mask = ((back >= 0) & (back < window))[None]  # (1, window, 2 window), of every block
-    rest = attend(q[:, 1:].flatten(0, 1), k, v, window, mask)
-    return torch.cat((first, rest.reshape(B, -1, *rest.shape[2:])), 1)[:, :T]
-
-
-def attend_in_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Attend as attend() does, T = S, with torch's flash kernel, which passes over other keys.
-
-    Raises ImportError before torch 2.10, RuntimeError where there is no such kernel.
-    """
-    from torch.nn.attention.varlen import varlen_attn  # imports the compiler
-
-    B, T, H, _ = q.shape
-    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
-    if (groups := H // k.size(2)) > 1:  # torch 2.12 and newer would share them
-        k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
-    rows = [x.flatten(0, 1) for x in (q, k, v)]
-    seen = (window - 1, 0)  # before and after
-    y: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, T, T, window_size=seen)
-    return y.view(q.shape)
-
-
-@functools.cache
-def window_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
-    """Return what attends in windows here: attend_in_flash where that runs and is right."""
-    if device.type == "cuda":
-        shape, how = (2, 96, 2, head_dim), (attend_in_flash, attend_in_blocks)
-        with contextlib.suppress(ImportError, RuntimeError, TypeError):
-            tries = [functools.partial(one, window=32) for one in how]
-            if is_close(*(try_attention(one, shape, device, dtype)[1] for one in tries)):
-                return attend_in_flash
-    return attend_in_blocks
-
-
-class InProducts(torch.autograd.Function):
-    """Causal attention, each (B, H, T, D), in products of 128 queries with the keys they may see.
-
-    What lies between the products a compiler makes one loop of, a pass over the scores each way.
-    The weights are stored, not yet divided by their sums.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
-        parts, stored = [], []
-        for start in range(0, q.size(2), 128):
-            x = q[:, :, start : start + 128]
-            end = start + x.size(2)
-            scores = (x @ k[:, :, :end].transpose(2, 3)).float() / math.sqrt(q.size(3))
-            at = torch.arange(end, device=q.device, dtype=torch.int32)  # int64 takes twice the time
-            scores = scores.masked_fill(at > at[start:, None], -math.inf)
-            weights = (scores - scores.amax(-1, keepdim=True)).exp().to(v.dtype)
-            total = weights.float().sum(-1, keepdim=True)
-            parts.append(((weights @ v[:, :, :end]).float() / total).to(v.dtype))
-            stored += [weights, total]
-        y = torch.cat(parts, 2)
-        ctx.save_for_backward(q, k, v, y, *stored)
-        return y
-
-    @staticmethod
-    def backward(ctx, d_y):  # type: ignore[no-untyped-def]
-        q, k, v, y, *stored = ctx.saved_tensors
-        means = (d_y.float() * y.float()).sum(-1, keepdim=True)  # of each query's d_weights
-        d_q, d_k, d_v = [], torch.zeros_like(k).float(), torch.zeros_like(v).float()
-        for weights, total in zip(stored[::2], stored[1::2]):
-            end = weights.size(3)
-            own = slice(end - weights.size(2), end)
-            d_out = (d_y[:, :, own].float() / total).to(v.dtype)
-            d_weights = (d_out @ v[:, :, :end].transpose(2, 3)).float()
-            d_scores = weights.float() * (d_weights - means[:, :, own] / total)
-            d_scores = (d_scores / math.sqrt(q.size(3))).to(q.dtype)
-            d_q.append(d_scores @ k[:, :, :end])
-            later = 0, 0, 0, k.size(2) - end
-            d_k = d_k + F.pad((d_scores.transpose(2, 3) @ q[:, :, own]).float(), later)
-            d_v = d_v + F.pad((weights.transpose(2, 3) @ d_out).float(), later)
-        return torch.cat(d_q, 2), d_k.to(k.dtype), d_v.to(v.dtype)
-
-
-def by_parts(q: Tensor) -> bool:
-    """Say whether torch's kernel is slower here than the products of attention, one by one."""
-    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX
-    return slow and not q.requires_grad and not torch.compiler.is_compiling()
-
-
-def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend as attend() does, q (B, H, T, D) to k and v (B, K, S, D), in a product for each head.
-
-    The keys of a head are a matrix as they lie; for those of all the library would copy them.
-    """
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    q = q / math.sqrt(D)
-    products = [q[b, h] @ k[b, h * K // H].T for b in range(B) for h in range(H)]
-    scores = torch.stack(products).view(B, H, T, S)
-    if mask is None:
-        later = torch.ones(T, T, dtype=torch.bool).triu(1)
-        scores[..., S - T :].masked_fill_(later, -math.inf)
-    else:
-        scores.masked_fill_(~mask[:, None], -math.inf)
-    weights = scores.softmax(-1).view(B, K, -1, S)  # a group's heads one below the other
-    return (weights @ v).view(B, H, T, D)
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend as attend() does, T = 1, in sums that a compiler makes one loop each of."""
-    B, _, H, D = q.shape
-    q = q.view(B, 1, k.size(2), -1, D).float()  # (B, 1, K, H/K, D)
-    scores = (q * k[:, :, :, None]).sum(-1) / math.sqrt(D)  # (B, S, K, H/K)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, 0, :, None, None], -math.inf)
-    y = (scores.softmax(1)[..., None] * v[:, :, :, None]).sum(1)  # (B, K, H/K, D)
-    return y.view(B, 1, H, D).to(v.dtype)
-
-
-class KVCache:
-    """The ids, keys and values of positions that were computed, for rows of unequal length.
-
-    A layer with a window keeps the last positions alone: position p lies in slot p % its slots.
-    """
-
-    SPARE = 256  # slots beside a window: a prompt that parts from a row so near its end can use it
-
-    def __init__(
-        self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype,
-        context: int | None = None,
-    ):  # fmt: skip
-        T = context or config.max_seq_len  # positions a row has room for
-        self.windows = [config.window(layer) for layer in range(config.n_layer)]
-        self.slots = {w: min(T, self.slots_of(config, w)) for w in self.windows}
-
-        def room() -> list[Tensor]:
-            shape = config.n_kv_head, config.head_dim
-            sizes = [(rows, self.slots[w], *shape) for w in self.windows]
-            return [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
-
-        self.k, self.v = room(), room()  # by layer: (rows, slots, K, D)
-        self.ids = torch.zeros(rows, T, device=device, dtype=torch.long)
-        self.lengths = [0] * rows  # positions filled
-        self.reached = [0] * rows  # positions ever written, those since cut off included
-
-    @classmethod
-    def slots_of(cls, config: GPTConfig, window: int) -> int:
-        """Return how many positions of a row a layer with this window keeps."""
-        return min(config.max_seq_len, window + cls.SPARE)
-
-    def part(self, start: int, end: int) -> KVCache:
-        """Return rows start to end; the storage is shared, the lengths are a copy."""
-        part = copy.copy(self)
-        part.k, part.v = ([x[start:end] for x in xs] for xs in (self.k, self.v))
-        part.ids, part.lengths = self.ids[start:end], self.lengths[start:end]
-        return part
-
-    def copies(self, rows: list[int]) -> KVCache:
-        """Return a cache of its own whose rows continue these, of which one may stand twice."""
-        made = copy.copy(self)
-        made.k, made.v = ([x[rows] for x in xs] for xs in (self.k, self.v))
-        made.ids, made.lengths = self.ids[rows], [self.lengths[row] for row in rows]
-        made.reached = [self.reached[row] for row in rows]
-        return made
-
-    def holds(self, row: int, n: int) -> bool:
-        """Say whether a row still has all that goes on from its first n positions asks for."""
-        reached = max(self.reached[row], self.lengths[row])
-        lost = reached - n + 1  # slots that later positions may have taken, or padding
-        return all(reached < s or lost <= s - w + 1 for w, s in self.slots.items())
-
-    def cut_row(self, row: int, n: int) -> None:
-        """Let a row end after its first n positions."""
-        self.reached[row] = max(self.reached[row], self.lengths[row]) if n else 0
-        self.lengths[row] = n
-
-    def copy_row(self, source: int, target: int, n: int) -> None:
-        """Make the first n positions of a row, which holds them, equal to another's."""
-        for x in (*self.k, *self.v):
-            x[target, :n] = x[source, :n]
-        self.ids[target, :n] = self.ids[source, :n]
-        self.lengths[target] = n
-        self.reached[target] = max(self.reached[source], self.lengths[source])
-
-    def swap_rows(self, a: int, b: int) -> None:
-        """Let two rows change places."""
-        n = max(self.lengths[a], self.lengths[b])
-        for x in (*self.k, *self.v, self.ids):  # by slices: a GPU waits for a list of indices
-            kept = x[a, :n].clone()
-            x[a, :n] = x[b, :n]
-            x[b, :n] = kept
-        for xs in (self.lengths, self.reached):
-            xs[a], xs[b] = xs[b], xs[a]
-
-    def begin(self, ids: Tensor, counts: list[int] | None = None) -> Past:
-        """Prepare to append ids (B, T) to the rows; of row b the first counts[b], or all, count."""
-        (B, T), device, context = ids.shape, self.ids.device, self.ids.size(1)
-        low, high = min(self.lengths), max(self.lengths)
-        assert high + T <= context, f"cache of {context} positions cannot hold {high + T}"
-        lengths = torch.tensor(self.lengths, device=device)[:, None]
-        alike = low == high and (T > 1 or B == 1)  # steps of many have one form, for a compiler
-        return self.past(ids, lengths, counts, high, alike)
-
-    def past(
-        self, ids: Tensor, lengths: Tensor, counts: list[int] | None, high: int, alike: bool
-    ) -> Past:
-        """Do what begin() does with the lengths (B, 1) on the device, none of them above `high`.
-
-        `alike` says that they are equal.
-        """
-        T, device, context = ids.size(1), ids.device, self.ids.size(1)
-        positions = lengths + torch.arange(T, device=device)  # (B, T)
-        self.ids.scatter_(1, positions, ids)
-        before = self.ids.gather(1, (lengths - 1).clamp_min(0))
-        seen = {}
-        for window, slots in self.slots.items():
-            slot = torch.arange(min(slots, high + T), device=device)  # those in use
-            if T == 1 or window >= context:  # the new ones are stored, then all are read
-                mask = None
-                if window < context or not alike:
-                    back = (positions[:, :, None] - slot) % slots
-                    mask = back < (positions + 1).clamp_max(window)[:, :, None]  # (B, T, slots)
-                seen[window] = Seen(positions % slots, mask)
-                continue
-            # more than one new position could overwrite what another still sees
-            old = lengths - 1 - torch.arange(min(window - 1, high), device=device)  # positions
-            keys = torch.cat((old, positions), 1)[:, None]
-            back = positions[:, :, None] - keys
-            mask = (back >= 0) & (back < window) & (keys >= 0) if high else None
-            # the last that counts of the positions that share a slot; what is older stays
-            ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
-            last = ends - 1 - (ends - 1 - slot) % slots
-            source = torch.where(last >= lengths, last - lengths, -1)
-            seen[window] = Seen(source, mask, old.clamp_min(0) % slots)
-        used = [slice(min(self.slots[window], high + T)) for window in self.windows]
-        k, v = ([x[:, part] for x, part in zip(xs, used)] for xs in (self.k, self.v))
-        return Past(positions, before, k, v, seen)
-
-
-@dataclass
-class Seen:
-    """How the layers of one window meet the cache."""
-
-    at: Tensor  # (B, T): the slot of each new position; with `old` (B, slots): the new one of each
-    mask: Tensor | None  # (B, T, keys): what each new position sees; None where attend() knows
-    old: Tensor | None = None  # (B, n): slots of the keys that new ones see beside one another
-
-
-@dataclass
-class Past:
-    """What T new tokens of B rows need of a cache."""
-
-    positions: Tensor  # (B, T)
-    before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
-    k: list[Tensor]  # by layer: (B, slots, K, D), the slots in use
-    v: list[Tensor]
-    seen: dict[int, Seen]  # by the width of a layer's window
-
-    def append(
-        self, layer: int, window: int, k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k and v (B, T, K, D) of a layer; return what may be seen, and the mask."""
-        seen = self.seen[window]
-        rows = torch.arange(k.size(0), device=k.device)[:, None]
-        whole = []
-        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
-            if seen.old is None:
-                kept[rows, seen.at] = new.detach()
-                whole.append(kept)
-            else:
-                whole.append(torch.cat((kept[rows, seen.old], new), 1))
-                fresh = (seen.at >= 0)[..., None, None]
-                kept.copy_(torch.where(fresh, new.detach()[rows, seen.at.clamp_min(0)], kept))
-        return whole[0], whole[1], seen.mask
 
 
 class Attention(nn.Module):
@@ -2194,7 +1205,8 @@ def softcap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
 
 
-# 6. Optimizer --------------------------------------------------------------------------------
+# 4. Optimizer --------------------------------------------------------------------------------
+
 
 # Coefficients (a, b, c) of the odd polynomials a x + b x^3 + c x^5 that, one after another, take
 # every singular value towards 1. Newton-Schulz as in Muon (kellerjordan.github.io/posts/muon):
@@ -2344,7 +1356,7 @@ class Optimizer:
     """
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, compiled: bool = False):
-        self.rank, self.world_size = world()
+        self.rank, self.world_size = dist_info()
         self.groups, self.dtype, self.steps = groups, dtype, 0
         self.scaler: LossScaler | None = None  # where the activations are fp16
         self.muon, self.adamw = muon_update, adamw_update
@@ -2488,356 +1500,7 @@ def optimizer_groups(
     return groups + ([{**ADAMW, "params": [model.mix], "lr": MIX_LR}] if model.config.skip else [])
 
 
-# 7. Rows -------------------------------------------------------------------------------------
-
-
-def pack_rows(
-    documents: Iterable[list[int]], T: int, buffer: int = 512, whole: bool = False
-) -> Iterator[list[int]]:
-    """Pack documents into rows of T + 1 ids, best fit first, losing nothing.
-
-    Each document begins with `<|bos|>`. A row takes the longest waiting document that fits; when
-    none does, the longest is cut there and its rest waits, begun with `<|bos|>` again, so every
-    row begins with one and every other token is a target exactly once. With `whole` none is cut,
-    which asks for at most T + 1 ids each: the row stays shorter, as the last one may anyhow.
-    `buffer` documents wait at a time: the choice of a best fit.
-    """
-    waiting: list[tuple[int, int, list[int]]] = []  # sorted by length, then by arrival
-    arrivals = itertools.count()
-    incoming = iter(documents)
-
-    def add(ids: list[int]) -> None:
-        bisect.insort(waiting, (len(ids), next(arrivals), ids))
-
-    row: list[int] = []
-    while True:
-        for ids in itertools.islice(incoming, buffer - len(waiting)):
-            add(ids)
-        if not waiting:
-            break
-        room = T + 1 - len(row)
-        fit = bisect.bisect_left(waiting, (room + 1,))
-        if fit:
-            row += waiting.pop(fit - 1)[2]
-        elif whole:
-            assert row, f"a document of {waiting[-1][0]} ids does not fit in a row of {T + 1}"
-            yield row
-            row = []
-        else:
-            ids = waiting.pop()[2]
-            row += ids[:room]
-            add(ids[:1] + ids[max(room, 1) :])
-        if len(row) == T + 1:
-            yield row
-            row = []
-    if row:
-        yield row
-
-
-def encode_shard(path: Path, tokenizer: Tokenizer, T: int, out: Path) -> None:
-    """Tokenize and pack one parquet shard into the array out (rows, T + 1), beside and renamed.
-
-    The last row is filled up with `<|bos|>`: a `<|bos|>` after a `<|bos|>` is never a target.
-    """
-
-    def documents() -> Iterator[list[int]]:
-        texts = read_texts(path)
-        while chunk := list(itertools.islice(texts, 1024)):
-            for ids in tokenizer.encode_batch(chunk):
-                if ids:
-                    yield [tokenizer.bos, *ids]
-
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    write_rows(pack_rows(documents(), T), T, tokenizer.bos, dtype, out)
-
-
-def write_rows(rows: Iterable[list[int]], T: int, bos: int, dtype: Any, out: Path) -> None:
-    """Write rows of at most T + 1 ids as an array, filled up with bos, beside and renamed."""
-    arrays = [np.array(row + [bos] * (T + 1 - len(row)), dtype) for row in rows]
-    with written_beside(out) as beside, open(beside, "wb") as file:
-        plain: Any = SimpleNamespace(write=file.write)  # numpy's own way may miss a full disk
-        np.save(plain, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
-
-
-NO_TARGET = 1 << 30  # added to an id of a conversation's row that must not be learned
-
-
-def cut_conversation(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], limit: int
-) -> list[dict[str, Any]]:
-    """Drop turns from the end until the messages have at most `limit` ids; [] if none is left."""
-    while messages and len(render_conversation(tokenizer, messages)[0]) > limit:
-        messages = messages[:-2] if messages[-1]["role"] == "assistant" else messages[:-1]
-    return messages if any(m["role"] == "assistant" for m in messages) else []
-
-
-@dataclass
-class Mixed:
-    """What became of the conversations of a file: rows of one kind and tokens, counted."""
-
-    used: dict[str, int] = field(default_factory=dict)  # conversations by kind
-    cut: int = 0  # too long for the context: their last turns are left out
-    left_out: int = 0  # too long even in their first turn
-
-
-def conversation_rows(
-    path: Path, tokenizer: Tokenizer, T: int, run: Run, learn_all: bool = False, some: bool = False
-) -> tuple[Rows, Mixed]:
-    """Pack the conversations of a .jsonl file whole into rows, and count them by kind.
-
-    Targets are the assistant's own tokens, or with learn_all those of users
-    too (never what the tool says). The rows are cached below data/SOURCE/tokens/.
-    Raises MissingInput where there must be some rows and there are none.
-    """
-    _need(path)
-    learned = "all" if learn_all else "own"
-    makers = (_conversation_ids, render_conversations, render_conversation, cut_conversation)
-    folder = rows_folder(path.parent, tokenizer, T, *makers)
-    out = folder / f"{path.stem}-{learned}-{path.stat().st_size}-{crc32(path):08x}.npy"
-    counts = out.with_suffix(".json")
-
-    def make(maker: bool) -> None:
-        if maker and not (out.exists() and counts.exists()):
-            mixed = Mixed()
-            documents = _conversation_ids(path, tokenizer, T, learn_all, mixed)
-            rows = pack_rows(documents, T, whole=True)
-            write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
-            write_json(counts, dataclasses.asdict(mixed))
-
-    run.together(lambda: make(run.rank == 0))
-    run.together(lambda: make(local_world()[0] == 0))  # on other nodes' disks
-    rows, mixed = Rows([out], tokenizer.bos), Mixed(**json.loads(counts.read_text("utf-8")))
-    if some and not len(rows):
-        raise MissingInput(
-            f"none of the {mixed.left_out:,} conversations of {path} fits in {T} tokens: pretrain "
-            "with a larger --max-seq-len"
-        )
-    return rows, mixed
-
-
-def _conversation_ids(
-    path: Path, tokenizer: Tokenizer, T: int, learn_all: bool, mixed: Mixed
-) -> Iterator[list[int]]:
-    conversations = read_conversations(path)
-    while chunk := list(itertools.islice(conversations, 1024)):
-        rendered = render_conversations(tokenizer, [one["messages"] for one in chunk])
-        for conversation, (ids, mask) in zip(chunk, rendered):
-            if len(ids) > T + 1:
-                shorter = cut_conversation(tokenizer, conversation["messages"], T + 1)
-                mixed.cut += bool(shorter)
-                mixed.left_out += not shorter
-                if not shorter:
-                    continue
-                ids, mask = render_conversation(tokenizer, shorter)
-            kind = conversation.get("kind", "own")
-            mixed.used[kind] = mixed.used.get(kind, 0) + 1
-            output = False
-            flagged = []
-            for i, own in zip(ids, mask):
-                output |= i == tokenizer.specials["<|output_start|>"]
-                learned = own or (learn_all and not output and i != tokenizer.bos)
-                flagged.append(i if learned else i + NO_TARGET)
-                output &= i != tokenizer.specials["<|output_end|>"]
-            yield flagged
-
-
-class Rows:
-    """The packed rows of one or more shards, in the order of their files, memory-mapped."""
-
-    def __init__(self, paths: list[Path], bos: int):
-        self.bos = bos
-        self.names = [f"{path.parent.name}/{path.name}" for path in paths]  # hold keys of contents
-        self.arrays = [np.load(path, mmap_mode="r") for path in paths]
-        self.ends = np.cumsum([len(array) for array in self.arrays])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def row(self, index: int) -> np.ndarray:
-        """Return one row (T + 1,) as it is stored."""
-        shard = int(np.searchsorted(self.ends, index, side="right"))
-        return self.arrays[shard][index - self.ends[shard]]  # counted from the shard's end
-
-    def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Return (ids, targets), each (len(indices), T) int64; an index of -1 is an empty row."""
-        rows = np.full((len(indices), self.arrays[0].shape[1]), self.bos, np.int64)  # (B, T + 1)
-        for i, index in enumerate(indices):
-            if index >= 0:
-                rows[i] = self.row(int(index))
-        ids = torch.from_numpy(rows[:, :-1] % NO_TARGET)
-        targets = torch.from_numpy(np.where(rows[:, 1:] >= NO_TARGET, IGNORE, rows[:, 1:]))
-        targets[(ids == self.bos) & (targets == self.bos)] = IGNORE
-        return ids, targets
-
-    def joined(self, other: Rows, count: int) -> Rows:
-        """Return these rows and, spread evenly over them, `count` of another's, as one."""
-        picked = np.linspace(0, len(other), count, endpoint=False).astype(np.int64)
-        both = copy.copy(self)
-        both.names = self.names + other.names
-        both.arrays = [*self.arrays, np.stack([other.row(int(i)) for i in picked])]
-        both.ends = np.cumsum([len(array) for array in both.arrays])
-        return both
-
-
-def rows_folder(folder: Path, tokenizer: Tokenizer, T: int, *makers: Any) -> Path:
-    """Return where rows are kept: a folder for each tokenizer, T and code, which may change."""
-    code = "".join(map(inspect.getsource, [*makers, pack_rows, write_rows]))
-    return folder / "tokens" / f"{tokenizer.fingerprint}-{T}-{zlib.crc32(code.encode()):08x}"
-
-
-def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run) -> Rows:
-    """Open the packed rows of as many train shards as hold `needed` rows, or of all there are.
-
-    Shards without a cached array for this tokenizer and T are encoded first, shared out over the
-    ranks, or over those of a node that does not see the others' files; the rows depend on none
-    of that. Ends the program after a shard where run.stopping asks for it on any rank.
-    """
-    rank, world_size = world()
-    local_rank, local_size = local_world()
-    shards = list_shards(source, "train")
-    folder = rows_folder(data_dir(source), tokenizer, T, encode_shard)
-    outs: list[Path] = []
-    count = 0
-    start = time.perf_counter()
-
-    def encode(pairs: list[tuple[Path, Path]]) -> bool:
-        for path, out in pairs:
-            if not out.exists():
-                run.say(f"tokenizing {path.name} ({len(outs) + 1} of at most {len(shards)} shards)")
-                encode_shard(path, tokenizer, T, out)
-                run.say(f"tokenized in {format_duration(time.perf_counter() - start)}")
-        return run.stopping
-
-    for first in range(0, len(shards), world_size):
-        paths = shards[first : first + world_size]
-        wave = [(path, folder / f"{path.stem}-{_file_key(path)}.npy") for path in paths]
-        # each its own, then what was made on another node's disk
-        for mine in (wave[rank : rank + 1], wave[local_rank::local_size]):
-            if any(run.together(functools.partial(encode, mine))):
-                run.say(f"{run.stage}: stopped while tokenizing; run the same command again")
-                raise SystemExit(0)
-        for _, out in wave:
-            while not out.exists():  # NFS may still know how it was before
-                time.sleep(0.1)
-            outs.append(out)
-            count += len(np.load(out, mmap_mode="r"))
-            if count >= needed:
-                return Rows(outs, tokenizer.bos)
-    if not count:
-        raise MissingInput(f"data source {source} holds no text: run prepare.py again")
-    return Rows(outs, tokenizer.bos)
-
-
-def _file_key(path: Path) -> str:
-    with open(path, "rb") as file:  # a parquet file's end describes all of it
-        file.seek(max(0, path.stat().st_size - (1 << 16)))
-        return hashlib.sha256(file.read()).hexdigest()[:12]
-
-
-@dataclass
-class Batch:
-    """One micro-batch: ids and targets (B, T) int64 on the device; targets that count."""
-
-    ids: Tensor
-    targets: Tensor
-    num_targets: int
-
-
-@functools.lru_cache(maxsize=1)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def shuffled(position: int, count: int, seed: int) -> int:
-    """Return which of `count` comes at a position, shuffled anew each epoch by the seed."""
-    epoch, place = divmod(position, count)
-    return int(_order(seed, epoch, count)[place])
-
-
-def row_batches(
-    rows: Rows, batch_rows: int, micro_batch: int, seed: int, start: int, device: torch.device,
-    total: int = sys.maxsize,
-) -> Iterator[Batch]:  # fmt: skip
-    """Yield this rank's micro-batches from step `start` on, without end, made ahead of use.
-
-    A step takes batch_rows rows over all ranks, in `accum_steps` micro-batches a rank; rows are
-    shuffled anew each epoch by the seed. Where the division leaves a remainder, empty rows fill
-    it, so that a step's rows depend on neither ranks nor micro-batch; so they do after `total`
-    rows, where a run ends with its last epoch and not with a whole batch.
-    """
-    rank, world_size = world()
-    accum = accum_steps(batch_rows, micro_batch)
-
-    def make() -> Iterator[Batch]:
-        for step in itertools.count(start):
-            for i in range(accum):
-                first = (i * world_size + rank) * micro_batch
-                last = min(first + micro_batch, batch_rows)
-                indices = np.full(micro_batch, -1)
-                for j in range(first, last):
-                    position = step * batch_rows + j
-                    if position < total:
-                        indices[j - first] = shuffled(position, len(rows), seed)
-                ids, targets = rows.gather(indices)
-                if device.type == "cuda":
-                    ids, targets = ids.pin_memory(), targets.pin_memory()
-                count = int((targets != IGNORE).sum())
-                move = functools.partial(Tensor.to, device=device, non_blocking=True)
-                yield Batch(move(ids), move(targets), count)
-
-    return prefetch(make(), 2 * accum)
-
-
-def batch_parts(batch: Any, rows: int) -> Iterator[Any]:
-    """Cut a micro-batch in parts of at most `rows` rows; its count of targets stays the whole's."""
-    tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
-    for first in range(0, len(batch.ids), rows):
-        part = {k: v[first : first + rows] for k, v in tensors.items()}
-        yield dataclasses.replace(batch, **part)
-
-
-def accum_steps(batch_rows: int, micro_batch: int) -> int:
-    """Return how many micro-batches a rank runs for its share of a step's rows."""
-    return -(-batch_rows // (micro_batch * world()[1]))
-
-
-def prefetch(items: Iterator[Any], depth: int) -> Iterator[Any]:
-    """Run an iterator in a thread, `depth` items ahead; its exceptions are raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-    done = threading.Event()
-
-    def put(entry: tuple[Any, BaseException | None]) -> bool:
-        while not done.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put((item, None)):
-                    return
-            put((None, StopIteration()))
-        except BaseException as error:  # noqa: BLE001  it goes to the reader, whatever it is
-            put((None, error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item, error = ready.get()
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-    finally:
-        done.set()
-        thread.join()  # a thread inside torch while the interpreter ends would abort the process
-
-
-# 8. training_steps ---------------------------------------------------------------------------
+# 5. training_steps ---------------------------------------------------------------------------
 
 
 def schedule(settings: Any, num_steps: int) -> Callable[[int], float]:
@@ -2982,7 +1645,7 @@ def fit_micro_batch(
     Raises MissingInput where not even one does.
     """
     room = torch.tensor(0.9 * free_bytes(device), device=device)  # the rest: fragments
-    ranks = world()[1]
+    ranks = dist_info()[1]
     if ranks > 1:
         dist.all_reduce(room, dist.ReduceOp.MIN)
 
@@ -3146,367 +1809,165 @@ def training_steps(
             gc.enable()
 
 
-# 9. Checkpoints, bits per byte ---------------------------------------------------------------
-
-STAGES = ("base", "mid", "sft", "rl")  # in their order
+# 6. Engine -----------------------------------------------------------------------------------
 
 
-def list_checkpoints(tag: str, stage: str) -> list[Path]:
-    """List a stage's checkpoint folders, oldest first; each is whole (renamed when complete)."""
-    found = (run_dir(tag) / stage).glob("step-[0-9]*")
-    return sorted(found, key=lambda path: (len(path.name), path.name))  # a million has 7 digits
+class KVCache:
+    """The ids, keys and values of positions that were computed, for rows of unequal length.
 
-
-def save_checkpoint(
-    run: Run, step: int, model: GPT, optimizer: Optimizer, meta: dict, keep: int = 2
-) -> Path:
-    """Copy a checkpoint to host memory, write it in the background, return the folder to be.
-
-    The folder step-001234 is written beside and renamed; then all but the newest `keep` go, none
-    with 0. Every rank writes its optimizer shard, rank 0 the weights and meta.json, which records
-    each file's size and CRC-32. A step that is on disk is not written again. Waits for the write
-    before this one, and raises Stop where that failed.
+    A layer with a window keeps the last positions alone: position p lies in slot p % its slots.
     """
-    run.wait_for_save()
-    folder = run.dir / step_name(step)
-    if folder.exists():
-        return folder
-    shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
-    parts = {f"optimizer-{run.rank:03d}.pt": to_host(shard)}
-    if run.rank == 0:
-        parts["model.pt"] = to_host(model.state_dict())
-    config, settings = dataclasses.asdict(model.config), dataclasses.asdict(run.settings)
-    whole = {"stage": run.stage, "step": step, "config": config, "settings": settings,
-             "muon_dtype": str(optimizer.dtype)[6:], **meta}  # fmt: skip
-    whole = copy.deepcopy(whole)  # the metrics in it change
-    run.in_background(lambda: write_checkpoint(run, folder, parts, whole, keep))
-    return folder
+
+    SPARE = 256  # slots beside a window: a prompt that parts from a row so near its end can use it
+
+    def __init__(
+        self, config: GPTConfig, rows: int, device: torch.device, dtype: torch.dtype,
+        context: int | None = None,
+    ):  # fmt: skip
+        T = context or config.max_seq_len  # positions a row has room for
+        self.windows = [config.window(layer) for layer in range(config.n_layer)]
+        self.slots = {w: min(T, self.slots_of(config, w)) for w in self.windows}
+
+        def room() -> list[Tensor]:
+            shape = config.n_kv_head, config.head_dim
+            sizes = [(rows, self.slots[w], *shape) for w in self.windows]
+            return [torch.zeros(size, device=device, dtype=dtype) for size in sizes]
+
+        self.k, self.v = room(), room()  # by layer: (rows, slots, K, D)
+        self.ids = torch.zeros(rows, T, device=device, dtype=torch.long)
+        self.lengths = [0] * rows  # positions filled
+        self.reached = [0] * rows  # positions ever written, those since cut off included
+
+    @classmethod
+    def slots_of(cls, config: GPTConfig, window: int) -> int:
+        """Return how many positions of a row a layer with this window keeps."""
+        return min(config.max_seq_len, window + cls.SPARE)
+
+    def part(self, start: int, end: int) -> KVCache:
+        """Return rows start to end; the storage is shared, the lengths are a copy."""
+        part = copy.copy(self)
+        part.k, part.v = ([x[start:end] for x in xs] for xs in (self.k, self.v))
+        part.ids, part.lengths = self.ids[start:end], self.lengths[start:end]
+        return part
+
+    def copies(self, rows: list[int]) -> KVCache:
+        """Return a cache of its own whose rows continue these, of which one may stand twice."""
+        made = copy.copy(self)
+        made.k, made.v = ([x[rows] for x in xs] for xs in (self.k, self.v))
+        made.ids, made.lengths = self.ids[rows], [self.lengths[row] for row in rows]
+        made.reached = [self.reached[row] for row in rows]
+        return made
+
+    def holds(self, row: int, n: int) -> bool:
+        """Say whether a row still has all that goes on from its first n positions asks for."""
+        reached = max(self.reached[row], self.lengths[row])
+        lost = reached - n + 1  # slots that later positions may have taken, or padding
+        return all(reached < s or lost <= s - w + 1 for w, s in self.slots.items())
+
+    def cut_row(self, row: int, n: int) -> None:
+        """Let a row end after its first n positions."""
+        self.reached[row] = max(self.reached[row], self.lengths[row]) if n else 0
+        self.lengths[row] = n
+
+    def copy_row(self, source: int, target: int, n: int) -> None:
+        """Make the first n positions of a row, which holds them, equal to another's."""
+        for x in (*self.k, *self.v):
+            x[target, :n] = x[source, :n]
+        self.ids[target, :n] = self.ids[source, :n]
+        self.lengths[target] = n
+        self.reached[target] = max(self.reached[source], self.lengths[source])
+
+    def swap_rows(self, a: int, b: int) -> None:
+        """Let two rows change places."""
+        n = max(self.lengths[a], self.lengths[b])
+        for x in (*self.k, *self.v, self.ids):  # by slices: a GPU waits for a list of indices
+            kept = x[a, :n].clone()
+            x[a, :n] = x[b, :n]
+            x[b, :n] = kept
+        for xs in (self.lengths, self.reached):
+            xs[a], xs[b] = xs[b], xs[a]
+
+    def begin(self, ids: Tensor, counts: list[int] | None = None) -> Past:
+        """Prepare to append ids (B, T) to the rows; of row b the first counts[b], or all, count."""
+        (B, T), device, context = ids.shape, self.ids.device, self.ids.size(1)
+        low, high = min(self.lengths), max(self.lengths)
+        assert high + T <= context, f"cache of {context} positions cannot hold {high + T}"
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        alike = low == high and (T > 1 or B == 1)  # steps of many have one form, for a compiler
+        return self.past(ids, lengths, counts, high, alike)
+
+    def past(
+        self, ids: Tensor, lengths: Tensor, counts: list[int] | None, high: int, alike: bool
+    ) -> Past:
+        """Do what begin() does with the lengths (B, 1) on the device, none of them above `high`.
+
+        `alike` says that they are equal.
+        """
+        T, device, context = ids.size(1), ids.device, self.ids.size(1)
+        positions = lengths + torch.arange(T, device=device)  # (B, T)
+        self.ids.scatter_(1, positions, ids)
+        before = self.ids.gather(1, (lengths - 1).clamp_min(0))
+        seen = {}
+        for window, slots in self.slots.items():
+            slot = torch.arange(min(slots, high + T), device=device)  # those in use
+            if T == 1 or window >= context:  # the new ones are stored, then all are read
+                mask = None
+                if window < context or not alike:
+                    back = (positions[:, :, None] - slot) % slots
+                    mask = back < (positions + 1).clamp_max(window)[:, :, None]  # (B, T, slots)
+                seen[window] = Seen(positions % slots, mask)
+                continue
+            # more than one new position could overwrite what another still sees
+            old = lengths - 1 - torch.arange(min(window - 1, high), device=device)  # positions
+            keys = torch.cat((old, positions), 1)[:, None]
+            back = positions[:, :, None] - keys
+            mask = (back >= 0) & (back < window) & (keys >= 0) if high else None
+            # the last that counts of the positions that share a slot; what is older stays
+            ends = lengths + (T if counts is None else torch.tensor(counts, device=device)[:, None])
+            last = ends - 1 - (ends - 1 - slot) % slots
+            source = torch.where(last >= lengths, last - lengths, -1)
+            seen[window] = Seen(source, mask, old.clamp_min(0) % slots)
+        used = [slice(min(self.slots[window], high + T)) for window in self.windows]
+        k, v = ([x[:, part] for x, part in zip(xs, used)] for xs in (self.k, self.v))
+        return Past(positions, before, k, v, seen)
 
 
-def to_host(value: Any) -> Any:
-    """Copy the tensors in dicts and lists to host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_host(x) for key, x in value.items()}
-    return [to_host(x) for x in value] if isinstance(value, list) else value
+@dataclass
+class Seen:
+    """How the layers of one window meet the cache."""
+
+    at: Tensor  # (B, T): the slot of each new position; with `old` (B, slots): the new one of each
+    mask: Tensor | None  # (B, T, keys): what each new position sees; None where attend() knows
+    old: Tensor | None = None  # (B, n): slots of the keys that new ones see beside one another
 
 
-def write_checkpoint(run: Run, folder: Path, parts: dict, meta: dict, keep: int) -> None:
-    """Write all ranks' parts (name: value) and meta.json to a folder beside, and rename it."""
-    beside = folder.with_name(f".{folder.name}.partial")
+@dataclass
+class Past:
+    """What T new tokens of B rows need of a cache."""
 
-    def clear() -> None:
-        for left in folder.parent.glob(".step-*.partial"):  # of a killed run, or now dropped
-            shutil.rmtree(left)
+    positions: Tensor  # (B, T)
+    before: Tensor  # (B, 1): the id before them; a row's first id counts as the one before itself
+    k: list[Tensor]  # by layer: (B, slots, K, D), the slots in use
+    v: list[Tensor]
+    seen: dict[int, Seen]  # by the width of a layer's window
 
-    def begin() -> None:
-        if run.rank == 0:
-            clear()
-            run.dir.mkdir(exist_ok=True)  # without its parents: a mount that went away stays away
-            beside.mkdir()
+    def append(
+        self, layer: int, window: int, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k and v (B, T, K, D) of a layer; return what may be seen, and the mask."""
+        seen = self.seen[window]
+        rows = torch.arange(k.size(0), device=k.device)[:, None]
+        whole = []
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            if seen.old is None:
+                kept[rows, seen.at] = new.detach()
+                whole.append(kept)
+            else:
+                whole.append(torch.cat((kept[rows, seen.old], new), 1))
+                fresh = (seen.at >= 0)[..., None, None]
+                kept.copy_(torch.where(fresh, new.detach()[rows, seen.at.clamp_min(0)], kept))
+        return whole[0], whole[1], seen.mask
 
-    def write() -> dict[str, list[int]]:
-        files = {}
-        for name, value in parts.items():
-            # given a path, torch.save holds up Python's other threads and calls no error ENOSPC
-            with open(beside / name, "wb") as file:
-                torch.save(value, file)
-                file.flush()
-                os.fsync(file.fileno())  # a rename must not outlive its files in a power cut
-            files[name] = [(beside / name).stat().st_size, crc32(beside / name)]
-        return files
-
-    def finish() -> None:
-        if run.rank == 0:
-            files = dict(sorted(pair for part in written for pair in part.items()))
-            write_json(beside / "meta.json", {**meta, "files": files})
-            os.replace(beside, folder)
-            for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
-                os.replace(old, old.with_name(f".{old.name}.partial"))  # never half a checkpoint
-            clear()
-
-    try:
-        run.together(begin)
-        written = run.together(write)
-        run.together(finish)
-    except Stop:
-        if run.rank == 0:
-            shutil.rmtree(beside, ignore_errors=True)  # room for what else must be written
-        raise
-
-
-def crc32(path: Path) -> int:
-    """Return a file's CRC-32."""
-    crc = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            crc = zlib.crc32(block, crc)
-    return crc
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's meta.json. Raises MissingInput where it is damaged."""
-    try:
-        return json.loads((folder / "meta.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise MissingInput(_damaged(folder, str(error)))
-
-
-def _damaged(folder: Path, what: str) -> str:
-    others = [p.name for p in list_checkpoints(folder.parent.parent.name, folder.parent.name)
-              if p != folder]  # fmt: skip
-    rest = f"{others[-1]} is then taken" if others else "the stage then begins anew"
-    return f"checkpoint {folder} is damaged ({what}): delete that folder, {rest}"
-
-
-def load_file(folder: Path, name: str, device: torch.device) -> Any:
-    """Load one .pt file of a checkpoint after checking its size and CRC-32.
-
-    Raises MissingInput where it is truncated or altered.
-    """
-    check_file(folder, name)
-    try:
-        return torch.load(folder / name, map_location=device, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise MissingInput(_damaged(folder, str(error).splitlines()[0]))
-
-
-def check_file(folder: Path, name: str) -> None:
-    """Raise MissingInput unless a checkpoint's file has the size and CRC-32 that were noted."""
-    path, (size, crc) = folder / name, read_meta(folder)["files"][name]
-    try:
-        good = path.stat().st_size == size and crc32(path) == crc
-    except OSError as error:
-        raise MissingInput(_damaged(folder, str(error)))
-    if not good:
-        raise MissingInput(_damaged(folder, f"{name} is not what was saved"))
-
-
-def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
-    """Return the newest checkpoint folder of a stage, or that of `step`.
-
-    Raises MissingInput that names what there is.
-    """
-    found = list_checkpoints(tag, stage)
-    if step:
-        found = [p for p in found if p.name == step_name(step)]
-    if found:
-        return found[-1]
-    if not run_dir(tag).is_dir():
-        tags = sorted(p.name for p in run_dir("").glob("*") if p.is_dir())
-        have = f"there are {', '.join(tags)}" if tags else "there is none yet: `bash run.sh`"
-        raise MissingInput(f"no run has the tag {tag!r}; {have}")
-    what = f"step {step}" if step else "checkpoint"
-    script = {"base": "pretrain", "mid": "midtrain"}.get(stage, stage)
-    raise MissingInput(f"run {tag!r} has no {stage} {what}: run `python {script}.py --tag={tag}`")
-
-
-def newest_stage(tag: str) -> str:
-    """Return the last stage of a run that has a checkpoint; "base" where none has."""
-    there = [stage for stage in STAGES if list_checkpoints(tag, stage)]
-    return there[-1] if there else "base"
-
-
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Build the model that a checkpoint holds, its weights on the device.
-
-    The weights stay fp32; `dtype` is that of the activations.
-    """
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**read_meta(folder)["config"]))
-    model.load_state_dict(load_file(folder, "model.pt", device), assign=True)
-    model.init_rope()
-    return model.computing_in(dtype)
-
-
-def run_tokenizer(tag: str) -> Tokenizer:
-    """Load a run's tokenizer. Raises MissingInput where its base model was trained with another."""
-    tokenizer, found = Tokenizer.load(run_dir(tag) / "tokenizer"), list_checkpoints(tag, "base")
-    if found and read_meta(found[-1])["tokenizer"] != tokenizer.fingerprint:
-        raise MissingInput(
-            f"run {tag!r} has another tokenizer than its base model was trained with: put that "
-            f"one back, or train anew: `python pretrain.py --restart --tag={tag}`"
-        )
-    return tokenizer
-
-
-def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
-    """Load the model that tag, stage and step name, or the newest, its tokenizer and its folder."""
-    stage = settings.stage or newest_stage(settings.tag)
-    folder = find_checkpoint(settings.tag, stage, settings.step)
-    tokenizer = run_tokenizer(settings.tag)
-    device = pick_device(settings.device)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
-    if settings.int8 and device.type not in ("cpu", "cuda"):
-        raise Stop(f"--int8 works on CPUs and NVIDIA GPUs, not on {device.type}: leave it out")
-    model = load_model(folder, device, pick_dtype(device, settings.dtype))
-    return model.quantize() if settings.int8 else model, tokenizer, folder
-
-
-def load_optimizer(run: Run, folder: Path, optimizer: Optimizer) -> None:
-    """Load a checkpoint's optimizer state, by however many ranks it was saved.
-
-    A rank checks its share of the files, and reads of all of them only what it keeps.
-    """
-    names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
-    names.sort(key=lambda name: (len(name), name))  # 1000 is after 999
-
-    def check() -> None:
-        for name in names[run.rank :: run.world_size]:
-            check_file(folder, name)
-
-    run.together(check)
-    shards = [
-        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-        for name in names
-    ]  # fmt: skip
-    optimizer.load_state_dicts([shard["optimizer"] for shard in shards])
-    torch.set_rng_state(shards[0]["rng"].clone())
-
-
-def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
-    """Raise MissingInput unless a checkpoint's settings are these, but for those in may_differ."""
-    saved, now = read_meta(folder)["settings"], dataclasses.asdict(settings)
-    for name in saved.keys() & now.keys() - may_differ:
-        if saved[name] != now[name]:
-            flag = f"--{name.replace('_', '-')}"
-            raise MissingInput(
-                f"{folder.parent} holds a run with {flag}={saved[name]}, not {now[name]}: repeat "
-                "it as it was, begin anew with --restart, or give another --tag"
-            )
-
-
-def check_data(run: Run, saved: dict[str, Any], **now: Any) -> None:
-    """Raise MissingInput unless a checkpoint's meta has the values of now, or has none of a key."""
-    if any(saved.get(key, value) != value for key, value in now.items()):
-        raise MissingInput(
-            f"{run.dir} was trained on other data, or with another tokenizer, than there is now: "
-            "begin it anew with --restart, or give another --tag"
-        )
-
-
-def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None, dict[str, Any]]:
-    """Return the checkpoint that a stage goes on from and its meta, or None and {}.
-
-    None also with --restart: run.begin then drops what is there. Raises MissingInput where the
-    run there has other settings, or began from another model than parent holds.
-    """
-    settings, mark = run.settings, run.dir / ".restart"
-
-    def is_old() -> bool:  # torchrun's next attempt tells by the mark whether begin was reached
-        if settings.restart and not run.again and run.rank == 0 and run.dir.exists():
-            mark.touch()
-        return settings.restart and mark.exists()
-
-    found = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
-    if not found:
-        return None, {}
-    check_resume(found[-1], settings, settings.may_differ)
-    saved = read_meta(found[-1])
-    if parent and saved["parent"] != parent_key(parent):
-        raise MissingInput(
-            f"{run.dir} was trained from another model than {parent} holds now: begin it anew "
-            "with --restart, or give another --tag"
-        )
-    run.recall(saved)
-    return found[-1], saved
-
-
-def parent_key(folder: Path) -> list[int]:
-    """Tell one checkpoint's weights from another's: their size and CRC-32."""
-    return read_meta(folder)["files"]["model.pt"]
-
-
-def continue_stage(
-    run: Run, parent: Path, newest: Path | None, compiled: bool, dtype: torch.dtype, warm: bool
-) -> tuple[GPT, Optimizer]:
-    """Load a stage's model and optimizer: its own newest checkpoint's, else its parent's weights.
-
-    The optimizer is built from the settings matrix_lr, embed_lr, head_lr, 0 for the base run's,
-    and weight_decay, -1 for it; with `warm` it begins with the parent's moments.
-    """
-    model = load_model(newest or parent, run.device, dtype)
-    base = read_meta(find_checkpoint(run.tag, "base"))
-    model.recompute = recomputes(run)
-    names = ("matrix_lr", "embed_lr", "head_lr")
-    rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
-    decay = run.settings.weight_decay
-    rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
-    rates.append(base["settings"].get("muon_steps", 0))
-    # as before, unless this machine computes in another: bf16 crawls on a card without it
-    before = {**base, **(read_meta(newest) if newest else {})}
-    as_before = str(dtype)[6:] == before["dtype"]
-    muon_dtype = pick_dtype(run.device, before["muon_dtype"] if as_before else "")
-    optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
-    optimizer.scaler = LossScaler() if dtype == torch.float16 else None
-    optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
-    if newest or warm:
-        load_optimizer(run, newest or parent, optimizer)
-    run.say(f"{run.stage}: {'going on' if newest else 'beginning'} from {newest or parent}")
-    return model, optimizer
-
-
-@torch.no_grad()
-def evaluate_loss(model: GPT, rows: Rows, micro_batch: int) -> float:
-    """Return the mean nats per target over all rows, shared out over the ranks."""
-    rank, world_size = world()
-    device = model.embed.weight.device
-    sums = torch.zeros(2, device=device)
-    for first in range(rank * micro_batch, len(rows), world_size * micro_batch):
-        indices = np.arange(first, min(first + micro_batch, len(rows)))
-        ids, targets = (x.to(device) for x in rows.gather(indices))
-        sums[0] += token_losses(model, ids, targets).sum()
-        sums[1] += (targets != IGNORE).sum()
-    nats, count = all_sum(sums).tolist()
-    return nats / max(1.0, count)
-
-
-def document_windows(ids: list[int], bos: int, T: int) -> list[tuple[list[int], list[int]]]:
-    """Cut a document's ids in windows (inputs, targets) of at most T: each id a target once.
-
-    Every window's inputs begin with bos.
-    """
-    parts = [ids[i : i + T] for i in range(0, len(ids), T)]
-    return [([bos, *part[:-1]], part) for part in parts]
-
-
-def evaluate_bpb(
-    model: GPT, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int
-) -> tuple[float, int]:
-    """Return (bits per byte, documents) over texts, by documents: packing has no part in it.
-
-    Each document is read from its `<|bos|>`, in windows of the model's context; nats of all its
-    tokens are summed and divided by all its UTF-8 bytes. Ranks share the documents out.
-    """
-    rank, world_size = world()
-    T, bos, device = model.config.max_seq_len, tokenizer.bos, model.embed.weight.device
-    weights = tokenizer.token_bytes.to(device)
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, bytes, documents
-    texts = itertools.islice(texts, rank, None, world_size)
-    while chunk := list(itertools.islice(texts, 1024)):
-        documents = tokenizer.encode_batch(chunk)
-        windows = [w for ids in documents for w in document_windows(ids, bos, T)]
-        windows.sort(key=lambda w: len(w[0]))  # equal lengths side by side waste less padding
-        for i in range(0, len(windows), micro_batch):
-            part = windows[i : i + micro_batch]
-            width = len(part[-1][0])
-            ids = torch.full((len(part), width), bos)
-            targets = torch.full((len(part), width), IGNORE)
-            for row, (x, y) in enumerate(part):
-                ids[row, : len(x)], targets[row, : len(y)] = torch.tensor(x), torch.tensor(y)
-            targets = targets.to(device)
-            nats = token_losses(model, ids.to(device), targets)
-            sums[0] += nats.double().sum().item() if device.type != "mps" else nats.sum().item()
-            sums[1] += int((weights[targets.clamp_min(0)] * (targets != IGNORE)).sum())
-        sums[2] += len(chunk)
-    if world_size > 1:  # NCCL sums on the device, and mps has no float64
-        sums = all_sum(sums.to(device))
-    nats, num_bytes, num_documents = sums.tolist()
-    return nats / math.log(2) / max(1.0, num_bytes), int(num_documents)
-
-
-# 10. Engine ----------------------------------------------------------------------------------
 
 OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow,
@@ -3714,28 +2175,6 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     owner: Job | _Prompt | None = None
     left: int = -1  # the step in which its last owner left
-
-
-GRAPH_KEYS = 256  # a recorded step reads whole blocks of so many positions
-
-
-def record(
-    step: Callable[[], Tensor], device: torch.device, pool: Any
-) -> tuple[Callable[[], None], Tensor]:
-    """Record what a step launches on a GPU; return what launches it again, and its output.
-
-    Records of one pool share memory: an output holds until the next of them is launched.
-    """
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # libraries and compilers set up what a record cannot hold
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = step()
-    return graph.replay, output
 
 
 MANY_TOKENS = 1_000_000  # at most to come, so that compiling, 20 to 45 seconds, is earned back
@@ -4373,3 +2812,1568 @@ def sandbox_way() -> tuple[list[str], list[str]]:
         if there and run_code(trial, way=way).passed:
             return way
     return [], []
+
+
+# 7. Checkpoints, bits per byte ---------------------------------------------------------------
+
+
+STAGES = ("base", "mid", "sft", "rl")  # in their order
+
+
+def list_checkpoints(tag: str, stage: str) -> list[Path]:
+    """List a stage's checkpoint folders, oldest first; each is whole (renamed when complete)."""
+    found = (run_dir(tag) / stage).glob("step-[0-9]*")
+    return sorted(found, key=lambda path: (len(path.name), path.name))  # a million has 7 digits
+
+
+def save_checkpoint(
+    run: Run, step: int, model: GPT, optimizer: Optimizer, meta: dict, keep: int = 2
+) -> Path:
+    """Copy a checkpoint to host memory, write it in the background, return the folder to be.
+
+    The folder step-001234 is written beside and renamed; then all but the newest `keep` go, none
+    with 0. Every rank writes its optimizer shard, rank 0 the weights and meta.json, which records
+    each file's size and CRC-32. A step that is on disk is not written again. Waits for the write
+    before this one, and raises Stop where that failed.
+    """
+    run.wait_for_save()
+    folder = run.dir / step_name(step)
+    if folder.exists():
+        return folder
+    shard = {"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state()}
+    parts = {f"optimizer-{run.rank:03d}.pt": to_host(shard)}
+    if run.rank == 0:
+        parts["model.pt"] = to_host(model.state_dict())
+    config, settings = dataclasses.asdict(model.config), dataclasses.asdict(run.settings)
+    whole = {"stage": run.stage, "step": step, "config": config, "settings": settings,
+             "muon_dtype": str(optimizer.dtype)[6:], **meta}  # fmt: skip
+    whole = copy.deepcopy(whole)  # the metrics in it change
+    run.in_background(lambda: write_checkpoint(run, folder, parts, whole, keep))
+    return folder
+
+
+def to_host(value: Any) -> Any:
+    """Copy the tensors in dicts and lists to host memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: to_host(x) for key, x in value.items()}
+    return [to_host(x) for x in value] if isinstance(value, list) else value
+
+
+def write_checkpoint(run: Run, folder: Path, parts: dict, meta: dict, keep: int) -> None:
+    """Write all ranks' parts (name: value) and meta.json to a folder beside, and rename it."""
+    beside = folder.with_name(f".{folder.name}.partial")
+
+    def clear() -> None:
+        for left in folder.parent.glob(".step-*.partial"):  # of a killed run, or now dropped
+            shutil.rmtree(left)
+
+    def begin() -> None:
+        if run.rank == 0:
+            clear()
+            run.dir.mkdir(exist_ok=True)  # without its parents: a mount that went away stays away
+            beside.mkdir()
+
+    def write() -> dict[str, list[int]]:
+        files = {}
+        for name, value in parts.items():
+            # given a path, torch.save holds up Python's other threads and calls no error ENOSPC
+            with open(beside / name, "wb") as file:
+                torch.save(value, file)
+                file.flush()
+                os.fsync(file.fileno())  # a rename must not outlive its files in a power cut
+            files[name] = [(beside / name).stat().st_size, crc32(beside / name)]
+        return files
+
+    def finish() -> None:
+        if run.rank == 0:
+            files = dict(sorted(pair for part in written for pair in part.items()))
+            write_json(beside / "meta.json", {**meta, "files": files})
+            os.replace(beside, folder)
+            for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
+                os.replace(old, old.with_name(f".{old.name}.partial"))  # never half a checkpoint
+            clear()
+
+    try:
+        run.together(begin)
+        written = run.together(write)
+        run.together(finish)
+    except Stop:
+        if run.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)  # room for what else must be written
+        raise
+
+
+def crc32(path: Path) -> int:
+    """Return a file's CRC-32."""
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's meta.json. Raises MissingInput where it is damaged."""
+    try:
+        return json.loads((folder / "meta.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise MissingInput(_damaged(folder, str(error)))
+
+
+def _damaged(folder: Path, what: str) -> str:
+    others = [p.name for p in list_checkpoints(folder.parent.parent.name, folder.parent.name)
+              if p != folder]  # fmt: skip
+    rest = f"{others[-1]} is then taken" if others else "the stage then begins anew"
+    return f"checkpoint {folder} is damaged ({what}): delete that folder, {rest}"
+
+
+def load_file(folder: Path, name: str, device: torch.device) -> Any:
+    """Load one .pt file of a checkpoint after checking its size and CRC-32.
+
+    Raises MissingInput where it is truncated or altered.
+    """
+    check_file(folder, name)
+    try:
+        return torch.load(folder / name, map_location=device, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise MissingInput(_damaged(folder, str(error).splitlines()[0]))
+
+
+def check_file(folder: Path, name: str) -> None:
+    """Raise MissingInput unless a checkpoint's file has the size and CRC-32 that were noted."""
+    path, (size, crc) = folder / name, read_meta(folder)["files"][name]
+    try:
+        good = path.stat().st_size == size and crc32(path) == crc
+    except OSError as error:
+        raise MissingInput(_damaged(folder, str(error)))
+    if not good:
+        raise MissingInput(_damaged(folder, f"{name} is not what was saved"))
+
+
+def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
+    """Return the newest checkpoint folder of a stage, or that of `step`.
+
+    Raises MissingInput that names what there is.
+    """
+    found = list_checkpoints(tag, stage)
+    if step:
+        found = [p for p in found if p.name == step_name(step)]
+    if found:
+        return found[-1]
+    if not run_dir(tag).is_dir():
+        tags = sorted(p.name for p in run_dir("").glob("*") if p.is_dir())
+        have = f"there are {', '.join(tags)}" if tags else "there is none yet: `bash run.sh`"
+        raise MissingInput(f"no run has the tag {tag!r}; {have}")
+    what = f"step {step}" if step else "checkpoint"
+    script = {"base": "pretrain", "mid": "midtrain"}.get(stage, stage)
+    raise MissingInput(f"run {tag!r} has no {stage} {what}: run `python {script}.py --tag={tag}`")
+
+
+def newest_stage(tag: str) -> str:
+    """Return the last stage of a run that has a checkpoint; "base" where none has."""
+    there = [stage for stage in STAGES if list_checkpoints(tag, stage)]
+    return there[-1] if there else "base"
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
+    """Build the model that a checkpoint holds, its weights on the device.
+
+    The weights stay fp32; `dtype` is that of the activations.
+    """
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**read_meta(folder)["config"]))
+    model.load_state_dict(load_file(folder, "model.pt", device), assign=True)
+    model.init_rope()
+    return model.computing_in(dtype)
+
+
+def run_tokenizer(tag: str) -> Tokenizer:
+    """Load a run's tokenizer. Raises MissingInput where its base model was trained with another."""
+    tokenizer, found = Tokenizer.load(run_dir(tag) / "tokenizer"), list_checkpoints(tag, "base")
+    if found and read_meta(found[-1])["tokenizer"] != tokenizer.fingerprint:
+        raise MissingInput(
+            f"run {tag!r} has another tokenizer than its base model was trained with: put that "
+            f"one back, or train anew: `python pretrain.py --restart --tag={tag}`"
+        )
+    return tokenizer
+
+
+def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
+    """Load the model that tag, stage and step name, or the newest, its tokenizer and its folder."""
+    stage = settings.stage or newest_stage(settings.tag)
+    folder = find_checkpoint(settings.tag, stage, settings.step)
+    tokenizer = run_tokenizer(settings.tag)
+    device = pick_device(settings.device)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
+    if settings.int8 and device.type not in ("cpu", "cuda"):
+        raise Stop(f"--int8 works on CPUs and NVIDIA GPUs, not on {device.type}: leave it out")
+    model = load_model(folder, device, pick_dtype(device, settings.dtype))
+    return model.quantize() if settings.int8 else model, tokenizer, folder
+
+
+def load_optimizer(run: Run, folder: Path, optimizer: Optimizer) -> None:
+    """Load a checkpoint's optimizer state, by however many ranks it was saved.
+
+    A rank checks its share of the files, and reads of all of them only what it keeps.
+    """
+    names = [name for name in read_meta(folder)["files"] if name.startswith("optimizer-")]
+    names.sort(key=lambda name: (len(name), name))  # 1000 is after 999
+
+    def check() -> None:
+        for name in names[run.rank :: run.world_size]:
+            check_file(folder, name)
+
+    run.together(check)
+    shards = [
+        torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        for name in names
+    ]  # fmt: skip
+    optimizer.load_state_dicts([shard["optimizer"] for shard in shards])
+    torch.set_rng_state(shards[0]["rng"].clone())
+
+
+def check_resume(folder: Path, settings: Any, may_differ: set[str]) -> None:
+    """Raise MissingInput unless a checkpoint's settings are these, but for those in may_differ."""
+    saved, now = read_meta(folder)["settings"], dataclasses.asdict(settings)
+    for name in saved.keys() & now.keys() - may_differ:
+        if saved[name] != now[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise MissingInput(
+                f"{folder.parent} holds a run with {flag}={saved[name]}, not {now[name]}: repeat "
+                "it as it was, begin anew with --restart, or give another --tag"
+            )
+
+
+def check_data(run: Run, saved: dict[str, Any], **now: Any) -> None:
+    """Raise MissingInput unless a checkpoint's meta has the values of now, or has none of a key."""
+    if any(saved.get(key, value) != value for key, value in now.items()):
+        raise MissingInput(
+            f"{run.dir} was trained on other data, or with another tokenizer, than there is now: "
+            "begin it anew with --restart, or give another --tag"
+        )
+
+
+def newest_checkpoint(run: Run, parent: Path | None = None) -> tuple[Path | None, dict[str, Any]]:
+    """Return the checkpoint that a stage goes on from and its meta, or None and {}.
+
+    None also with --restart: run.begin then drops what is there. Raises MissingInput where the
+    run there has other settings, or began from another model than parent holds.
+    """
+    settings, mark = run.settings, run.dir / ".restart"
+
+    def is_old() -> bool:  # torchrun's next attempt tells by the mark whether begin was reached
+        if settings.restart and not run.again and run.rank == 0 and run.dir.exists():
+            mark.touch()
+        return settings.restart and mark.exists()
+
+    found = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
+    if not found:
+        return None, {}
+    check_resume(found[-1], settings, settings.may_differ)
+    saved = read_meta(found[-1])
+    if parent and saved["parent"] != parent_key(parent):
+        raise MissingInput(
+            f"{run.dir} was trained from another model than {parent} holds now: begin it anew "
+            "with --restart, or give another --tag"
+        )
+    run.recall(saved)
+    return found[-1], saved
+
+
+def parent_key(folder: Path) -> list[int]:
+    """Tell one checkpoint's weights from another's: their size and CRC-32."""
+    return read_meta(folder)["files"]["model.pt"]
+
+
+def continue_stage(
+    run: Run, parent: Path, newest: Path | None, compiled: bool, dtype: torch.dtype, warm: bool
+) -> tuple[GPT, Optimizer]:
+    """Load a stage's model and optimizer: its own newest checkpoint's, else its parent's weights.
+
+    The optimizer is built from the settings matrix_lr, embed_lr, head_lr, 0 for the base run's,
+    and weight_decay, -1 for it; with `warm` it begins with the parent's moments.
+    """
+    model = load_model(newest or parent, run.device, dtype)
+    base = read_meta(find_checkpoint(run.tag, "base"))
+    model.recompute = recomputes(run)
+    names = ("matrix_lr", "embed_lr", "head_lr")
+    rates = [getattr(run.settings, name) or base["settings"][name] for name in names]
+    decay = run.settings.weight_decay
+    rates.append(decay if decay >= 0 else base["settings"]["weight_decay"])
+    rates.append(base["settings"].get("muon_steps", 0))
+    # as before, unless this machine computes in another: bf16 crawls on a card without it
+    before = {**base, **(read_meta(newest) if newest else {})}
+    as_before = str(dtype)[6:] == before["dtype"]
+    muon_dtype = pick_dtype(run.device, before["muon_dtype"] if as_before else "")
+    optimizer = Optimizer(optimizer_groups(model, *rates), muon_dtype, compiled)
+    optimizer.scaler = LossScaler() if dtype == torch.float16 else None
+    optimizer.scale_lr(run.settings.lr_scale * base["settings"]["lr_scale"])
+    if newest or warm:
+        load_optimizer(run, newest or parent, optimizer)
+    run.say(f"{run.stage}: {'going on' if newest else 'beginning'} from {newest or parent}")
+    return model, optimizer
+
+
+@torch.no_grad()
+def evaluate_loss(model: GPT, rows: Rows, micro_batch: int) -> float:
+    """Return the mean nats per target over all rows, shared out over the ranks."""
+    rank, world_size = dist_info()
+    device = model.embed.weight.device
+    sums = torch.zeros(2, device=device)
+    for first in range(rank * micro_batch, len(rows), world_size * micro_batch):
+        indices = np.arange(first, min(first + micro_batch, len(rows)))
+        ids, targets = (x.to(device) for x in rows.gather(indices))
+        sums[0] += token_losses(model, ids, targets).sum()
+        sums[1] += (targets != IGNORE).sum()
+    nats, count = all_sum(sums).tolist()
+    return nats / max(1.0, count)
+
+
+def document_windows(ids: list[int], bos: int, T: int) -> list[tuple[list[int], list[int]]]:
+    """Cut a document's ids in windows (inputs, targets) of at most T: each id a target once.
+
+    Every window's inputs begin with bos.
+    """
+    parts = [ids[i : i + T] for i in range(0, len(ids), T)]
+    return [([bos, *part[:-1]], part) for part in parts]
+
+
+def evaluate_bpb(
+    model: GPT, tokenizer: Tokenizer, texts: Iterable[str], micro_batch: int
+) -> tuple[float, int]:
+    """Return (bits per byte, documents) over texts, by documents: packing has no part in it.
+
+    Each document is read from its `<|bos|>`, in windows of the model's context; nats of all its
+    tokens are summed and divided by all its UTF-8 bytes. Ranks share the documents out.
+    """
+    rank, world_size = dist_info()
+    T, bos, device = model.config.max_seq_len, tokenizer.bos, model.embed.weight.device
+    weights = tokenizer.token_bytes.to(device)
+    sums = torch.zeros(3, dtype=torch.float64)  # nats, bytes, documents
+    texts = itertools.islice(texts, rank, None, world_size)
+    while chunk := list(itertools.islice(texts, 1024)):
+        documents = tokenizer.encode_batch(chunk)
+        windows = [w for ids in documents for w in document_windows(ids, bos, T)]
+        windows.sort(key=lambda w: len(w[0]))  # equal lengths side by side waste less padding
+        for i in range(0, len(windows), micro_batch):
+            part = windows[i : i + micro_batch]
+            width = len(part[-1][0])
+            ids = torch.full((len(part), width), bos)
+            targets = torch.full((len(part), width), IGNORE)
+            for row, (x, y) in enumerate(part):
+                ids[row, : len(x)], targets[row, : len(y)] = torch.tensor(x), torch.tensor(y)
+            targets = targets.to(device)
+            nats = token_losses(model, ids.to(device), targets)
+            sums[0] += nats.double().sum().item() if device.type != "mps" else nats.sum().item()
+            sums[1] += int((weights[targets.clamp_min(0)] * (targets != IGNORE)).sum())
+        sums[2] += len(chunk)
+    if world_size > 1:  # NCCL sums on the device, and mps has no float64
+        sums = all_sum(sums.to(device))
+    nats, num_bytes, num_documents = sums.tolist()
+    return nats / math.log(2) / max(1.0, num_bytes), int(num_documents)
+
+
+# 8. Settings, errors, log --------------------------------------------------------------------
+
+
+class Stop(SystemExit):
+    """End the program with one sentence on stderr and exit code 1, without a traceback."""
+
+
+class MissingInput(Stop):
+    """Something that an earlier stage makes, or that the settings name, is not there."""
+
+
+RL_VAL = 128  # problems at most on which rl validates
+
+
+def rl_held(count: int) -> int:
+    """Return how many of rl.jsonl's first problems are for validation: training shows none solved."""
+    return min(RL_VAL, count // 10)
+
+
+def base_dir() -> Path:
+    """Return the folder that holds everything: NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
+
+
+def data_dir(source: str) -> Path:
+    """Return the folder of one data source's shards and conversations."""
+    return base_dir() / "data" / source
+
+
+def run_dir(tag: str) -> Path:
+    """Return the folder of one run: tokenizer, checkpoints, metrics, report."""
+    return base_dir() / "runs" / tag
+
+
+def step_name(step: int) -> str:
+    """Return the name of a checkpoint's folder."""
+    return f"step-{step:06d}"
+
+
+def check_name(name: str, what: str) -> None:
+    """Raise ValueError unless name is one plain folder name (text never becomes a path)."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{what} {name!r} must be letters, digits, '.', '_' or '-'")
+
+
+def prepared_sources() -> list[str]:
+    """List the sources whose text is prepared."""
+    return sorted(p.parent.name for p in base_dir().glob("data/*/manifest.json"))
+
+
+def list_shards(source: str, split: str) -> list[Path]:
+    """List a source's text shards of split "train" or "val" in order.
+
+    Raises MissingInput where prepare.py has not made them.
+    """
+    folder = data_dir(source)
+    shards = sorted(folder.glob("train-*.parquet")) if split == "train" else []
+    if split == "val" and (folder / "val.parquet").exists():
+        shards = [folder / "val.parquet"]
+    if not shards or not (folder / "manifest.json").exists():  # prepare.py writes that one last
+        have = prepared_sources()
+        known = f" (prepared: {', '.join(have)})" if have else ""
+        raise MissingInput(
+            f"{folder} has no {split} text{known}: run `python prepare.py --source={source}` first"
+        )
+    return shards
+
+
+def text_key(source: str) -> str:
+    """Tell a source's text from what it was: a hash of its files' own, "" where they have none."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        files = json.loads((data_dir(source) / "manifest.json").read_text("utf-8"))["files"]
+        hashes = {name: entry["sha256"] for name, entry in files.items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:12]
+    return ""
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """Yield a parquet file's `text` column document by document.
+
+    Raises MissingInput where the file is truncated or is no parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=["text"]):
+                yield from batch.column(0).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise MissingInput(f"{path} cannot be read ({reason}): delete it and run prepare.py again")
+
+
+@contextlib.contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a path beside `path` to write to; rename it into place at the end, drop it on error.
+
+    Works for files and folders. The process id keeps two writers apart.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        old = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
+        if beside.is_dir() and path.exists():
+            os.replace(path, old)  # a folder cannot be renamed over another
+        try:
+            os.replace(beside, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write value as indented JSON, beside and renamed."""
+    with written_beside(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+
+def format_duration(seconds: float) -> str:
+    """Say a time span in its natural unit: 45 s, 12 min, 3.4 h, 2.1 d."""
+    for limit, divisor, unit in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < limit:
+            digits = 1 if unit == "h" else 0
+            return f"{seconds / divisor:.{digits}f} {unit}"
+    return f"{seconds / 86400:.1f} d"
+
+
+def format_count(value: float) -> str:
+    """Say a count with three digits and k, M, G or T: 1.23 M."""
+    for divisor, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= divisor:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+# How a logged value is printed; a key that is not here is printed as `key value`.
+LOG_FORMATS: dict[str, Callable[[Any], str]] = {
+    "loss": lambda v: f"loss {v:.4f}",
+    "lr": lambda v: f"lr {v:.2f}x",
+    "val_bpb": lambda v: f"val_bpb {v:.4f}",
+    "tok_per_s": lambda v: f"{v / 1e3:.1f} ktok/s",
+    "mfu": lambda v: f"mfu {100 * v:.1f} %",
+    "data": lambda v: f"data {100 * v:.1f} %",
+    "update": lambda v: f"update {100 * v:.1f} %",
+    "memory": lambda v: f"memory {v:.1f} GB",
+    "left_s": lambda v: f"left {format_duration(v)}",
+}
+
+
+def format_log(stage: str, step: int, num_steps: int, values: dict[str, Any]) -> str:
+    """Make the one log line of an event, same order and units in every stage."""
+    words = [LOG_FORMATS.get(key, lambda v, k=key: f"{k} {_plain(v)}")(values[key])
+             for key in values]  # fmt: skip
+    return "  ".join([f"{stage} {step:05d}/{num_steps:05d}", *words])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def read_log(tag: str) -> list[dict[str, Any]]:
+    """Read what a run's stages have logged, but for lines torn by a full disk or a power cut."""
+    path = run_dir(tag) / "metrics.jsonl"
+    events = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+def setting(default: Any, help: str, short: str = "", choices: tuple = ()) -> Any:  # noqa: A002
+    """Declare one field of a Settings dataclass: its default, help, one-letter flag, choices."""
+    return field(default=default, metadata={"help": help, "short": short, "choices": choices})
+
+
+def _whole_number(text: str) -> int:
+    value = float(text)  # so that 2e9 is an int, as people write it
+    if not value.is_integer():  # nor inf
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text) if text.lstrip("+-").isdigit() else int(value)
+
+
+_whole_number.__name__ = "whole number"  # as argparse calls it
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """End with one line and exit code 2 instead of argparse's usage screen."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_settings(cls: type, doc: str | None, argv: list[str] | None = None) -> Any:
+    """Turn a Settings dataclass into a command line and parse it: `--a-b 1`, `--a_b=1` alike.
+
+    A bool field is a switch, `--x` or `--no-x`. A dataclass may name, in a class variable
+    `derived: dict[str, str]`, flags that people try and what to use instead. Exits with code 2
+    and one sentence on a wrong flag or value, also on an error of `__post_init__`.
+    """
+    parser = _Parser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    types = get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        names = [f"-{f.metadata['short']}"] if f.metadata["short"] else []
+        names += [f"--{f.name.replace('_', '-')}"]
+        default = f"default: {f.default}" if f.default not in ("", None) else "default: none"
+        options: dict[str, Any] = {"dest": f.name, "default": f.default}
+        options["help"] = f"{f.metadata['help']} ({default})".replace("%", "%%")
+        if types[f.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = _whole_number if types[f.name] is int else types[f.name]
+            options["metavar"] = types[f.name].__name__.upper()
+        if f.metadata["choices"]:
+            options["choices"] = f.metadata["choices"]
+        parser.add_argument(*names, **options)
+    words = sys.argv[1:] if argv is None else argv
+    words = [re.sub(r"^--\w[\w-]*(?==|$)", lambda m: m[0].replace("_", "-"), w) for w in words]
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(_explain_unknown(cls, unknown[0]))
+    try:
+        return cls(**vars(values))
+    except (ValueError, OSError, RuntimeError) as error:  # the latter of paths that cannot be
+        parser.error(str(error))
+
+
+def at_least(settings: Any, least: float, *names: str) -> None:
+    """Raise ValueError unless each of these settings is finite and `least` or more."""
+    for name in names:
+        if not least <= getattr(settings, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or more")
+
+
+def _explain_unknown(cls: type, word: str) -> str:
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    if name in getattr(cls, "derived", {}):
+        return f"{word} is not a setting: {cls.derived[name]}"  # type: ignore[attr-defined]
+    known = [f.name for f in dataclasses.fields(cls)]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean --{near[0].replace('_', '-')}?" if near else "--help lists them"
+    return f"{word!r} is not a setting; {hint}"
+
+
+# 9. Devices and ranks ------------------------------------------------------------------------
+
+
+# Dense bf16 matmul peaks in FLOP/s as the makers state them; other devices are measured.
+PEAK_FLOPS = {
+    "H200": 989e12, "GH200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12,
+    "H20": 148e12, "B200": 2250e12, "GB200": 2500e12, "B300": 2250e12, "A100": 312e12,
+    "A800": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "A40": 150e12, "A6000": 155e12,
+    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+
+
+def dist_info() -> tuple[int, int]:
+    """Return (rank, world_size) of this process: (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_dist_info() -> tuple[int, int]:
+    """Return (rank, world_size) among the processes of this node: (0, 1) without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+GPUS = {"cuda": "nccl", "xpu": "xccl"}  # kinds that ranks have one each of, and what sums there
+
+
+def pick_device(name: str = "") -> torch.device:
+    """Choose cuda, xpu, mps or cpu, best first, or the named one; under torchrun its own GPU.
+
+    Raises MissingInput for an unknown or absent device, and for more ranks than GPUs.
+    """
+    present = [kind for kind in GPUS if getattr(torch, kind).is_available()]
+    present += ["mps"] if torch.backends.mps.is_available() else []
+    present += ["cpu"]
+    if name and name not in present:
+        raise MissingInput(f"--device={name} is not on this machine: it has {', '.join(present)}")
+    kind = name or present[0]
+    if kind not in GPUS:
+        return torch.device(kind)
+    local_rank, count = local_dist_info()[0], getattr(torch, kind).device_count()
+    if local_rank >= count:
+        raise MissingInput(
+            f"local rank {local_rank} has no GPU of its own: start torchrun with "
+            f"--nproc_per_node={count} or less, or --device=cpu"
+        )
+    getattr(torch, kind).set_device(local_rank)
+    return torch.device(kind, local_rank)
+
+
+def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: int = 40) -> float:
+    """Measure the best of `repeats` products of n x n matrices, in FLOP/s."""
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        b = a @ a
+        b[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def matmul_ratio(device: torch.device, n: int) -> float:
+    """Measure how many times as fast bf16's products of n x n matrices are as fp32's.
+
+    They take turns of some length: on a busy machine a thread that waits for its core makes any of
+    them slow, and of two that have just begun the second may share the core of the first.
+    """
+    rates = [
+        [measure_matmul(device, dtype, n, 8) for dtype in (torch.bfloat16, torch.float32)]
+        for _ in range(4)
+    ]
+    bf16, fp32 = map(max, zip(*rates, strict=True))
+    return bf16 / fp32
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the matmul peak in FLOP/s: the maker's bf16 figure, else measured here."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for key, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{key}\b", name):  # an L40 is no L4
+                return flops
+    return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
+
+
+@functools.cache  # a second timing could choose otherwise on a busy machine
+def pick_dtype(device: torch.device, name: str = "") -> torch.dtype:
+    """Choose the compute dtype: the named one, else bf16 where it is fast, fp16 where that is.
+
+    Elsewhere fp32. On a CPU bf16 and fp32 are timed: without the instructions bf16 runs hundreds of
+    times slower (so a small product is asked first), and where it is little faster the conversions
+    eat the gain; at 2.2 times fp32's rate training was 1.6 to 1.9 times as fast.
+    """
+    if name:
+        return getattr(torch, name)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if (7, 0) <= capability < (8, 0):  # V100, T4: tensor cores, but no bf16
+            return torch.float16
+        fast = capability >= (8, 0)
+    elif device.type == "cpu":
+        fast = all(matmul_ratio(device, n) > factor for n, factor in ((192, 0.01), (1024, 1.5)))
+        fast = any_rank(fast, device)  # each has timed by itself, beside the others
+    else:
+        fast = device.type == "xpu"
+    return torch.bfloat16 if fast else torch.float32
+
+
+def can_compile(device: torch.device) -> bool:
+    """Say whether torch.compile can work here: Python's headers, a compiler, on a GPU Triton."""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):  # too old for Triton
+            return False
+        compiler = os.environ.get("CC") or "gcc"  # of what launches Triton's programs
+        found = any(map(shutil.which, (compiler, "gcc", "clang")))
+        return found and importlib.util.find_spec("triton") is not None
+    compiler = os.environ.get("CXX") or "g++"
+    return device.type == "cpu" and any(map(shutil.which, (compiler, "g++", "clang++")))
+
+
+def compile_choice(run: Run, saved: dict[str, Any]) -> str:
+    """Return --compile: yes, no, or auto, which in a run that goes on is what it was."""
+    if run.settings.compile != "auto" or "compiled" not in saved:
+        return run.settings.compile
+    return "yes" if saved["compiled"] else "no"
+
+
+def compile_or_not(
+    choice: str,
+    seconds: float,
+    device: torch.device,
+    say: Callable[[str], None],
+    before: bool = False,
+) -> bool:
+    """Decide on torch.compile, and say it: yes, no, or auto where the run earns it back.
+
+    seconds is the run's estimated length without it. Compiling saves a quarter of it or more, and
+    costs about a minute, or ten seconds where the same was compiled `before` (README, Choices).
+    """
+    if choice == "no" or (choice == "auto" and seconds < (30 if before else 300)):
+        short = f": a run of about {format_duration(seconds)} would not earn it back"
+        say(f"compile: off{short if choice == 'auto' else ''}")
+        return False
+    if not can_compile(device):
+        need = "Triton, a C compiler" if device.type == "cuda" else "a C++ compiler"
+        say(f"compile: off: it needs {need} and Python's headers (Debian: python3-dev)")
+        return False
+    say(f"compile: on: the first step takes {'some seconds' if before else 'a minute or so'}")
+    return True
+
+
+def say(text: str) -> None:
+    """Print a line on rank 0."""
+    if dist_info()[0] == 0:
+        print(text, flush=True)
+
+
+def all_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place; alone it is returned as it is."""
+    if dist_info()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Say whether it is so on any rank."""
+    if dist_info()[1] == 1:  # without waiting for the device
+        return flag
+    return bool(all_sum(torch.tensor(float(flag), device=device)).item())
+
+
+# of a container, v2 and v1; what is used there counts files in memory, which give way
+CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def free_bytes(device: torch.device) -> float:
+    """Return the memory that this process may fill: what a GPU has free, a share of a machine's."""
+    if device.type in GPUS:
+        kind = getattr(torch, device.type)
+        held = kind.memory_reserved(device) - kind.memory_allocated(device)
+        return kind.mem_get_info(device)[0] + held
+    if not hasattr(os, "sysconf"):  # Windows does not say
+        return math.inf
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            room = min(room, int(Path(path).read_text("utf-8")))
+    return room / local_dist_info()[1]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Say whether memory ran out; not all of torch's allocators have a class for it."""
+    words = r"out of memory|can't allocate memory|not enough memory|ALLOC_FAILED"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(words, str(error)))
+
+
+@dataclass
+class Run:
+    """One stage at work: its place on disk, device, ranks, log. Made by start_run."""
+
+    stage: str
+    tag: str
+    settings: Any
+    device: torch.device
+    rank: int
+    world_size: int
+    num_steps: int = 0
+    metrics: dict[str, Any] = field(default_factory=dict)
+    validated: set[int] = field(default_factory=set)  # the steps that were
+    stopping: bool = False
+    again: bool = False  # torchrun began it again after a fault
+    group: Any = None  # of all ranks, for the thread that saves: collectives of two threads mix
+    saving: threading.Thread | None = None  # writes a checkpoint
+    save_error: BaseException | None = None
+    wandb: Any = None
+    cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def dir(self) -> Path:
+        return run_dir(self.tag) / self.stage
+
+    def closing(self, items: Any) -> Any:
+        """Return items, which will be closed when the run ends."""
+        return self.cleanup.enter_context(contextlib.closing(items))
+
+    def in_background(self, work: Callable[[], None]) -> None:
+        """Run work in a thread; where it fails, training stops after the step."""
+
+        def body() -> None:
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001  wait_for_save raises it
+                self.save_error, self.stopping = error, True
+
+        self.saving = threading.Thread(target=body, daemon=True)  # Ctrl-C leaves a hung disk
+        self.saving.start()
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
+        if self.saving is not None:
+            self.saving.join()  # to its end: see prefetch
+        error, self.saving, self.save_error = self.save_error, None, None
+        if error is not None:
+            raise error
+
+    def together(self, work: Callable[[], Any]) -> list:
+        """Do a part of the work on files on each rank, wait for all, return every rank's result.
+
+        Raises Stop on all ranks where one cannot read or write.
+        """
+        mine, failed = None, None
+        try:
+            mine = work()
+        except Stop as error:
+            failed = error
+        except OSError as error:
+            failed = Stop(disk_sentence(error))
+        everyone: list = [(mine, str(failed or ""))] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(everyone, everyone[0], self.group)
+        for _, sentence in everyone:
+            if failed or sentence:
+                raise failed or Stop(sentence)
+        return [result for result, _ in everyone]
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        say(text)
+
+    def log(self, step: int, **values: Any) -> None:
+        """Print one event as a line and append its values, unrounded, to metrics.jsonl."""
+        if self.device.type == "cuda" and "loss" in values:
+            values["memory"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self.remember(step, values)
+        if self.rank == 0:
+            print(format_log(self.stage, step, self.num_steps, values), flush=True)
+            line = {"stage": self.stage, "step": step, "time": time.time(), **values}
+            with open(run_dir(self.tag) / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(
+                {f"{self.stage}/{key}": v for key, v in {"step": step, **values}.items()}
+            )
+
+    def remember(self, step: int, values: dict[str, Any]) -> None:
+        """Keep an event's values as the newest, its validation loss also if it is the best."""
+        self.metrics.update(values, step=step)
+        for name in [name for name in values if name.startswith("val_")]:
+            self.validated.add(step)
+            if name in ("val_bpb", "val_loss"):
+                best = self.metrics.get(f"best_{name}", math.inf)
+                self.metrics[f"best_{name}"] = min(best, values[name])
+
+    def recall(self, saved: dict[str, Any]) -> None:
+        """Take over a checkpoint's metrics and its validation, which came after it was saved."""
+
+        def replay() -> Any:  # on rank 0, for all
+            self.metrics = dict(saved.get("metrics", {}))
+            for line in read_log(self.tag) if self.rank == 0 else []:
+                if line["stage"] == self.stage and line["step"] <= saved["step"]:
+                    values = {k: v for k, v in line.items() if k not in ("stage", "step", "time")}
+                    self.remember(line["step"], values)
+            return self.metrics, self.validated
+
+        self.metrics, self.validated = self.together(replay)[0]
+        self.metrics["step"] = saved["step"]
+
+    def estimate_seconds(self, flops: float, peak: float) -> float:
+        """Return about how long all ranks take, not compiled, at 0.3 of their peak."""
+        return flops / (peak * self.world_size * 0.3)
+
+    def end_if_stopped(self, s: Step) -> None:
+        """End the program, whose checkpoint is saved, where the user has asked to stop."""
+        if s.stopping:
+            self.say(f"{self.stage}: stopped at step {s.step}; run the same command again to go on")
+            raise SystemExit(0)
+
+    def validates(self, s: Step) -> bool:
+        """Say whether this step's validation is due and was not made before the run went on."""
+        due = s.due(self.settings.eval_every, first=True)
+        return due and s.step not in self.validated
+
+    def finished(self) -> bool:
+        """Say whether the last step's checkpoint is there, and validated if any was."""
+        step = self.metrics.get("step", -1)
+        return step >= self.num_steps and (not self.validated or step in self.validated)
+
+    def begin(self, saved: dict[str, Any]) -> None:
+        """Drop what training from here on replaces: old checkpoints, log lines after `saved`.
+
+        Until then --restart has deleted nothing. They go by one rename: whole, or not at all.
+        Where the user has asked to stop while the stage was set up, nothing goes.
+        """
+        if any_rank(self.stopping, self.device):
+            return  # training_steps will make no step
+
+        def clear() -> None:
+            if self.rank == 0:
+                old = self.dir.with_name(f".{self.stage}.partial")
+                shutil.rmtree(old, ignore_errors=True)  # a killed run's
+                if not saved and self.dir.exists():
+                    os.replace(self.dir, old)
+                    shutil.rmtree(old)
+                self.rewind_log(saved.get("step", -1))
+
+        self.together(clear)
+
+    def rewind_log(self, step: int) -> None:
+        """Drop this stage's lines after `step` from metrics.jsonl: a resumed run repeats them."""
+        path = run_dir(self.tag) / "metrics.jsonl"
+        if path.exists():
+            log = read_log(self.tag)
+            kept = [x for x in log if x["stage"] != self.stage or x["step"] <= step]
+            with written_beside(path) as beside:
+                beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+def keep_memory() -> None:
+    """Have this process keep what memory it frees, in pages of 2 MB, where the system is Linux.
+
+    Each step's tensors would come anew from the system, in pages of 4 KB that it clears first.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:  # glibc's: when to return the heap's end, and what to map by itself
+        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            mallopt(option, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def start_run(stage: str, settings: Any) -> Iterator[Run]:
+    """Set up device, ranks, seed and signals for a stage, and clean up after it.
+
+    settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM sets `run.stopping`,
+    which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
+    read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
+    """
+    keep_memory()
+    device, attempt = pick_device(settings.device), 1
+    rank, world_size = dist_info()
+    if world_size > 1:
+        if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_dist_info()[1]))
+        store = None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives its restarts: in it are the addresses of dead ranks. Its own
+            # count of restarts differs between nodes: one that follows another's fault counts none
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            kept = dist.TCPStore(host, port, world_size, is_master=False)
+            attempt = agree_on_attempt(kept, rank, world_size)
+            store = dist.PrefixStore(str(attempt), kept)
+        backend = GPUS.get(device.type, "gloo")
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(settings.seed)
+    run = Run(stage, settings.tag, settings, device, rank, world_size, again=attempt > 1)
+    run.group = dist.new_group(backend="gloo") if world_size > 1 else None
+    if device.type == "cuda":
+        vary = stage in ("rl", "eval")
+        if kernels := rank_attention(device, pick_dtype(device), lengths_vary=vary):
+            run.cleanup.enter_context(sdpa_kernel(kernels, set_priority=True))
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stopping and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if rank == 0 and not run.stopping:  # print could be what the signal interrupted
+            os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
+        run.stopping = True
+
+    in_main = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {number: signal.signal(number, stop) for number in signals}
+    try:
+        with one_sentence(stage):
+            if stage != "eval":
+                run.cleanup.enter_context(alone_at_work(run))
+            run.wandb = _start_wandb(run)
+            try:
+                yield run
+            finally:
+                run.wait_for_save()
+    finally:
+        run.cleanup.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world_size: int) -> int:
+    """Return the number of this start of all ranks, in a store that knows of former ones.
+
+    Rank 0 counts; who reads the count too early, of a start whose rank 0 is dead, gets no answer
+    and reads it again.
+    """
+    if rank == 0:
+        attempt = store.add("attempt", 1)
+        for other in range(1, world_size):
+            store.set(f"welcome/{store.get(f'here/{attempt}/{other}').decode()}", "yes")
+        return attempt
+    me = secrets.token_hex(8)
+    while True:
+        attempt = store.add("attempt", 0)
+        store.set(f"here/{attempt}/{rank}", me)
+        with contextlib.suppress(RuntimeError):  # in time, or not
+            store.wait([f"welcome/{me}"], timedelta(seconds=1))
+            return attempt
+
+
+@contextlib.contextmanager
+def alone_at_work(run: Run) -> Iterator[None]:
+    """Keep a second process out of a run's stage while this one trains it.
+
+    Raises MissingInput where one is at work, or where a rank does not see rank 0's folder. A file
+    system without locks is left unguarded, and so is a run that is not there: the stage will say.
+    """
+    path = run_dir(run.tag) / f".{run.stage}.lock"
+    mark = f"{socket.gethostname()} {time.time_ns()}"
+    with contextlib.ExitStack() as held:
+
+        def take() -> str:
+            if run.rank or not path.parent.is_dir():
+                return ""
+            file = held.enter_context(open(path, "a", encoding="utf-8"))
+            try:
+                import fcntl  # Windows has none
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MissingInput(
+                    f"another process is training {run.stage} of the run {run.tag!r}: wait for it, "
+                    "or give another --tag"
+                ) from None
+            except (ImportError, OSError):
+                pass
+            path.write_text(mark, "utf-8")
+            return mark
+
+        def see() -> None:
+            patience = time.monotonic() + 20  # of NFS, which may still know how it was before
+            while first and not (path.exists() and path.read_text("utf-8") == first):
+                if time.monotonic() > patience:
+                    raise MissingInput(
+                        f"{socket.gethostname()} does not see {path} of {first.split()[0]}: "
+                        "NANOCHAT_BASE_DIR must be a folder that all nodes share"
+                    )
+                time.sleep(0.1)
+
+        first = run.together(take)[0]
+        run.together(see)
+        yield
+
+
+def _start_wandb(run: Run) -> Any:
+    name = getattr(run.settings, "run", "")
+    if not name or run.rank:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        run.say("wandb is not installed (`uv pip install wandb`): metrics.jsonl has everything")
+        return None
+    try:
+        import wandb
+
+        return wandb.init(project="nanochat", name=name, config=dataclasses.asdict(run.settings))
+    except Exception as error:  # noqa: BLE001  an extra stops no training, whatever ails it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        run.say(f"wandb is left out ({reason}): metrics.jsonl has everything")
+        return None
+
+
+@contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Turn Ctrl-C, full memory and a disk's errors into one sentence and a non-zero exit."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stop(f"{what}: stopped; run the same command again to go on") from None
+    except RuntimeError as error:  # not in a pass, which would have been halved
+        if not out_of_memory(error):
+            raise
+        raise Stop(
+            f"{what}: memory ran out; run the same command again with a smaller "
+            "--device-batch-size, or with fewer --slots where it has them"
+        ) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # its flush at exit
+        raise Stop(f"{what}: stopped, as nobody reads any more what it prints") from None
+    except OSError as error:
+        raise Stop(disk_sentence(error)) from None
+
+
+def disk_sentence(error: OSError) -> str:
+    """Say what a failed read or write means for the user."""
+    place = error.filename2 or error.filename or base_dir()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full at {place}: free some space and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{place} cannot be written: set NANOCHAT_BASE_DIR to a folder of your own"
+    what = error.strerror or error
+    return f"{place}: {what}; NANOCHAT_BASE_DIR must be a folder that can be written"
+
+
+# 10. Fast paths ------------------------------------------------------------------------------
+
+
+def try_attention(
+    attend: Callable[..., Tensor], shape: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> tuple[float, list[Tensor]]:
+    """Time attention forward and backward; return seconds, what it made and its gradients.
+
+    q, k and v are of one shape. No random number is drawn.
+    """
+    count = torch.arange(math.prod(shape), device=device).view(*shape)
+    q, k, v = ((count * step).sin().to(dtype).requires_grad_() for step in (0.7, 1.1, 1.3))
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        y = attend(q, k, v)
+        made = [y.detach(), *torch.autograd.grad(y, (q, k, v), y.detach())]
+        made[1].sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best, made
+
+
+def is_close(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
+    """Say whether two kernels' results differ by what 16 bits round."""
+    return all((x.double() - y).norm() < 0.05 * y.double().norm() for x, y in zip(a, b))
+
+
+def rank_attention(
+    device: torch.device, dtype: torch.dtype, shape: Sequence[int] = (1, 8, 2048, 128),
+    lengths_vary: bool = False,
+) -> list[SDPBackend]:  # fmt: skip
+    """List the kernels of torch's attention that say what its plain one says, the fastest first.
+
+    They are tried with q, k and v of this shape (B, H, T, D). cuDNN plans half a second for each
+    new shape, so that where lengths vary it is left out, as are versions of it with known faults.
+    FlashAttention 3 (arXiv:2407.08608) is the flash kernel of an H100 where it is installed.
+    """
+    flash, library = SDPBackend.FLASH_ATTENTION, torch.nn.attention
+    kinds = [SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, flash]
+    if device.type == "cuda":
+        sound = (torch.backends.cudnn.version() or 0) > 91500  # pytorch/pytorch#169849
+        kinds += [SDPBackend.CUDNN_ATTENTION] * (sound and not lengths_vary)
+        hopper = torch.cuda.get_device_capability(device)[0] == 9
+        if hopper and importlib.util.find_spec("flash_attn_interface"):
+            with contextlib.suppress(AttributeError, ImportError, RuntimeError):
+                library.activate_flash_attention_impl("FA3")  # torch 2.10 and newer
+                kinds.append(flash)  # the older one, should that not work
+    plain, times = None, {}
+    for i, kind in enumerate(kinds):
+        if kind == flash and kinds.index(flash) < i:
+            if flash in times:
+                continue
+            library.restore_flash_attention_impl()
+        with sdpa_kernel(kind), warnings.catch_warnings(), contextlib.suppress(RuntimeError):
+            warnings.simplefilter("ignore")  # of why one cannot run here
+            attend = functools.partial(F.scaled_dot_product_attention, is_causal=True)
+            seconds, made = try_attention(attend, shape, device, dtype)
+            plain = plain or made
+            if is_close(made, plain):
+                times[kind] = seconds
+    return sorted(times, key=lambda kind: times[kind])
+
+
+class Float8Product(torch.autograd.Function):
+    """The product of rows and a weight, each rounded to fp8 with one scale (arXiv:2209.05433).
+
+    Rows and weight have 4 bits of exponent, gradients have 5 and are summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
+        """Return x (N, n_in) @ weight (n_out, n_in) turned, in x's dtype; all multiples of 16."""
+        x8, w8 = (to_float8(a, torch.float8_e4m3fn) for a in (x, weight))
+        ctx.save_for_backward(*x8, *w8)
+        return float8_matmul(x8, (w8[0].t(), w8[1]), x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        g, g_scale = to_float8(dy, torch.float8_e5m2)
+        # the kernel wants its second factor stored by columns
+        dx = float8_matmul((g, g_scale), (w.t().contiguous().t(), w_scale), dy.dtype)
+        turned = g.t().contiguous(), g_scale
+        dw = float8_matmul(turned, (x.t().contiguous().t(), x_scale), torch.float32)
+        return dx, dw
+
+
+def to_float8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round x to an 8-bit float; return it and its scale, which brings the largest to the end."""
+    top = torch.finfo(dtype).max
+    scale = x.float().abs().amax().clamp_min(1e-12) / top
+    return (x.float() / scale).clamp(-top, top).to(dtype), scale
+
+
+def float8_matmul(
+    a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], dtype: torch.dtype, fast: bool = False
+) -> Tensor:
+    """Multiply two matrices in fp8, each with its scale; fast sums have fewer bits, on a GPU."""
+    fast = fast and a[0].is_cuda
+    return torch._scaled_mm(
+        a[0], b[0], scale_a=a[1], scale_b=b[1], out_dtype=dtype, use_fast_accum=fast
+    )
+
+
+def row_sizes(x: Tensor) -> Tensor:
+    """Return what one step of 8 bits is worth for each row of x (..., n): fp32 (..., 1)."""
+    return x.float().abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+
+
+FEW_ROWS = 64  # as many as the engine's slots
+PACKED = 1 << 18  # numbers in the smallest weight that is packed: each call has a price
+PACKED_INT8 = 3 << 19
+EXACT = 1024  # products of two int8 that fp32 adds up exactly
+AMX = torch.cpu._is_amx_tile_supported()  # its products of 8 bits want the weight first
+
+operators = torch.library.Library("nanochat", "FRAGMENT")  # a compiler calls them as they are
+operators.define("packed_product(Tensor x, Tensor packed) -> Tensor")
+operators.define("packed_int8_product(Tensor x, Tensor packed, Tensor scale) -> Tensor")
+operators.define("sum_rows(Tensor x, Tensor rows, int count) -> Tensor")
+
+
+@torch.library.impl(operators, "packed_product", "MkldnnCPU")
+def packed_product(x: Tensor, packed: Tensor) -> Tensor:
+    """Multiply x (N, n_in) by what pack() made of a weight (n_out, n_in), turned: (N, n_out)."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+
+
+@torch.library.register_fake("nanochat::packed_product", lib=operators)
+def _packed_shape(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), packed.size(0))
+
+
+@torch.library.impl(operators, "packed_int8_product", "MkldnnCPU")
+def packed_int8_product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Multiply x (N, n_in), of bytes that mean 128 less, by a packed int8 weight: fp32 (N, n_out).
+
+    The sums are exact; scale (n_out,) multiplies them.
+    """
+    zero = scale.new_zeros(1, dtype=torch.int32)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+@torch.library.register_fake("nanochat::packed_int8_product", lib=operators)
+def _packed_int8_shape(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(x.size(0), scale.size(0), dtype=torch.float32)
+
+
+@torch.library.impl(operators, "sum_rows", "CPU")
+def sum_rows(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """Add each row of x (N, C) to that of the sums (count, C) which rows (N,) names, in order.
+
+    A compiler's loop lets threads add where they meet: slower, and each run in another order.
+    """
+    return torch.ops.aten.embedding_dense_backward(x, rows, count, -1, False)
+
+
+@torch.library.register_fake("nanochat::sum_rows", lib=operators)
+def _sums_shape(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    return x.new_empty(count, x.size(1))
+
+
+@functools.cache
+def packs_int8() -> bool:
+    """Say whether packed products of 8 bits are there and exact: without VNNI their sums clip."""
+    if AMX:
+        return False
+    x = torch.full((2, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    with contextlib.suppress(RuntimeError, AttributeError, TypeError):
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        y = torch.ops.nanochat.packed_int8_product(x, packed, torch.ones(16))
+        return bool((y == 127 * 127 * 64).all())
+    return False
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """Lay a weight out in the blocks that oneDNN reads; None where that is not known to pay."""
+    if weight.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
+        return None
+    if not torch.backends.mkldnn.is_available() or weight.numel() < PACKED:
+        return None
+    if weight.dtype == torch.int8:
+        if weight.numel() < PACKED_INT8 or not packs_int8():
+            return None
+        return torch.ops.onednn.qlinear_prepack(weight.detach(), None)
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype != torch.float32 and not bf16:
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+
+
+def stored(x: Tensor) -> Tensor:
+    """Return x; a compiler then stores it, where it would compute it anew for each use."""
+    return x.as_strided(x.shape, x.stride())
+
+
+def product(
+    x: Tensor, weight: Tensor, scale: Tensor | None = None, packed: Tensor | None = None
+) -> Tensor:
+    """Multiply x (..., n_in) by a weight (n_out, n_in), turned: (..., n_out) in x's dtype.
+
+    An int8 weight has scales (n_out,), and the rows of x are rounded to 8 bits as well, as in
+    arXiv:2208.07339: the sums are exact, and a row's result depends on no other row.
+    `packed` is what pack() made of the weight.
+    """
+    rows = x.flatten(0, -2)
+    n = rows.size(0)
+    training = torch.is_grad_enabled()
+    few = n <= FEW_ROWS and x.device.type == "cpu" and not training
+    alone = few and n == 1 and torch.compiler.is_compiling()
+    if scale is not None:
+        size = row_sizes(rows)
+        small = (rows / size).round()
+        if alone and not AMX and weight.numel() >= PACKED_INT8 and weight.size(1) <= EXACT:
+            y = (weight.float() * stored(small)).sum(-1) * scale
+        elif packed is not None and n > 1:
+            y = torch.ops.nanochat.packed_int8_product((small + 128).byte(), packed, scale)
+        elif n > FEW_ROWS or (few and n == 1 and not AMX):
+            y = torch._int_mm(small.char(), weight.t()) * scale
+        else:
+            if x.device.type == "cuda":
+                small = F.pad(small, (0, 0, 0, -n % 8))  # as its kernel asks
+            y = torch._int_mm(weight, small.char().t())[:, :n].t() * scale
+        y = (y * size).to(x.dtype)
+    elif alone and (x.dtype == torch.float32 or (weight.numel() >= PACKED and not AMX)):
+        # one loop of a compiler's, on some CPUs twice as fast as their library
+        y = (weight.float() * stored(rows).float()).sum(-1).to(x.dtype)
+    elif packed is not None and not training and (n > 1 or x.dtype == torch.float32):
+        y = torch.ops.nanochat.packed_product(rows, packed)
+    elif few and n > 1:
+        y = (weight.to(x.dtype) @ rows.t()).t()  # a third faster for few rows, as measured
+    else:
+        y = F.linear(rows, weight.to(x.dtype))
+    if not torch.compiler.is_compiling():
+        y = y.contiguous()  # attention is slow on what lies turned
+    return y.view(*x.shape[:-1], -1)
+
+
+class Lookup(torch.autograd.Function):
+    """F.embedding on a CPU, whose gradient is the same in every run."""
+
+    @staticmethod
+    def forward(ctx, weight, ids):  # type: ignore[no-untyped-def]
+        """Return the rows of weight (V, C) that ids (...) name: (..., C)."""
+        ctx.save_for_backward(ids)
+        ctx.count = weight.size(0)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, d_rows):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        flat = d_rows.reshape(-1, d_rows.size(-1))
+        return torch.ops.nanochat.sum_rows(flat, ids.reshape(-1), ctx.count), None
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend as attend() does, T = S > window, without scores that no window holds.
+
+    Blocks of `window` queries see their own keys and those of the block before.
+    """
+    B, T = q.shape[:2]
+    first = attend(q[:, :window], k[:, :window], v[:, :window], window)
+    missing = -T % window
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, missing)) for x in (q, k, v))
+    q, k, v = (x.view(B, -1, window, *x.shape[2:]) for x in (q, k, v))
+    k, v = (torch.cat((x[:, :-1], x[:, 1:]), 2).flatten(0, 1) for x in (k, v))
+    at = torch.arange(-window, window, device=q.device)
+    back = at[window:, None] - at
+    mask = ((back >= 0) & (back < window))[None]  # (1, window, 2 window), of every block
+    rest = attend(q[:, 1:].flatten(0, 1), k, v, window, mask)
+    return torch.cat((first, rest.reshape(B, -1, *rest.shape[2:])), 1)[:, :T]
+
+
+def attend_in_flash(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    """Attend as attend() does, T = S, with torch's flash kernel, which passes over other keys.
+
+    Raises ImportError before torch 2.10, RuntimeError where there is no such kernel.
+    """
+    from torch.nn.attention.varlen import varlen_attn  # imports the compiler
+
+    B, T, H, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=q.device)
+    if (groups := H // k.size(2)) > 1:  # torch 2.12 and newer would share them
+        k, v = (x.repeat_interleave(groups, 2) for x in (k, v))
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    seen = (window - 1, 0)  # before and after
+    y: Any = varlen_attn(rows[0], rows[1], rows[2], starts, starts, T, T, window_size=seen)
+    return y.view(q.shape)
+
+
+@functools.cache
+def window_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
+    """Return what attends in windows here: attend_in_flash where that runs and is right."""
+    if device.type == "cuda":
+        shape, how = (2, 96, 2, head_dim), (attend_in_flash, attend_in_blocks)
+        with contextlib.suppress(ImportError, RuntimeError, TypeError):
+            tries = [functools.partial(one, window=32) for one in how]
+            if is_close(*(try_attention(one, shape, device, dtype)[1] for one in tries)):
+                return attend_in_flash
+    return attend_in_blocks
+
+
+class InProducts(torch.autograd.Function):
+    """Causal attention, each (B, H, T, D), in products of 128 queries with the keys they may see.
+
+    What lies between the products a compiler makes one loop of, a pass over the scores each way.
+    The weights are stored, not yet divided by their sums.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v):  # type: ignore[no-untyped-def]
+        parts, stored = [], []
+        for start in range(0, q.size(2), 128):
+            x = q[:, :, start : start + 128]
+            end = start + x.size(2)
+            scores = (x @ k[:, :, :end].transpose(2, 3)).float() / math.sqrt(q.size(3))
+            at = torch.arange(end, device=q.device, dtype=torch.int32)  # int64 takes twice the time
+            scores = scores.masked_fill(at > at[start:, None], -math.inf)
+            weights = (scores - scores.amax(-1, keepdim=True)).exp().to(v.dtype)
+            total = weights.float().sum(-1, keepdim=True)
+            parts.append(((weights @ v[:, :, :end]).float() / total).to(v.dtype))
+            stored += [weights, total]
+        y = torch.cat(parts, 2)
+        ctx.save_for_backward(q, k, v, y, *stored)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y):  # type: ignore[no-untyped-def]
+        q, k, v, y, *stored = ctx.saved_tensors
+        means = (d_y.float() * y.float()).sum(-1, keepdim=True)  # of each query's d_weights
+        d_q, d_k, d_v = [], torch.zeros_like(k).float(), torch.zeros_like(v).float()
+        for weights, total in zip(stored[::2], stored[1::2]):
+            end = weights.size(3)
+            own = slice(end - weights.size(2), end)
+            d_out = (d_y[:, :, own].float() / total).to(v.dtype)
+            d_weights = (d_out @ v[:, :, :end].transpose(2, 3)).float()
+            d_scores = weights.float() * (d_weights - means[:, :, own] / total)
+            d_scores = (d_scores / math.sqrt(q.size(3))).to(q.dtype)
+            d_q.append(d_scores @ k[:, :, :end])
+            later = 0, 0, 0, k.size(2) - end
+            d_k = d_k + F.pad((d_scores.transpose(2, 3) @ q[:, :, own]).float(), later)
+            d_v = d_v + F.pad((weights.transpose(2, 3) @ d_out).float(), later)
+        return torch.cat(d_q, 2), d_k.to(k.dtype), d_v.to(v.dtype)
+
+
+def by_parts(q: Tensor) -> bool:
+    """Say whether torch's kernel is slower here than the products of attention, one by one."""
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not AMX
+    return slow and not q.requires_grad and not torch.compiler.is_compiling()
+
+
+def attend_by_heads(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as attend() does, q (B, H, T, D) to k and v (B, K, S, D), in a product for each head.
+
+    The keys of a head are a matrix as they lie; for those of all the library would copy them.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    q = q / math.sqrt(D)
+    products = [q[b, h] @ k[b, h * K // H].T for b in range(B) for h in range(H)]
+    scores = torch.stack(products).view(B, H, T, S)
+    if mask is None:
+        later = torch.ones(T, T, dtype=torch.bool).triu(1)
+        scores[..., S - T :].masked_fill_(later, -math.inf)
+    else:
+        scores.masked_fill_(~mask[:, None], -math.inf)
+    weights = scores.softmax(-1).view(B, K, -1, S)  # a group's heads one below the other
+    return (weights @ v).view(B, H, T, D)
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend as attend() does, T = 1, in sums that a compiler makes one loop each of."""
+    B, _, H, D = q.shape
+    q = q.view(B, 1, k.size(2), -1, D).float()  # (B, 1, K, H/K, D)
+    scores = (q * k[:, :, :, None]).sum(-1) / math.sqrt(D)  # (B, S, K, H/K)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0, :, None, None], -math.inf)
+    y = (scores.softmax(1)[..., None] * v[:, :, :, None]).sum(1)  # (B, K, H/K, D)
+    return y.view(B, 1, H, D).to(v.dtype)
+
+
+GRAPH_KEYS = 256  # a recorded step reads whole blocks of so many positions
+
+
+def record(
+    step: Callable[[], Tensor], device: torch.device, pool: Any
+) -> tuple[Callable[[], None], Tensor]:
+    """Record what a step launches on a GPU; return what launches it again, and its output.
+
+    Records of one pool share memory: an output holds until the next of them is launched.
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # libraries and compilers set up what a record cannot hold
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        output = step()
+    return graph.replay, output

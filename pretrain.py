@@ -48,6 +48,7 @@ from common import (
     choose_micro_batch,
     compile_choice,
     compile_or_not,
+    dist_info,
     evaluate_bpb,
     format_count,
     format_duration,
@@ -80,7 +81,6 @@ from common import (
     try_attention,
     try_micro_batch,
     window_kernel,
-    world,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
@@ -435,7 +435,7 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
     While the blocks' outputs are zero the model sees one token back. All pairs at once teach it
     in seconds what batches of text would in the first hundred steps. Ranks share the work.
     """
-    rank, world_size = world()
+    rank, world_size = dist_info()
     V, device = model.config.vocab_size, model.embed.weight.device
     before, after, shares = (x.to(device) for x in count_pairs(rows, V))
     embed, head = model.embed.weight, model.head.weight

@@ -47,6 +47,7 @@ from common import (
     continue_stage,
     crc32,
     data_dir,
+    dist_info,
     find_checkpoint,
     grade,
     newest_checkpoint,
@@ -68,7 +69,6 @@ from common import (
     start_run,
     training_steps,
     try_micro_batch,
-    world,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def validate(
     engine: Engine, problems: list[dict[str, Any]], settings: Settings, device: torch.device
 ) -> dict[str, float]:
     """Return pass@1 and pass@k on problems that rl keeps apart, always with the same seeds."""
-    rank, world_size = world()
+    rank, world_size = dist_info()
     mine = list(enumerate(problems))[rank::world_size]
     seeds = [sample_seed(settings.seed, 1 << 32, i) for i, _ in mine]
     rates = pass_rates(answer_problems(engine, [p for _, p in mine], seeds, settings), device)

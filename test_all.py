@@ -903,7 +903,7 @@ def test_training_is_faster_than_other_packages_at_no_more_memory():
     assert memory["nanochat_bpe"] <= memory["rustbpe"]
 
 
-# 1. Formats, paths, errors, log --------------------------------------------------------------
+# 8. Settings, errors, log: formats ------------------------------------------------------------
 
 
 def test_written_beside_leaves_the_old_file_when_the_writer_fails(tmp_path):
@@ -3359,154 +3359,6 @@ def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
     assert fast.graphs
 
 
-def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_dir, monkeypatch):
-    asked = []
-
-    def logged(run, stage, tag, *flags):
-        """Stand in for a stage: log lines of a run with a slow start."""
-        cls = importlib.import_module(stage).Settings
-        asked.append((stage, tag, common.parse_settings(cls, "", list(flags))))
-        (common.run_dir(tag) / "base").mkdir(parents=True, exist_ok=True)
-        rate = 900.0 if stage == "sft" else 500.0 if "--window-pattern=L" in flags else 1000.0
-        lines = [{"val_bpb": 9.9, "step": 0}]
-        for step in range(1, 21):
-            slow = 50 * (step < 3)
-            lines.append({
-                "step": step, "loss": 1.0, "tok_per_s": rate - slow, "mfu": 0.5, "memory": 7.0,
-                "update": 0.04, "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
-                "data": 1.25 / 1.95, "left_s": (20 - step) * 1.95,
-            })  # fmt: skip
-            lines[-1]["time"] -= 50 * (step == 2)  # only the very first is slow to be there
-        return lines
-
-    monkeypatch.setattr(evaluate, "run_stage", logged)
-    monkeypatch.setattr(evaluate, "find_checkpoint", lambda tag, stage: tag)
-    config = common.GPTConfig(65536, 12, 768, 6, 6, 2048)
-    meta = {"config": dataclasses.asdict(config), "micro_batch": 64}
-    monkeypatch.setattr(evaluate, "read_meta", lambda folder: meta)
-    settings = evaluate.Settings(tag="t", bench="gpu", device="cpu")
-    with pytest.raises(common.MissingInput, match="needs an NVIDIA GPU"):
-        evaluate.main(settings)
-    with common.start_run("eval", settings) as run:
-        rows = evaluate.bench_gpu(run, settings)
-    assert [stage for stage, _, _ in asked] == ["pretrain"] * len(evaluate.GPU_RUNS) + ["sft", "rl"]
-    assert len({tag for stage, tag, _ in asked if stage != "pretrain"} | {asked[0][1]}) == 1
-    by_name = {name: one for name, (_, _, one) in zip(evaluate.GPU_RUNS, asked)}
-    assert by_name["d26 fp8"].fp8 and not by_name["d26 bfloat16"].fp8
-    assert all(one.max_seq_len == 2048 and one.depth == int(name[1:3])
-               for name, one in by_name.items())  # fmt: skip
-    first = rows["d12 bfloat16"]
-    assert (first["tok_per_s"], first["mfu"], first["memory"]) == (1000, 0.5, 7)
-    assert (first["update"], first["vocabulary"], first["rows"]) == (0.04, 65536, 64)
-    assert 40 < first["estimate"] < 141 and rows["d26 fp8"]["of bfloat16"] == 1
-    assert rows["sft"]["of pretraining"] == pytest.approx(0.9)
-    assert rows["rl"] == pytest.approx({"sampling": 0.6, "training": 0.35, "idle": 0.05})
-    assert json.loads((base_dir / "bench.json").read_text())["gpu"] == rows
-    assert list(common.run_dir("").iterdir()) == [common.run_dir(asked[0][1])]
-
-
-def test_the_comparison_of_choices_weighs_what_each_costs(tiny_run, monkeypatch, capsys):
-    asked, stopped = [], []
-
-    def train(run, tag, depth, steps, flags):
-        """Stand in for training: smears cost half the pace, values gain a tenth, seeds differ."""
-        if len(asked) == 5 and not stopped:
-            stopped.append(tag)
-            raise KeyboardInterrupt
-        asked.append((tag, depth, steps, flags))
-        seed = next((int(f[-1]) for f in flags if f.startswith("--seed")), 0)
-        bpb = 2 + 0.1 * ("--no-value-embeds" in flags) + seed / 100 + 0.4 * (steps < 480)
-        rate = 4096 if "--no-smear" in flags else 2048
-        return {"steps": steps, "tokens": steps * 2048, "seconds": steps, "tok_per_s": rate,
-                "bpb": bpb}  # fmt: skip
-
-    monkeypatch.setattr(evaluate, "train_for_bench", train)
-    settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
-    with pytest.raises(common.Stop):
-        evaluate.main(settings)
-    table = evaluate.main(settings)
-    out = capsys.readouterr().out
-    assert "going on after 5 runs" in out
-    assert "| depth 6, all choices | 3 | 983,040 | 480 | 2,048 | 2.010 (2.000 to 2.020) |  |" in out
-    quarter = "| 1 | 245,760 | 120"
-    assert f"| depth 4, all choices, a quarter of the time {quarter} | 2,048 | 2.400 | 2.400" in out
-    # twice the pace is half of the way, in the logarithm, to four times the tokens
-    assert f"| depth 4, without smear {quarter} | 4,096 | 2.400 | 2.205 |" in out
-    assert f"| depth 4, without value embeddings {quarter} | 2,048 | 2.500 | 2.500 |" in out
-    assert len({tag for tag, *_ in asked}) == len(asked), "no run takes another's place"
-    assert "t-d4-with-five-steps-of-muon" in {tag for tag, *_ in asked}
-    assert json.loads((common.base_dir() / "bench.json").read_text())["learning"] == table
-    turned = {flag for *_, flags in asked for flag in flags if "--seed" not in flag}
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
-    assert {re.sub("^--(no-)?|=.*", "", flag) for flag in turned} < fields
-    assert turned == {*evaluate.CHOICES.values(), "--eval-every=0"}
-    evaluate.main(settings)
-    assert len({tag for tag, *_ in asked}) * 2 == len(asked), "once whole, it begins anew"
-
-
-def test_a_training_that_was_stopped_is_no_measure(tiny_run, monkeypatch):
-    def stopped(command, **options):
-        run.stopping = True  # Ctrl-C in a terminal reaches this program and the stage
-        return subprocess.CompletedProcess(command, 0, "")
-
-    run = common.Run("eval", "t", None, CPU, 0, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", stopped)
-        with pytest.raises(common.Stop, match="run the same command again"):
-            evaluate.run_stage(run, "pretrain", "t-one")
-    lines = [{"step": step, "time": step / 2, "loss": 1.0, "tok_per_s": 100 * step}
-             for step in (1, 10, 20, 23)]  # fmt: skip
-    lines += [{"step": step, "time": 9, "val_bpb": 3.0 - step / 23} for step in (0, 23)]
-    monkeypatch.setattr(evaluate, "run_stage", lambda *_: lines)
-    measures = evaluate.train_for_bench(run, "t-one", 1, 23, [])
-    assert measures["bpb"] == 2.0 and measures["seconds"] == 11.5
-    assert measures["tok_per_s"] == 2300, "its fastest tenth"
-    with pytest.raises(common.Stop, match="stopped at step 23"):
-        evaluate.train_for_bench(run, "t-one", 1, 40, [])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
-def test_a_model_is_trained_for_the_comparison(tiny_run):
-    run = common.Run("eval", "t", None, CPU, 0, 1)
-    measures = evaluate.train_for_bench(run, "t-one", 1, 40, ["--smear"])
-    assert measures["tokens"] == 40 * 2048 and 0 < measures["seconds"] < 60
-    assert 0 < measures["bpb"] < 8
-    with pytest.raises(common.Stop, match="--no-such-flag"):
-        evaluate.train_for_bench(run, "t-two", 1, 40, ["--no-such-flag"])
-
-
-def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
-    tokenizer.info["measures"] = {"train_chars_per_s": 1e6, "encode_tokens_per_s": 1e6}
-    tokenizer.save(common.run_dir("t") / "tokenizer")
-    measure, seen = evaluate.bench_decoding, []
-
-    def tiny(run, tokenizer, config, dtype, int8):
-        seen.append((config.n_layer, config.vocab_size, int8))
-        shape = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 64}
-        return measure(run, tokenizer, dataclasses.replace(config, **shape, n_head=1, n_kv_head=1),
-                       torch.float32, int8)  # fmt: skip
-
-    monkeypatch.setattr(evaluate, "bench_decoding", tiny)
-    monkeypatch.setattr(evaluate, "can_compile", lambda device: False)
-    monkeypatch.setattr(
-        evaluate, "training_rates", lambda tag: {f"{tag} pretraining, tokens/s": 5.0}
-    )
-    evaluate.main(evaluate.Settings(tag="t", bench="speed", device="cpu", dtype="float32"))
-    assert seen == [(depth, vocab, int8) for depth, vocab in ((4, 4096), (12, 32768))
-                    for int8 in (False, True)]  # fmt: skip
-    report = json.loads((common.base_dir() / "bench.json").read_text())
-    said = capsys.readouterr().out
-    for name in ("d4 float32", "d12 float32", "d12 float32 int8 weights"):
-        measured = report["decoding"][name]
-        assert f"| {name} | {measured['x1']:,.0f} ({measured['x1 of bound']:.0%}) | " in said
-        assert measured["history"] > 1990
-        for key in ("x1", "x16", "x64", "prefill"):
-            assert measured[key] > 10 and 0 < measured[f"{key} of bound"] < 3
-        for key in ("turn 1", "turn 10"):
-            assert 0 < measured[key] < 10 and 0 < measured[f"{key} of bound"] < 3
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
 def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
@@ -3855,165 +3707,6 @@ def test_the_calculator_takes_any_text_and_is_soon_done(text):
     result = common.calculate(text)
     assert re.fullmatch(r"error|-?[0-9]{1,30}(\.[0-9]{1,6})?", result)
     assert time.thread_time() - began < 2
-
-
-@pytest.fixture(params=["best", "plain"])
-def sandbox(request, monkeypatch):
-    """run_code in the best way that this system has, and without namespaces; both clean up."""
-    best = common.sandbox_way()
-    monkeypatch.setenv("A_SECRET", "hunter2")
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to nobody
-        os.chmod(folder, 0o711)
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        way = best if request.param == "best" else ([], best[1])
-        yield functools.partial(common.run_code, way=way)
-        assert os.listdir(folder) == []
-
-
-def test_the_sandbox_passes_what_is_right_and_fails_what_is_not(sandbox):
-    assert sandbox("print('\\u00e9' * 2)") == common.Outcome(True, "passed", "\u00e9\u00e9\n")
-    wrong = sandbox("import sys\nprint('a')\nassert 1 == 2, 'b'")
-    assert (wrong.passed, wrong.reason) == (False, "it ended with exit status 1")
-    assert wrong.output.startswith("a\n") or wrong.output.endswith("a\n")
-    assert "AssertionError: b" in wrong.output
-    for early in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
-        assert sandbox(f"print(1)\n{early}").reason == "it stopped before its end"
-    for text in ("def f(", "'''", "\0", "\ud800"):
-        assert not sandbox(text).passed
-    assert "signal 11" in sandbox("import os; os.kill(os.getpid(), 11)").reason
-    assert sandbox("for _ in range(2):\n    pass\\").passed, "the check does not join the program"
-
-
-def test_the_sandbox_shows_a_program_nothing_of_ours(sandbox):
-    program = """
-        import json, os, sys
-        here = os.listdir()
-        open("a", "w").write("b")
-        try:
-            asked = input()
-        except EOFError:
-            asked = "nothing"
-        print(json.dumps([here, asked, dict(os.environ), os.getpgid(0), len(os.listdir("/dev/fd"))]))
-    """
-    outcome = sandbox(textwrap.dedent(program))
-    assert outcome.passed, outcome
-    here, asked, environment, group, num_files = json.loads(outcome.output)
-    assert (here, asked) == ([], "nothing") and group != os.getpgid(0) and num_files <= 4
-    assert environment.keys() <= {"PATH", "HOME", "TMPDIR", "LC_ALL", "LC_CTYPE"}
-    assert "hunter2" not in outcome.output
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        "while True: pass",
-        "import time; time.sleep(60)",
-        "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()",
-        "import os\nos.close(1), os.close(2)\nwhile True: pass",
-    ],
-)
-def test_the_sandbox_ends_what_does_not_end(sandbox, program):
-    began = time.perf_counter()
-    outcome = sandbox(program, timeout_s=0.5)
-    assert (outcome.passed, outcome.reason) == (False, "it took longer than 0.5 s")
-    assert time.perf_counter() - began < 30
-
-
-def test_the_sandbox_limits_cpu_time(sandbox):
-    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))"
-    assert sandbox(program, timeout_s=9.5).output == "(10, 10)\n"
-    program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (11, 11))"
-    assert not sandbox(program, timeout_s=9.5).passed, "it cannot be raised"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
-def test_the_sandbox_limits_memory(sandbox):
-    assert sandbox("a = bytearray(30 << 20)", memory_bytes=99 << 20).passed
-    outcome = sandbox("a = []\nwhile True: a.append(bytearray(1 << 20))", memory_bytes=99 << 20)
-    assert not outcome.passed and "MemoryError" in outcome.output
-
-
-def test_the_sandbox_limits_output_and_files(sandbox):
-    size = 1 << 16
-    outcome = sandbox("while True: print('x' * 1000)", file_bytes=size)
-    assert not outcome.passed and 1000 < len(outcome.output) <= size
-    outcome = sandbox("open('a', 'wb').write(bytes(99 << 20))", file_bytes=size)
-    assert not outcome.passed and "File too large" in outcome.output
-    outcome = sandbox("import os\nos.truncate(os.open('a', os.O_CREAT), 1 << 40)")
-    assert not outcome.passed
-    assert sandbox(f"open('a', 'wb').write(bytes({size}))", file_bytes=size).passed
-
-
-def test_the_sandbox_limits_the_number_of_processes(sandbox):
-    if os.geteuid() == 0 and not common.sandbox_way()[1]:
-        pytest.skip("root cannot become nobody here")
-    program = """
-        import os, time
-        for started in range(999):
-            try:
-                if os.fork() == 0:
-                    time.sleep(60)
-            except OSError:
-                break
-        print(started)
-    """
-    outcome = sandbox(textwrap.dedent(program), timeout_s=10)
-    assert outcome.passed and int(outcome.output) < common.SANDBOX_PROCESSES
-    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    assert sandbox(bomb, timeout_s=0.5).reason == "it took longer than 0.5 s"
-    # the dead count until the system's first process reaps them
-    until(lambda: sandbox("import os\nif os.fork(): os.wait()").passed, 20)
-
-
-def running(mark):
-    """Say whether a process has `mark` in its command line."""
-    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
-    return mark in listed.stdout
-
-
-@pytest.mark.parametrize("ends", [True, False])
-@pytest.mark.parametrize("leaves_group", [False, True])
-def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
-    if leaves_group and not sandbox.keywords["way"][0]:
-        pytest.skip("without a namespace such a process outlives the program")
-    mark = f"mark{random.randrange(1 << 60)}"
-    program = f"""
-        import subprocess, sys, time
-        sleeper = [sys.executable, "-c", "import time; time.sleep(60)", "{mark}"]
-        subprocess.Popen(sleeper, start_new_session={leaves_group})
-        time.sleep(0.3 if {ends} else 60)
-    """
-    assert sandbox(textwrap.dedent(program), timeout_s=3 if ends else 0.6).passed == ends
-    until(lambda: not running(mark), 5)
-
-
-def test_the_sandbox_has_no_network_where_namespaces_work(sandbox):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)"
-        assert sandbox(program).passed == (not sandbox.keywords["way"][0])
-
-
-def test_the_sandbox_removes_what_a_program_leaves(sandbox):
-    program = """
-        import os
-        os.symlink("/", "link")
-        for _ in range(1100):
-            os.mkdir("deep")
-            os.chdir("deep")
-        os.mkdir("closed")
-        open("closed/file", "w").close()
-        os.chmod("closed", 0)
-    """
-    assert sandbox(textwrap.dedent(program)).passed
-    assert Path("/etc").is_dir()
-
-
-def test_the_sandbox_never_runs_a_program_as_root(sandbox):
-    if not sandbox.keywords["way"][1]:
-        pytest.skip("no way to lay down rights here")
-    outcome = sandbox("import os\nprint(os.getuid())\nopen('/etc/nanochat-test', 'w')")
-    assert outcome.output.split("\n")[0] != "0" and "Permission denied" in outcome.output
 
 
 # prepare.py: own files and hub ----------------------------------------------------------------
@@ -8828,6 +8521,316 @@ def test_a_report_that_cannot_be_written_is_one_sentence(base_dir):
     assert "damaged" in refusal("r")
     shutil.rmtree(common.run_dir("r") / "base")
     assert "run `python pretrain.py --tag=r`" in refusal("r")
+
+
+# evaluate.py: bench and sandbox --------------------------------------------------------------
+
+
+def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_dir, monkeypatch):
+    asked = []
+
+    def logged(run, stage, tag, *flags):
+        """Stand in for a stage: log lines of a run with a slow start."""
+        cls = importlib.import_module(stage).Settings
+        asked.append((stage, tag, common.parse_settings(cls, "", list(flags))))
+        (common.run_dir(tag) / "base").mkdir(parents=True, exist_ok=True)
+        rate = 900.0 if stage == "sft" else 500.0 if "--window-pattern=L" in flags else 1000.0
+        lines = [{"val_bpb": 9.9, "step": 0}]
+        for step in range(1, 21):
+            slow = 50 * (step < 3)
+            lines.append({
+                "step": step, "loss": 1.0, "tok_per_s": rate - slow, "mfu": 0.5, "memory": 7.0,
+                "update": 0.04, "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
+                "data": 1.25 / 1.95, "left_s": (20 - step) * 1.95,
+            })  # fmt: skip
+            lines[-1]["time"] -= 50 * (step == 2)  # only the very first is slow to be there
+        return lines
+
+    monkeypatch.setattr(evaluate, "run_stage", logged)
+    monkeypatch.setattr(evaluate, "find_checkpoint", lambda tag, stage: tag)
+    config = common.GPTConfig(65536, 12, 768, 6, 6, 2048)
+    meta = {"config": dataclasses.asdict(config), "micro_batch": 64}
+    monkeypatch.setattr(evaluate, "read_meta", lambda folder: meta)
+    settings = evaluate.Settings(tag="t", bench="gpu", device="cpu")
+    with pytest.raises(common.MissingInput, match="needs an NVIDIA GPU"):
+        evaluate.main(settings)
+    with common.start_run("eval", settings) as run:
+        rows = evaluate.bench_gpu(run, settings)
+    assert [stage for stage, _, _ in asked] == ["pretrain"] * len(evaluate.GPU_RUNS) + ["sft", "rl"]
+    assert len({tag for stage, tag, _ in asked if stage != "pretrain"} | {asked[0][1]}) == 1
+    by_name = {name: one for name, (_, _, one) in zip(evaluate.GPU_RUNS, asked)}
+    assert by_name["d26 fp8"].fp8 and not by_name["d26 bfloat16"].fp8
+    assert all(one.max_seq_len == 2048 and one.depth == int(name[1:3])
+               for name, one in by_name.items())  # fmt: skip
+    first = rows["d12 bfloat16"]
+    assert (first["tok_per_s"], first["mfu"], first["memory"]) == (1000, 0.5, 7)
+    assert (first["update"], first["vocabulary"], first["rows"]) == (0.04, 65536, 64)
+    assert 40 < first["estimate"] < 141 and rows["d26 fp8"]["of bfloat16"] == 1
+    assert rows["sft"]["of pretraining"] == pytest.approx(0.9)
+    assert rows["rl"] == pytest.approx({"sampling": 0.6, "training": 0.35, "idle": 0.05})
+    assert json.loads((base_dir / "bench.json").read_text())["gpu"] == rows
+    assert list(common.run_dir("").iterdir()) == [common.run_dir(asked[0][1])]
+
+
+def test_the_comparison_of_choices_weighs_what_each_costs(tiny_run, monkeypatch, capsys):
+    asked, stopped = [], []
+
+    def train(run, tag, depth, steps, flags):
+        """Stand in for training: smears cost half the pace, values gain a tenth, seeds differ."""
+        if len(asked) == 5 and not stopped:
+            stopped.append(tag)
+            raise KeyboardInterrupt
+        asked.append((tag, depth, steps, flags))
+        seed = next((int(f[-1]) for f in flags if f.startswith("--seed")), 0)
+        bpb = 2 + 0.1 * ("--no-value-embeds" in flags) + seed / 100 + 0.4 * (steps < 480)
+        rate = 4096 if "--no-smear" in flags else 2048
+        return {"steps": steps, "tokens": steps * 2048, "seconds": steps, "tok_per_s": rate,
+                "bpb": bpb}  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "train_for_bench", train)
+    settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
+    with pytest.raises(common.Stop):
+        evaluate.main(settings)
+    table = evaluate.main(settings)
+    out = capsys.readouterr().out
+    assert "going on after 5 runs" in out
+    assert "| depth 6, all choices | 3 | 983,040 | 480 | 2,048 | 2.010 (2.000 to 2.020) |  |" in out
+    quarter = "| 1 | 245,760 | 120"
+    assert f"| depth 4, all choices, a quarter of the time {quarter} | 2,048 | 2.400 | 2.400" in out
+    # twice the pace is half of the way, in the logarithm, to four times the tokens
+    assert f"| depth 4, without smear {quarter} | 4,096 | 2.400 | 2.205 |" in out
+    assert f"| depth 4, without value embeddings {quarter} | 2,048 | 2.500 | 2.500 |" in out
+    assert len({tag for tag, *_ in asked}) == len(asked), "no run takes another's place"
+    assert "t-d4-with-five-steps-of-muon" in {tag for tag, *_ in asked}
+    assert json.loads((common.base_dir() / "bench.json").read_text())["learning"] == table
+    turned = {flag for *_, flags in asked for flag in flags if "--seed" not in flag}
+    fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
+    assert {re.sub("^--(no-)?|=.*", "", flag) for flag in turned} < fields
+    assert turned == {*evaluate.CHOICES.values(), "--eval-every=0"}
+    evaluate.main(settings)
+    assert len({tag for tag, *_ in asked}) * 2 == len(asked), "once whole, it begins anew"
+
+
+def test_a_training_that_was_stopped_is_no_measure(tiny_run, monkeypatch):
+    def stopped(command, **options):
+        run.stopping = True  # Ctrl-C in a terminal reaches this program and the stage
+        return subprocess.CompletedProcess(command, 0, "")
+
+    run = common.Run("eval", "t", None, CPU, 0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", stopped)
+        with pytest.raises(common.Stop, match="run the same command again"):
+            evaluate.run_stage(run, "pretrain", "t-one")
+    lines = [{"step": step, "time": step / 2, "loss": 1.0, "tok_per_s": 100 * step}
+             for step in (1, 10, 20, 23)]  # fmt: skip
+    lines += [{"step": step, "time": 9, "val_bpb": 3.0 - step / 23} for step in (0, 23)]
+    monkeypatch.setattr(evaluate, "run_stage", lambda *_: lines)
+    measures = evaluate.train_for_bench(run, "t-one", 1, 23, [])
+    assert measures["bpb"] == 2.0 and measures["seconds"] == 11.5
+    assert measures["tok_per_s"] == 2300, "its fastest tenth"
+    with pytest.raises(common.Stop, match="stopped at step 23"):
+        evaluate.train_for_bench(run, "t-one", 1, 40, [])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+def test_a_model_is_trained_for_the_comparison(tiny_run):
+    run = common.Run("eval", "t", None, CPU, 0, 1)
+    measures = evaluate.train_for_bench(run, "t-one", 1, 40, ["--smear"])
+    assert measures["tokens"] == 40 * 2048 and 0 < measures["seconds"] < 60
+    assert 0 < measures["bpb"] < 8
+    with pytest.raises(common.Stop, match="--no-such-flag"):
+        evaluate.train_for_bench(run, "t-two", 1, 40, ["--no-such-flag"])
+
+
+def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
+    tokenizer.info["measures"] = {"train_chars_per_s": 1e6, "encode_tokens_per_s": 1e6}
+    tokenizer.save(common.run_dir("t") / "tokenizer")
+    measure, seen = evaluate.bench_decoding, []
+
+    def tiny(run, tokenizer, config, dtype, int8):
+        seen.append((config.n_layer, config.vocab_size, int8))
+        shape = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 64}
+        return measure(run, tokenizer, dataclasses.replace(config, **shape, n_head=1, n_kv_head=1),
+                       torch.float32, int8)  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "bench_decoding", tiny)
+    monkeypatch.setattr(evaluate, "can_compile", lambda device: False)
+    monkeypatch.setattr(
+        evaluate, "training_rates", lambda tag: {f"{tag} pretraining, tokens/s": 5.0}
+    )
+    evaluate.main(evaluate.Settings(tag="t", bench="speed", device="cpu", dtype="float32"))
+    assert seen == [(depth, vocab, int8) for depth, vocab in ((4, 4096), (12, 32768))
+                    for int8 in (False, True)]  # fmt: skip
+    report = json.loads((common.base_dir() / "bench.json").read_text())
+    said = capsys.readouterr().out
+    for name in ("d4 float32", "d12 float32", "d12 float32 int8 weights"):
+        measured = report["decoding"][name]
+        assert f"| {name} | {measured['x1']:,.0f} ({measured['x1 of bound']:.0%}) | " in said
+        assert measured["history"] > 1990
+        for key in ("x1", "x16", "x64", "prefill"):
+            assert measured[key] > 10 and 0 < measured[f"{key} of bound"] < 3
+        for key in ("turn 1", "turn 10"):
+            assert 0 < measured[key] < 10 and 0 < measured[f"{key} of bound"] < 3
+
+
+@pytest.fixture(params=["best", "plain"])
+def sandbox(request, monkeypatch):
+    """run_code in the best way that this system has, and without namespaces; both clean up."""
+    best = common.sandbox_way()
+    monkeypatch.setenv("A_SECRET", "hunter2")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to nobody
+        os.chmod(folder, 0o711)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        way = best if request.param == "best" else ([], best[1])
+        yield functools.partial(common.run_code, way=way)
+        assert os.listdir(folder) == []
+
+
+def test_the_sandbox_passes_what_is_right_and_fails_what_is_not(sandbox):
+    assert sandbox("print('\\u00e9' * 2)") == common.Outcome(True, "passed", "\u00e9\u00e9\n")
+    wrong = sandbox("import sys\nprint('a')\nassert 1 == 2, 'b'")
+    assert (wrong.passed, wrong.reason) == (False, "it ended with exit status 1")
+    assert wrong.output.startswith("a\n") or wrong.output.endswith("a\n")
+    assert "AssertionError: b" in wrong.output
+    for early in ("import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"):
+        assert sandbox(f"print(1)\n{early}").reason == "it stopped before its end"
+    for text in ("def f(", "'''", "\0", "\ud800"):
+        assert not sandbox(text).passed
+    assert "signal 11" in sandbox("import os; os.kill(os.getpid(), 11)").reason
+    assert sandbox("for _ in range(2):\n    pass\\").passed, "the check does not join the program"
+
+
+def test_the_sandbox_shows_a_program_nothing_of_ours(sandbox):
+    program = """
+        import json, os, sys
+        here = os.listdir()
+        open("a", "w").write("b")
+        try:
+            asked = input()
+        except EOFError:
+            asked = "nothing"
+        print(json.dumps([here, asked, dict(os.environ), os.getpgid(0), len(os.listdir("/dev/fd"))]))
+    """
+    outcome = sandbox(textwrap.dedent(program))
+    assert outcome.passed, outcome
+    here, asked, environment, group, num_files = json.loads(outcome.output)
+    assert (here, asked) == ([], "nothing") and group != os.getpgid(0) and num_files <= 4
+    assert environment.keys() <= {"PATH", "HOME", "TMPDIR", "LC_ALL", "LC_CTYPE"}
+    assert "hunter2" not in outcome.output
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()",
+        "import os\nos.close(1), os.close(2)\nwhile True: pass",
+    ],
+)
+def test_the_sandbox_ends_what_does_not_end(sandbox, program):
+    began = time.perf_counter()
+    outcome = sandbox(program, timeout_s=0.5)
+    assert (outcome.passed, outcome.reason) == (False, "it took longer than 0.5 s")
+    assert time.perf_counter() - began < 30
+
+
+def test_the_sandbox_limits_cpu_time(sandbox):
+    program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))"
+    assert sandbox(program, timeout_s=9.5).output == "(10, 10)\n"
+    program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (11, 11))"
+    assert not sandbox(program, timeout_s=9.5).passed, "it cannot be raised"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_the_sandbox_limits_memory(sandbox):
+    assert sandbox("a = bytearray(30 << 20)", memory_bytes=99 << 20).passed
+    outcome = sandbox("a = []\nwhile True: a.append(bytearray(1 << 20))", memory_bytes=99 << 20)
+    assert not outcome.passed and "MemoryError" in outcome.output
+
+
+def test_the_sandbox_limits_output_and_files(sandbox):
+    size = 1 << 16
+    outcome = sandbox("while True: print('x' * 1000)", file_bytes=size)
+    assert not outcome.passed and 1000 < len(outcome.output) <= size
+    outcome = sandbox("open('a', 'wb').write(bytes(99 << 20))", file_bytes=size)
+    assert not outcome.passed and "File too large" in outcome.output
+    outcome = sandbox("import os\nos.truncate(os.open('a', os.O_CREAT), 1 << 40)")
+    assert not outcome.passed
+    assert sandbox(f"open('a', 'wb').write(bytes({size}))", file_bytes=size).passed
+
+
+def test_the_sandbox_limits_the_number_of_processes(sandbox):
+    if os.geteuid() == 0 and not common.sandbox_way()[1]:
+        pytest.skip("root cannot become nobody here")
+    program = """
+        import os, time
+        for started in range(999):
+            try:
+                if os.fork() == 0:
+                    time.sleep(60)
+            except OSError:
+                break
+        print(started)
+    """
+    outcome = sandbox(textwrap.dedent(program), timeout_s=10)
+    assert outcome.passed and int(outcome.output) < common.SANDBOX_PROCESSES
+    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    assert sandbox(bomb, timeout_s=0.5).reason == "it took longer than 0.5 s"
+    # the dead count until the system's first process reaps them
+    until(lambda: sandbox("import os\nif os.fork(): os.wait()").passed, 20)
+
+
+def running(mark):
+    """Say whether a process has `mark` in its command line."""
+    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
+    return mark in listed.stdout
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("leaves_group", [False, True])
+def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
+    if leaves_group and not sandbox.keywords["way"][0]:
+        pytest.skip("without a namespace such a process outlives the program")
+    mark = f"mark{random.randrange(1 << 60)}"
+    program = f"""
+        import subprocess, sys, time
+        sleeper = [sys.executable, "-c", "import time; time.sleep(60)", "{mark}"]
+        subprocess.Popen(sleeper, start_new_session={leaves_group})
+        time.sleep(0.3 if {ends} else 60)
+    """
+    assert sandbox(textwrap.dedent(program), timeout_s=3 if ends else 0.6).passed == ends
+    until(lambda: not running(mark), 5)
+
+
+def test_the_sandbox_has_no_network_where_namespaces_work(sandbox):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)"
+        assert sandbox(program).passed == (not sandbox.keywords["way"][0])
+
+
+def test_the_sandbox_removes_what_a_program_leaves(sandbox):
+    program = """
+        import os
+        os.symlink("/", "link")
+        for _ in range(1100):
+            os.mkdir("deep")
+            os.chdir("deep")
+        os.mkdir("closed")
+        open("closed/file", "w").close()
+        os.chmod("closed", 0)
+    """
+    assert sandbox(textwrap.dedent(program)).passed
+    assert Path("/etc").is_dir()
+
+
+def test_the_sandbox_never_runs_a_program_as_root(sandbox):
+    if not sandbox.keywords["way"][1]:
+        pytest.skip("no way to lay down rights here")
+    outcome = sandbox("import os\nprint(os.getuid())\nopen('/etc/nanochat-test', 'w')")
+    assert outcome.output.split("\n")[0] != "0" and "Permission denied" in outcome.output
 
 
 # chat.py -------------------------------------------------------------------------------------
