@@ -1,7 +1,7 @@
-"""Get text and conversations: from the hub, from files of one's own, or the embedded world.
+"""Get text and conversations: from the hub, from your own files, or from the embedded world.
 
 Usage:   python prepare.py                                 # the embedded world, no network
-         python prepare.py --data=../books                 # a folder or file of one's own
+         python prepare.py --data=../books                 # your own folder or file
          python prepare.py --data=hub --shards=8           # FineWeb-Edu; --data=climbmix
          python prepare.py --conversations=hub             # data/chat: SmolTalk, MMLU, GSM8K, ARC
          python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, ShareGPT's
@@ -13,7 +13,7 @@ Writes:  data/SOURCE/train-00000.parquet ... val.parquet, manifest.json; of the 
          data/world/{mid,sft,rl,val}.jsonl and eval/NAME.jsonl
          data/SOURCE/{mid,sft,rl,val}.jsonl, conversations.json; data/eval/
 Method:  documents are cut at paragraph ends, then sorted by a hash of seed and text: this
-         shuffles them, drops duplicates and splits off validation text in bounded memory
+         shuffles them, drops duplicates and splits off validation text in bounded memory,
          and does not depend on how the files lie on the disk
 """
 
@@ -23,7 +23,6 @@ import bisect
 import codecs
 import contextlib
 import csv
-import email.utils
 import fnmatch
 import gzip
 import hashlib
@@ -34,7 +33,6 @@ import os
 import random
 import re
 import shutil
-import stat
 import sys
 import threading
 import time
@@ -43,7 +41,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import chain, islice
@@ -55,7 +53,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import requests
-from urllib3.exceptions import MaxRetryError
 
 from common import (
     MissingInput,
@@ -74,12 +71,24 @@ from common import (
     rl_held,
     setting,
     write_json,
-    written_beside,
 )
+
+Out = TypeVar("Out")
+Item = dict[str, Any]  # a conversation, or a graded question: {"kind", "messages", ...}
+Manifest = dict[str, Any]  # {"settings", "files": Files, "dropped": Dropped, ...}
+Files = dict[str, dict[str, Any]]  # file name: its size, hash and counts
+Dropped = dict[str, list[Any]]  # what was left out: [how often, the first place]
 
 # 1. Settings ---------------------------------------------------------------------------------
 
-# name: folder below data/, repository; its last shard is for validation
+# One command prepares one thing: text (--data), conversations (--conversations) or evaluation
+# sets (--eval-data). What determines the data is written to its manifest, and the next command
+# does nothing where the manifest says the same. These numbers stand in it for the code:
+# raise one when the same input gives other data (golden tests notice), not for a new comment.
+WORLD_VERSION = 1  # what the embedded world writes, asks and answers
+DATA_VERSION = 1  # how own files and the hub's data sets are read, checked, cut and split
+
+# name: folder below data/, repository; the last shard is for validation
 HUB = {
     "hub": ("fineweb-edu", "karpathy/fineweb-edu-100b-shuffle"),  # 1,823 shards
     "climbmix": ("climbmix", "karpathy/climbmix-400b-shuffle"),  # 6,543 shards
@@ -87,47 +96,54 @@ HUB = {
 RESERVED = {"world", "eval", "chat", "downloads", *(folder for folder, _ in HUB.values())}
 
 
+def resolve(path: str) -> Path:
+    """Return a path of the command line as an absolute one."""
+    return Path(path).expanduser().resolve()
+
+
 @dataclass
 class Settings:
-    data: str = setting("world", "world, hub (FineWeb-Edu), climbmix, or a path of your own")
-    conversations: str = setting("", "hub, or .jsonl files of your own; then no text is prepared")
-    eval_data: str = setting("", "hub, or a folder of evaluation sets; then no text is prepared")
+    data: str = setting(
+        "world", "The text: world, hub (FineWeb-Edu), climbmix, or the path of your own files."
+    )
+    conversations: str = setting(
+        "", "Prepare conversations, and no text: hub, or the path of your own .jsonl files."
+    )
+    eval_data: str = setting("", "Prepare evaluation sets, and no text: hub, or a folder of them.")
     source: str = setting(
-        "", "folder below data/; none = world, fineweb-edu, climbmix, chat, path's name"
+        "", "The folder below data/ (none: world, fineweb-edu, climbmix, chat, or the path's name)."
     )
-    name: str = setting("Nano", "what the assistant is called in its conversations")
-    shards: int = setting(8, "hub: shards to train on, about 250 M characters each")
-    documents: int = setting(64_000, "world: documents to write, about 440 characters each")
+    name: str = setting("Nano", "What the assistant calls itself in its conversations.")
+    shards: int = setting(8, "hub: shards to train on, about 250 M characters each.")
+    documents: int = setting(64_000, "world: documents to write, about 440 characters each.")
     num_conversations: int = setting(
-        60_000, "world: conversations of mid; a sixth as many for sft, a tenth problems for rl"
+        60_000, "world: conversations of mid; sft gets a sixth as many, rl a tenth as problems."
     )
-    doc_chars: int = setting(20_000, "own files: longer documents are cut at paragraph ends")
-    val_percent: float = setting(2.0, "world, own files: share of the validation documents")
-    val_mb: int = setting(20, "world, own files: MB of validation text at most")
-    shard_mb: int = setting(100, "world, own files: MB of text in one train shard")
-    seed: int = setting(0, "world, own files: order, split, and what the world tells")
-    workers: int = setting(4, "hub: downloads at once")
+    doc_chars: int = setting(20_000, "own files: longer documents are cut, at paragraph ends.")
+    val_percent: float = setting(2.0, "world, own files: percentage of the validation documents.")
+    val_mb: int = setting(20, "world, own files: MB of validation text at most.")
+    shard_mb: int = setting(100, "world, own files: MB of text in one training shard.")
+    seed: int = setting(0, "world, own files: decides the order, the split and the world's tales.")
+    workers: int = setting(4, "hub: files to download at once.")
 
     def __post_init__(self) -> None:
-        if self.kind == "own" and not self.path.is_dir() and not self.path.is_file():
-            others = ", ".join(["world", *HUB])
-            raise ValueError(f"--data={self.data}: no such file or folder, nor one of {others}")
         at_least(
             self, 1, "shards", "documents", "num_conversations", "val_mb", "shard_mb", "workers"
         )
         at_least(self, 200, "doc_chars")
         if not 0 < self.val_percent <= 50:
             raise ValueError("--val-percent must be over 0 and at most 50: training needs both")
-        for name in ("conversations", "eval_data"):
-            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
-            path = Path(value).expanduser()
-            if value not in ("", "hub") and not (path.is_dir() or path.is_file()):
-                raise ValueError(f"{flag}={value}: no such file or folder, nor hub")
-            if value and self.data != "world":
-                raise ValueError(f"{flag} and --data take two commands: text is prepared by itself")
         if not self.name.strip() or not self.name.isprintable():
             raise ValueError("--name must be a name, on one line")
-        if self.eval_data not in ("", "hub") and not Path(self.eval_data).expanduser().is_dir():
+        known = {"data": ("world", *HUB), "conversations": ("", "hub"), "eval_data": ("", "hub")}
+        for key, words in known.items():
+            value, flag = getattr(self, key), f"--{key.replace('_', '-')}"
+            if value not in words and not resolve(value).exists():
+                others = ", ".join(word for word in words if word)
+                raise ValueError(f"{flag}={value}: no such file or folder, nor one of {others}")
+            if key != "data" and value and self.data != "world":
+                raise ValueError(f"{flag} and --data take two commands: text is prepared by itself")
+        if self.eval_data not in ("", "hub") and not resolve(self.eval_data).is_dir():
             raise ValueError(f"--eval-data={self.eval_data} must be a folder, or hub")
         self.source = self.source or self.default_source()
         check_name(self.source, "--source")
@@ -136,11 +152,8 @@ class Settings:
 
     @property
     def kind(self) -> str:
+        """Return where the text is from: world, hub or own."""
         return "hub" if self.data in HUB else "world" if self.data == "world" else "own"
-
-    @property
-    def path(self) -> Path:
-        return Path(self.data).expanduser().resolve()
 
     def default_source(self) -> str:
         """Derive the folder below data/: a fixed name, or the path's name in plain letters."""
@@ -148,25 +161,21 @@ class Settings:
             return "chat" if self.conversations else HUB[self.data][0]
         if self.kind == "world" and not self.conversations:
             return "world"
-        path = Path(self.conversations or self.data).expanduser().resolve()
+        path = resolve(self.conversations or self.data)
         plain = unicodedata.normalize("NFKD", path.name.split(".")[0].lower())
         plain = plain.encode("ascii", "ignore").decode()
         slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
         slug = slug or "text-" + hashlib.sha256(str(path).encode()).hexdigest()[:6]
         return f"{slug}-files" if slug in RESERVED else slug
 
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the text: two preparations with equal identities are equal."""
-        if self.kind == "hub":
-            return {"data": HUB[self.data][1], "shards": self.shards}
-        names = ["val_percent", "val_mb", "shard_mb", "seed"]
-        world = ["documents", "num_conversations", "name"]
-        names += world if self.kind == "world" else ["doc_chars"]
-        place = {"data": "world" if self.kind == "world" else printable(self.path)}
-        return place | {name: getattr(self, name) for name in names}
-
 
 # 2. Documents --------------------------------------------------------------------------------
+
+# The text of the world and of own files takes this way: documents of any length are cut to
+# pieces of at most --doc-chars characters, which a Sorter brings into the order of their hashes.
+# The first --val-percent of the hashes are validation text; the rest fills training shards of
+# --shard-mb. At the default settings the world is one shard of 28 MB and 1,300 documents in
+# val.parquet. No step holds more than BUCKET_BYTES of text in memory.
 
 # Where a long document is cut, best first: chapters and headings, paragraphs, lines, sentences.
 CUTS = (
@@ -176,7 +185,7 @@ CUTS = (
     (". ", "! ", "? ", '." ', "。", "！", "？", "। ", "؟ "),
     (" ", "\u3000"),
 )
-BUCKET_BYTES = 1 << 26  # text sorted at once: what one bucket may hold in memory
+BUCKET_BYTES = 1 << 26  # text in memory at once, and in one file to be sorted
 
 
 def cut_point(text: str, start: int, window: int) -> int:
@@ -186,6 +195,7 @@ def cut_point(text: str, start: int, window: int) -> int:
         found = max((at, mark) for mark in marks for at in [text.rfind(mark, half, end)])
         if found[0] > half:
             at, mark = found
+            # a heading begins the next piece; other marks end this one
             return at + (1 if mark[0] == "\n" and mark.strip() else len(mark))
     while end > half and (unicodedata.combining(text[end]) or "\u200d" in text[end - 1 : end + 1]):
         end -= 1  # an accent or a joined emoji stays with its letter
@@ -212,9 +222,10 @@ def cut_pieces(chunks: Iterable[str], limit: int) -> Iterator[str]:
 
 
 class Sorter:
-    """Sort documents by a hash of seed and text through files: a shuffle in bounded memory.
+    """Sort documents by a hash of seed and text: a shuffle in bounded memory, without duplicates.
 
-    Equal documents meet and are dropped. Disk: once the text, below `folder`.
+    The first bits of the hash choose a bucket, which is a file below `folder`; the buckets are
+    then sorted one by one. On the disk they take as much as the text.
     """
 
     def __init__(self, folder: Path, seed: int, expected_bytes: int) -> None:
@@ -222,23 +233,20 @@ class Sorter:
         self.folder, self.key = folder, f"nanochat {seed}".encode()
         count = max(1, min(4096, expected_bytes // BUCKET_BYTES))
         self.buckets = [bytearray() for _ in range(count)]
-        self.held = 0
-        self.few: set[bytes] = set()  # the first 20 distinct documents
-        self.last = b""  # the greatest hash of all
-        self.duplicates = self.total_chars = self.count = 0
+        self.bytes_in_memory = 0
+        self.least, self.greatest = b"\xff", b""  # hashes of the first and the last document
+        self.count = self.duplicates = self.total_chars = 0
 
     def add(self, text: str) -> None:
         data = text.encode()
         key = hashlib.blake2b(data, digest_size=16, key=self.key).digest()
         bucket = self.buckets[int.from_bytes(key[:4], "big") * len(self.buckets) >> 32]
         bucket += key + len(data).to_bytes(8, "big") + data
-        self.last = max(self.last, key)
+        self.least, self.greatest = min(self.least, key), max(self.greatest, key)
         self.total_chars += len(text)
         self.count += 1
-        if len(self.few) < 20:
-            self.few.add(key)
-        self.held += len(data)
-        if self.held >= BUCKET_BYTES:
+        self.bytes_in_memory += len(data)
+        if self.bytes_in_memory >= BUCKET_BYTES:
             self.flush()
 
     def flush(self) -> None:
@@ -247,10 +255,10 @@ class Sorter:
                 with open(self.folder / f"{number:04d}", "ab") as file:
                     file.write(bucket)
                 bucket.clear()
-        self.held = 0
+        self.bytes_in_memory = 0
 
     def documents(self) -> Iterator[tuple[bytes, str]]:
-        """Yield (hash, text) in the order of the hashes, each text once."""
+        """Yield (hash, text) in the order of the hashes, each text once; the files go."""
         self.flush()
         for path in sorted(self.folder.iterdir()):
             before = b""
@@ -265,8 +273,30 @@ class Sorter:
     @staticmethod
     def _records(path: Path) -> Iterator[tuple[bytes, bytes]]:
         with open(path, "rb") as file:
-            while head := file.read(24):
+            while head := file.read(24):  # 16 bytes of hash, 8 of length
                 yield head[:16], file.read(int.from_bytes(head[16:], "big"))
+
+
+def split_documents(sorter: Sorter, settings: Settings) -> tuple[Iterator[str], Iterator[str]]:
+    """Return the validation texts, those of the smallest hashes, and then the training texts.
+
+    Both have a text wherever there are two distinct ones, and share none. Read them in turn.
+    """
+    documents = sorter.documents()
+    below = int(settings.val_percent / 100 * (1 << 128)).to_bytes(16, "big")
+    first_train: list[str] = []
+
+    def validation() -> Iterator[str]:
+        taken = 0
+        for key, text in documents:
+            enough = taken and (key >= below or taken >= settings.val_mb * 10**6)
+            if enough or key == sorter.greatest:
+                first_train.append(text)
+                return
+            taken += len(text.encode())
+            yield text
+
+    return validation(), chain(first_train, (text for _, text in documents))
 
 
 def describe_shard(path: Path) -> dict[str, Any]:
@@ -300,30 +330,8 @@ def write_shard(path: Path, documents: Iterator[str], cap_bytes: float) -> dict[
     return describe_shard(path)
 
 
-def split_documents(sorter: Sorter, settings: Settings) -> tuple[Iterator[str], Iterator[str]]:
-    """Return the validation texts, those of the smallest hashes, and then the training texts.
-
-    Both exist wherever there are two distinct documents, and share none.
-    """
-    documents = sorter.documents()
-    below = int(settings.val_percent / 100 * (1 << 128)).to_bytes(16, "big")
-    first_train: list[str] = []
-
-    def validation() -> Iterator[str]:
-        taken = 0
-        for key, text in documents:
-            enough = taken and (key >= below or taken >= settings.val_mb * 10**6)
-            if enough or key == sorter.last:
-                first_train.append(text)
-                return
-            taken += len(text.encode())
-            yield text
-
-    return validation(), chain(first_train, (text for _, text in documents))
-
-
-def write_splits(folder: Path, sorter: Sorter, settings: Settings) -> dict[str, dict]:
-    """Write val.parquet, then the train shards; describe each file."""
+def write_splits(folder: Path, sorter: Sorter, settings: Settings) -> Files:
+    """Write val.parquet, then the training shards; describe each file."""
     val, train = split_documents(sorter, settings)
     files = {"val.parquet": write_shard(folder / "val.parquet", val, float("inf"))}
     for number, text in enumerate(train):
@@ -338,14 +346,13 @@ class Progress:
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total = what, total
-        self.done = self.skipped = 0  # skipped: was there before, so it does not count as speed
+        self.done = 0
         self.start = self.said = time.monotonic()
         self.lock = threading.Lock()
 
-    def add(self, count: int, skipped: bool = False) -> None:
+    def add(self, count: int) -> None:
         with self.lock:
             self.done += count
-            self.skipped += count if skipped else 0
             self._say()
 
     def at(self, done: int) -> None:
@@ -356,7 +363,7 @@ class Progress:
         if now - self.said < (0.2 if tty else 10):
             return
         self.said = now
-        rate = max(1.0, (self.done - self.skipped) / (now - self.start))
+        rate = max(1.0, self.done / (now - self.start))
         left = format_duration(max(0, self.total - self.done) / rate)
         line = f"prepare: {self.what} {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
         line = f"{line}  {rate / 1e6:.1f} MB/s  left {left}"
@@ -367,28 +374,23 @@ class Progress:
             print("\r\x1b[K", end="", flush=True)  # what follows gets a line of its own
 
 
-def check_space(need: int, remedy: str) -> None:
+def check_space(need: int) -> None:
     """Raise Stop where the base directory's disk has less than `need` bytes free."""
     base_dir().mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(base_dir()).free
     if free < need:
-        have = f"{need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-        raise Stop(f"{base_dir()}: {have}: free some space, set NANOCHAT_BASE_DIR, or {remedy}")
+        raise Stop(
+            f"{base_dir()}: {need / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free: free "
+            "some space, set NANOCHAT_BASE_DIR, or take less data"
+        )
 
 
 # 3. Hub --------------------------------------------------------------------------------------
 
-
-def file_digest(path: Path, digest: str = "") -> str:
-    """Hash a file as the hub does: sha256, or git's blob id where `digest` has 40 digits."""
-    state = hashlib.sha256()
-    if len(digest) == 40:
-        state = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            state.update(block)
-    return state.hexdigest()
-
+# hub_files lists a repository, fetch_files gets any of its files: several at once, each into a
+# partial file beside its place, continued after a broken connection or a killed process, checked
+# against the announced size and hash, then renamed. make_hub_text does so for shards of text,
+# fetch_sets (section 5) for conversations and evaluation sets.
 
 HUB_ADDRESS = "https://huggingface.co"
 BLOCK_BYTES = 1 << 18  # read at once; what a cut connection may lose
@@ -396,38 +398,46 @@ BLOCK_BYTES = 1 << 18  # read at once; what a cut connection may lose
 
 @dataclass(frozen=True)
 class Remote:
-    """A file to fetch: where it is and what is known of it (size None, digest "" = unknown)."""
+    """A file to fetch: where it is and what is known of it (size None, digest "": unknown)."""
 
     url: str
     size: int | None = None
-    digest: str = ""
+    digest: str = ""  # sha256, or git's blob id, which has 40 digits
     version: str = ""  # an ETag that is no digest: tells versions apart, proves nothing
 
 
+def file_digest(path: Path, like: str = "") -> str:
+    """Hash a file as the hub does: sha256, or git's blob id where `like` has 40 digits."""
+    state = hashlib.sha256()
+    if len(like) == 40:
+        state = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Return a file's size, 0 where there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+def is_whole(path: Path, remote: Remote) -> bool:
+    """True if a file has the announced size and hash, as far as these are known."""
+    if not path.is_file() or remote.size not in (None, path.stat().st_size):
+        return False
+    return not remote.digest or file_digest(path, remote.digest) == remote.digest
+
+
 class Busy(Exception):
-    """The server is not well now: try again, not before wait_s."""
-
-    def __init__(self, reason: str, wait_s: float = 0.0) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
-
-
-def retry_after(response: requests.Response) -> float:
-    """Read a Retry-After header, seconds or a date, as seconds; 10 minutes at most."""
-    text = response.headers.get("Retry-After", "")
-    try:
-        date = None if text.isdigit() else email.utils.parsedate_to_datetime(text)
-        wait_s = date.timestamp() - time.time() if date else float(text)
-    except (ValueError, TypeError):
-        return 0.0
-    return min(max(wait_s, 0.0), 600.0)
+    """The server cannot answer now: (reason, seconds to wait before the next try)."""
 
 
 @dataclass
 class Net:
-    """How the hub is talked to. Only `endpoint` gets the token, redirects elsewhere do not.
+    """How one server is asked. Only `endpoint` gets the token; redirects elsewhere do not.
 
-    Another server than a hub has another `variable` for its mirror, and gets no token at all.
+    A server that is no hub has its mirror named by another `variable`, and gets no token.
     """
 
     endpoint: str = field(default_factory=lambda: os.environ.get("HF_ENDPOINT") or HUB_ADDRESS)
@@ -436,213 +446,212 @@ class Net:
     timeout_s: float = 30.0
     stopping: threading.Event = field(default_factory=threading.Event)
     variable: str = "HF_ENDPOINT"
+    answered: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.endpoint = self.endpoint.rstrip("/")
-        good: Any = False
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(self.endpoint)
-            good = parts.scheme in ("http", "https") and parts.hostname
-        if not good:
-            raise Stop(f"{self.variable}={self.endpoint} is no address like {HUB_ADDRESS}")
 
     def sign(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add HF_TOKEN to requests for the endpoint; requests drops it when another host comes."""
+        """Add HF_TOKEN to a request of the endpoint; requests drops it when another host comes."""
         token = os.environ.get("HF_TOKEN", "").strip() if self.variable == "HF_ENDPOINT" else ""
-        if token and urlsplit(request.url or "").netloc == urlsplit(self.endpoint).netloc:
+        if token and (request.url or "").startswith(f"{self.endpoint}/"):
             request.headers["Authorization"] = f"Bearer {token}"
         return request
 
     def open(self, url: str, headers: dict[str, str] | None = None) -> requests.Response:
         """Start one GET. Raises Busy where a later try may help, Stop where none will."""
-        headers = {"Accept-Encoding": "identity", **(headers or {})}
+        headers = {"Accept-Encoding": "identity", **(headers or {})}  # so that sizes are true
         options: dict[str, Any] = {"stream": True, "timeout": (10, self.timeout_s)}
         try:
             response = requests.get(url, headers=headers, auth=self.sign, **options)
         except (ValueError, requests.TooManyRedirects):
             raise Stop(f"{url} cannot be asked: is {self.variable} right?") from None
+        self.answered = True
         code = response.status_code
         if code in (200, 206, 416):
             return response
         response.close()
         if code in (408, 429) or code >= 500:
-            raise Busy(f"it answered {code}", retry_after(response))
-        refused = "set HF_TOKEN to a token that may read it"
+            wait = response.headers.get("Retry-After", "")
+            raise Busy(f"it answered {code}", min(600.0, float(wait) if wait.isdecimal() else 0))
         remedy = f"it is not there, or {self.variable} is not right"
         if code in (401, 403) and self.variable == "HF_ENDPOINT":
-            remedy = refused
+            remedy = "set HF_TOKEN to a token that may read it"
         raise Stop(f"{url} answered {code}: {remedy}")
 
-    def pause(self, failures: int, url: str, error: Exception) -> None:
-        """Wait before the next try, twice as long each time; raises Stop after the last."""
-        if failures >= self.tries:
-            slow = isinstance(error, requests.Timeout)
-            broken = "no answer in time" if slow else "the connection broke"
-            reason = str(error) if isinstance(error, Busy) else broken
-            raise Stop(f"{url} failed {failures} times in a row ({reason}): "
-                       "run the same command again later to go on from here")  # fmt: skip
-        delay_s = min(60, self.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
-        if self.stopping.wait(max(delay_s, getattr(error, "wait_s", 0.0))):
-            raise Stop("stopped")
+    def retry(self, url: str, attempt: Callable[[], Out], gained: Callable[[], int] = int) -> Out:
+        """Return attempt(), repeated while it raises Busy or loses the connection.
 
-    def ask(self, url: str, read: Callable[[requests.Response], Any]) -> Any:
-        """Return read(response) of a small GET; raises Stop at once where no hub is reached."""
-        for failures in range(1, self.tries + 1):
+        Waits twice as long each time; a try that `gained` bytes starts the count anew. Raises Stop
+        after the last try, or after two where the server has never answered: there is no network.
+        """
+        failures = 0
+        while True:
+            before, wait_s = gained(), 0.0
             try:
-                with self.open(url) as response:
-                    return read(response)
-            except (ValueError, AttributeError, KeyError, TypeError):
+                return attempt()
+            except Busy as error:
+                reason, wait_s = error.args
+            except requests.Timeout:
+                reason = "no answer in time"
+            except requests.RequestException:
+                reason = "the connection broke"
+            failures = 1 if gained() > before else failures + 1
+            if failures == min(2, self.tries) and not self.answered:
                 raise Stop(
-                    f"{url} answered something else than a hub does: is {self.variable} right?"
+                    f"{self.endpoint} cannot be reached: check the network or set {self.variable} "
+                    "to a mirror; without one take --data=world, the embedded text, or "
+                    "--data=PATH, your own files"
                 )
-            except (Busy, requests.RequestException) as error:
-                if isinstance(next(iter(error.args), None), MaxRetryError):  # never connected
-                    raise Stop(
-                        f"{self.endpoint} cannot be reached: check the network or set "
-                        f"{self.variable} to a mirror; without one take --data=world, the embedded "
-                        "text, or --data=PATH, files of your own"
-                    ) from None
-                self.pause(failures, url, error)
+            if failures == self.tries:
+                raise Stop(f"{url} failed {failures} times in a row ({reason}): run the same "
+                           "command again later to go on from here")  # fmt: skip
+            delay_s = min(60, self.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
+            if self.stopping.wait(max(delay_s, wait_s)):
+                raise Stop("stopped")
 
 
 def hub_files(net: Net, repo: str) -> dict[str, Remote]:
     """List a dataset repository's files by path, with the sizes and hashes the hub announces."""
-    here, place = urlsplit(net.endpoint), f"{net.endpoint}/datasets/{repo}/resolve/main"
+    place = f"{net.endpoint}/datasets/{repo}/resolve/main"
+    files: dict[str, Remote] = {}
+    url = f"{net.endpoint}/api/datasets/{repo}/tree/main?recursive=true"
 
-    def read(response: requests.Response) -> tuple[dict[str, Remote], str]:
-        files = {}
-        for item in response.json():
-            lfs, path = item.get("lfs") or item, item["path"]
-            if item.get("type", "file") == "file":
-                digest = (lfs.get("oid") or "").removeprefix("sha256:")
-                files[path] = Remote(f"{place}/{quote(path)}", lfs.get("size"), digest)
-        link = urlsplit(response.links.get("next", {}).get("url", ""))
+    def read_page() -> str:
+        with net.open(url) as response:
+            try:
+                for item in response.json():
+                    lfs, path = item.get("lfs") or item, item["path"]
+                    if item.get("type", "file") == "file":
+                        digest = (lfs.get("oid") or "").removeprefix("sha256:")
+                        files[path] = Remote(f"{place}/{quote(path)}", lfs.get("size"), digest)
+            except (ValueError, AttributeError, KeyError, TypeError):
+                raise Stop(f"{url} answered something other than a list of files: is HF_ENDPOINT "
+                           "right?") from None  # fmt: skip
+            link = urlsplit(response.links.get("next", {}).get("url", ""))
         # a mirror may name the original host in the link: stay with the endpoint
-        return files, urlunsplit((here.scheme, here.netloc, *link[2:])) if link.path else ""
+        return urlunsplit((*urlsplit(net.endpoint)[:2], *link[2:])) if link.path else ""
 
-    files, url = {}, f"{net.endpoint}/api/datasets/{repo}/tree/main?recursive=true"
     while url:
-        page, url = net.ask(url, read)
-        files.update(page)
+        url = net.retry(url, read_page)
     return files
 
 
-def announced(net: Net, remote: Remote) -> Remote:
-    """Complete what is known of a file from the headers that the hub sends with it."""
-
-    def read(response: requests.Response) -> Remote:
-        size, digest, version = remote.size, remote.digest, ""
-        for headers in (r.headers for r in [*response.history, response]):
-            etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").strip('W/"')
-            version = version or etag
-            if net.variable == "HF_ENDPOINT" and re.fullmatch("[0-9a-f]{64}", etag):
-                digest = digest or etag  # elsewhere it may be the hash of something else
-            size = size or int(headers.get("X-Linked-Size") or 0)
+def announced(net: Net, remote: Remote, response: requests.Response) -> Remote:
+    """Complete what is known of a file from the headers of an answer, redirects included."""
+    size, digest, version = remote.size, remote.digest, ""
+    for headers in (r.headers for r in [*response.history, response]):
+        etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").strip('W/"')
+        version = version or etag
+        if net.variable == "HF_ENDPOINT" and re.fullmatch("[0-9a-f]{64}", etag):
+            digest = digest or etag  # elsewhere it may be the hash of something else
+        size = size or int(headers.get("X-Linked-Size") or 0)
+    total = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
+    if response.status_code == 200:
         size = size or int(response.headers.get("Content-Length") or 0)
-        return Remote(remote.url, size or None, digest, version)
-
-    return remote if remote.size and remote.digest else net.ask(remote.url, read)
-
-
-def is_whole(path: Path, remote: Remote) -> bool:
-    """Say whether a file has the announced size and hash, as far as these are known."""
-    if not path.is_file() or remote.size not in (None, path.stat().st_size):
-        return False
-    return not remote.digest or file_digest(path, remote.digest) == remote.digest
+    elif total:
+        size = size or int(total[1])
+    return Remote(remote.url, size or None, digest, version)
 
 
-def fetch_part(net: Net, remote: Remote, partial: Path, progress: Progress) -> None:
-    """Fetch what is missing of a partial file in one request; it may end early."""
-    have = partial.stat().st_size if partial.exists() else 0
-    with net.open(remote.url, {"Range": f"bytes={have}-"} if have else {}) as response:
-        span = re.match(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
-        resumes = response.status_code == 206 and span and int(span[1]) == have
-        if resumes and span and remote.size and span[2] not in ("*", str(remote.size)):
-            resumes = False  # another version of the file lies there now
-        if have and not resumes:
-            partial.unlink()
-            progress.add(-have, skipped=True)
-        if response.status_code == 416 or (response.status_code == 206 and not resumes):
-            raise Busy(f"it cannot go on from byte {have}")
-        with open(partial, "ab") as file:
-            for block in response.iter_content(BLOCK_BYTES):
-                file.write(block)
-                progress.add(len(block))
-                if net.stopping.is_set():
-                    raise Stop("stopped")
+def download(net: Net, remote: Remote, path: Path, progress: Progress) -> None:
+    """Fetch a file whole and checked, or raise Stop; a later call continues a stopped one.
 
-
-def download(net: Net, remote: Remote, path: Path, progress: Progress | None = None) -> None:
-    """Fetch a file whole and checked, or raise Stop; what a stopped call got is gone on from."""
-    remote = announced(net, remote)
-    progress = progress or Progress(path.name, remote.size or 0)
-    known = remote.digest or remote.version
-    name = hashlib.sha256(f"{remote.size} {known}".encode()).hexdigest()[:12]
-    partial = path.with_name(f".{path.name}.{name}.partial")
+    Only a file whose hash is known beforehand is continued by another process.
+    """
+    given, key = remote, hashlib.sha256(f"{remote.size} {remote.digest}".encode()).hexdigest()[:12]
+    part = path.with_name(f".{path.name}.{key}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob(f".{path.name}.*.partial"):
-        if old != partial or not known:
+    for old in partials(path):
+        if old != part or not remote.digest:
             old.unlink()  # of another version of the file
-    if partial.exists():
-        progress.add(partial.stat().st_size, skipped=True)
-    failures = wrong = 0
-    while True:
-        before = partial.stat().st_size if partial.exists() else 0
-        try:
-            if not before or remote.size is None or before < remote.size:
-                fetch_part(net, remote, partial, progress)
-            if remote.size and partial.stat().st_size < remote.size:
-                raise Busy("it cut the connection")
-        except (Busy, requests.RequestException) as error:
-            gained = partial.exists() and partial.stat().st_size > before
-            failures = 1 if gained else failures + 1
-            net.pause(failures, remote.url, error)
-            continue
-        if is_whole(partial, remote):
-            os.replace(partial, path)
+
+    def fetch_rest() -> None:
+        nonlocal remote
+        have = size_of(part)
+        if remote.size and have >= remote.size:
             return
-        progress.add(-partial.stat().st_size, skipped=True)
-        partial.unlink()
-        wrong += 1
-        if wrong == 3:
-            raise Stop(f"{remote.url} gave {wrong} times other bytes than the hub announces: "
-                       f"try again later, or another {net.variable}")  # fmt: skip
+        with net.open(remote.url, {"Range": f"bytes={have}-"} if have else {}) as response:
+            version, remote = remote.version, announced(net, given, response)
+            total = remote.size or r"\d+"
+            span = rf"bytes {have}-\d+/({total}|\*)"
+            resumes = response.status_code == 206 and version in ("", remote.version)
+            resumes = resumes and bool(re.match(span, response.headers.get("Content-Range", "")))
+            if have and not resumes:  # another version lies there now, or ranges are ignored
+                part.unlink()
+                progress.add(-have)
+            if response.status_code != 200 and not resumes:
+                raise Busy(f"it cannot go on from byte {have}", 0)
+            with open(part, "ab") as file:
+                for block in response.iter_content(BLOCK_BYTES):
+                    file.write(block)
+                    progress.add(len(block))
+                    if net.stopping.is_set():
+                        raise Stop("stopped")
+        if remote.size and size_of(part) < remote.size:
+            raise Busy("it cut the connection", 0)
+
+    for _ in range(3):
+        net.retry(remote.url, fetch_rest, lambda: size_of(part))
+        if is_whole(part, remote):
+            os.replace(part, path)
+            return
+        progress.add(-size_of(part))
+        part.unlink()
+    raise Stop(f"{remote.url} gave 3 times other bytes than the hub announces: try again later, "
+               f"or another {net.variable}")  # fmt: skip
 
 
-def download_all(fetch: Callable[[str], Any], names: list[str], workers: int, net: Net) -> list:
-    """Run fetch(name) for all names in threads; return the results; the first error stops all."""
-    futures: list[Future] = [Future() for _ in names]
-    todo = iter(list(zip(futures, names)))
+def partials(path: Path) -> list[Path]:
+    """List what unfinished downloads of a file have left."""
+    return list(path.parent.glob(f".{path.name}.*.partial"))
+
+
+def fetch_files(
+    wanted: dict[Path, tuple[Net, Remote]], what: str, workers: int, room: int = 1
+) -> None:
+    """Download files in threads; the first error stops all. The disk needs `room` times their size.
+
+    The threads are daemons, so that Ctrl-C need not wait until a stalled read times out.
+    """
+    if not wanted:
+        return
+    total = sum(remote.size or 0 for _, remote in wanted.values())
+    total -= sum(map(size_of, chain(*map(partials, wanted))))
+    check_space(room * total)
+    print(f"prepare: fetching {len(wanted)} files of {what}, {total / 1e6:,.0f} MB", flush=True)
+    futures: dict[Path, Future[None]] = {path: Future() for path in wanted}
+    todo = iter(list(futures.items()))
+    stopping = next(iter(wanted.values()))[0].stopping  # one for all servers
 
     def work() -> None:
-        for future, name in todo:
-            if net.stopping.is_set():
+        for path, future in todo:
+            if stopping.is_set():
                 return
             try:
-                future.set_result(fetch(name))
-            except (Stop, OSError) as error:  # raised again where the results are read
+                download(*wanted[path], path, progress)
+                future.set_result(None)
+            except (Stop, Exception) as error:  # noqa: BLE001  raised again in the main thread
                 future.set_exception(error)
-            finally:
-                if not future.done():
-                    future.set_exception(RuntimeError("a download's thread died, see above"))
 
-    for _ in range(workers):  # daemons: Ctrl-C need not wait until a stalled read times out
-        threading.Thread(target=work, daemon=True).start()
-    try:
-        for future in as_completed(futures):
-            future.result()
-        return [future.result() for future in futures]
-    finally:
-        if not all(future.done() for future in futures):
-            net.stopping.set()
+    with contextlib.closing(Progress(what, total)) as progress:
+        for _ in range(workers):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:  # Ctrl-C too: the threads shall not go on
+            stopping.set()
+            raise
 
 
-def make_hub(settings: Settings, known: dict[str, dict], net: Net) -> dict[str, dict]:
-    """Fetch the first shards of a hub repository and its last one, for validation.
+def make_hub_text(settings: Settings, net: Net, folder: Path) -> Files:
+    """Fetch the first shards of a hub repository, and its last one for validation.
 
-    What an earlier call has made stays as it is until all is there.
+    What lies there stays as it is until all is there: a new shard waits under the name unused-...,
+    as do those beyond --shards, which may be wanted again.
     """
-    folder, (_, repo) = data_dir(settings.source), HUB[settings.data]
+    repo = HUB[settings.data][1]
     remotes = hub_files(net, repo)
     shards = [remotes[name] for name in sorted(remotes) if re.search(r"shard_\d+\.parquet$", name)]
     if not shards:
@@ -651,45 +660,30 @@ def make_hub(settings: Settings, known: dict[str, dict], net: Net) -> dict[str, 
         raise Stop(f"{repo} has {len(shards) - 1} train shards: --shards={len(shards) - 1} at most")
     wanted = {f"train-{i:05d}.parquet": shards[i] for i in range(settings.shards)}
     wanted["val.parquet"] = shards[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    # shards beyond --shards are kept under this name; what is fetched has it until all is there
-    beside = {name: folder / f"unused-{name.removeprefix('train-')}" for name in wanted}
-
-    def find(name: str) -> list[Path]:
-        sized = replace(wanted[name], digest="")
-        return [path for path in (folder / name, beside[name]) if is_whole(path, sized)]
-
-    missing = [remote for name, remote in wanted.items() if not find(name)]
-    total = sum(remote.size or 0 for remote in missing)
-    partial = sum(path.stat().st_size for path in folder.glob(".*.partial"))
-    check_space(total - partial, "take fewer --shards")
-    if missing:
-        print(f"prepare: fetching {len(missing)} of {len(wanted)} shards of {repo}, "
-              f"{total / 1e6:,.0f} MB", flush=True)  # fmt: skip
-    progress = Progress(repo, total)
-
-    def fetch(name: str) -> tuple[Path, dict[str, Any]]:
-        remote, entry = wanted[name], known.get(name, {})
-        for path in find(name):
-            if path == folder / name and entry.get("sha256") == remote.digest:
-                return path, entry
-            if is_whole(path, remote):
-                return path, describe_shard(path)
-        download(net, remote, beside[name], progress)
-        return beside[name], describe_shard(beside[name])
-
-    with contextlib.closing(progress):
-        found = download_all(fetch, list(wanted), settings.workers, net)
+    lies: dict[str, Path] = {}
+    missing: dict[Path, tuple[Net, Remote]] = {}
+    for name, remote in wanted.items():
+        beside = folder / f"unused-{name.removeprefix('train-')}"
+        lies[name] = folder / name if is_whole(folder / name, remote) else beside
+        if lies[name] == beside and not is_whole(beside, remote):
+            missing[beside] = net, remote
+    fetch_files(missing, repo, settings.workers)
+    with ThreadPoolExecutor(settings.workers) as pool:
+        files = dict(zip(wanted, pool.map(describe_shard, lies.values())))
     (folder / "manifest.json").unlink(missing_ok=True)  # written again at once
     for path in folder.glob("train-*.parquet"):
         if path.name not in wanted:
             os.replace(path, path.with_name(path.name.replace("train-", "unused-")))
-    for name, (path, _) in zip(wanted, found):
+    for name, path in lies.items():
         os.replace(path, folder / name)
-    return {name: entry for name, (_, entry) in zip(wanted, found)}
+    return files
 
 
 # 4. Own files --------------------------------------------------------------------------------
+
+# What people have, in any layout: OwnFiles finds the files below a path and reads each of them
+# once, as text (documents) or as conversations (section 5). What cannot be used is left out,
+# counted by reason with the first place it was met at, and said at the end; nothing stops.
 
 TEXT_SUFFIXES = """
  txt text md markdown json csv tsv rst org adoc tex bib srt vtt log html htm xml svg py pyi js mjs
@@ -698,7 +692,7 @@ TEXT_SUFFIXES = """
  cmake mk proto graphql vue svelte dart zig nim v sv vhd vhdl asm s f f90 pas d tcl diff
 """
 COLUMNS = ("text", "content")  # of records, the first that is there
-LINE_CHARS = 1 << 25  # the longest line of .jsonl that is read; longer ones are left out
+LINE_CHARS = 1 << 25  # the longest line of .jsonl that is read
 
 
 def file_kind(path: Path) -> str:
@@ -738,62 +732,55 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
+def drop(dropped: Dropped, reason: str, place: str = "", count: int = 1) -> None:
+    """Count what is left out or mended; the manifest keeps the count and the first place."""
+    if count:
+        dropped.setdefault(reason, [0, place])[0] += count
+
+
+def left_out(dropped: Dropped) -> str:
+    """List what was left out or mended, most first."""
+    counts = sorted(dropped.items(), key=lambda pair: -pair[1][0])
+    said = (f"{n:,} {reason}" + f" ({place})" * bool(place) for reason, (n, place) in counts)
+    return "left out or mended: " + ", ".join(said)
+
+
 class OwnFiles:
-    """Read documents from the files below a path; what is left out or mended is counted."""
+    """The files of some kinds below a path, and what was left out of them."""
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.limit = root, 0
-        self.dropped: Counter[str] = Counter()
-        self.mended: Counter[str] = Counter()
-        self.example: dict[str, str] = {}  # reason: the first place it was met at
-        self.raw: IO[bytes] | None = None  # the file being read
-        self.done_bytes = 0  # of the files before it
-        self.files = {path: path.stat() for path in self.find_files()}
-        self.unread = Counter(self.dropped)
+    def __init__(self, root: Path, kinds: Sequence[str] = (".txt", ".jsonl", ".parquet")) -> None:
+        self.root, self.kinds = root, kinds
+        self.dropped: Dropped = {}
+        found = [root] if root.is_file() else sorted(self.find_files())
+        self.files = {path: path.stat() for path in found}
 
-    def drop(self, reason: str, place: Path | str) -> str:
-        """Count what is left out, and remember its first place; return the place as shown."""
-        self.dropped[reason] += 1
+    def drop(self, reason: str, place: Path | str, detail: str = "") -> None:
         place = printable(os.path.relpath(place, self.root.parent))
-        self.example.setdefault(reason, place)
-        return place
+        drop(self.dropped, reason, f"{place}: {detail}" if detail else place)
 
-    def find_files(self) -> list[Path]:
-        """List the files to read: no hidden ones, no loops of links, not what is written here."""
-        if self.root.is_file():
-            return [self.root]
-        found, seen, stack = [], set(), [self.root]
-        while stack:
-            folder = stack.pop()
-            try:
-                info = folder.stat()
-                paths = sorted(folder.iterdir())
-            except OSError:
-                self.drop("unreadable folders", folder)
-                continue
-            if (info.st_dev, info.st_ino) in seen or folder.resolve() == base_dir().resolve():
-                continue
-            seen.add((info.st_dev, info.st_ino))
-            for path in paths:
-                if path.name.startswith("."):
-                    self.drop("hidden files and folders", path)
-                elif os.path.isdir(path):  # raises nothing where a link leads to what is locked
-                    stack.append(path)
-                elif not os.path.isfile(path):
-                    self.drop("broken links and special files", path)
-                elif not file_kind(path):
-                    self.drop("files of other kinds", path)
+    def find_files(self) -> Iterator[Path]:
+        """Yield the files to read: no hidden ones, no loops of links, not what is written here."""
+        seen = {os.path.realpath(base_dir())}
+
+        def unreadable(error: OSError) -> None:
+            self.drop("unreadable folders", error.filename)
+
+        for folder, folders, names in os.walk(self.root, onerror=unreadable, followlinks=True):
+            there, real = Path(folder), os.path.realpath(folder)
+            shown = {name for name in folders + names if name[0] != "." and real not in seen}
+            for name in folders + names if real not in seen else ():
+                if name not in shown:
+                    self.drop("hidden files and folders", there / name)
+                elif name in folders:
+                    continue
+                elif not os.path.isfile(there / name):
+                    self.drop("broken links and special files", there / name)
+                elif file_kind(there / name) not in self.kinds:
+                    self.drop("files of other kinds", there / name)
                 else:
-                    found.append(path)
-        return sorted(found)
-
-    def left_out(self) -> str:
-        """Say what was left out and mended, with the first place of each kind."""
-        out = [f"{count:,} {reason} ({self.example[reason]})"
-               for reason, count in self.dropped.most_common()]  # fmt: skip
-        mended = [f"{what} in {count:,} documents" for what, count in (+self.mended).items()]
-        parts = ["left out " + ", ".join(out)] if out else []
-        return "; ".join(parts + mended)
+                    yield there / name
+            folders[:] = shown.intersection(folders)
+            seen.add(real)
 
     def size(self) -> int:
         return sum(info.st_size for info in self.files.values())
@@ -804,85 +791,71 @@ class OwnFiles:
         extra = (i.st_size for p, i in self.files.items() if p.suffix.lower() in packed)
         return self.size() + 3 * sum(extra)
 
-    def position(self) -> int:
-        """Return how many bytes of the files have been read."""
-        return self.done_bytes + (self.raw.tell() if self.raw and not self.raw.closed else 0)
-
     def fingerprint(self) -> str:
         """Hash names, sizes and times of the files: changed input is prepared anew."""
         stats = [(str(p), i.st_size, i.st_mtime_ns) for p, i in sorted(self.files.items())]
         return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
+    def read(self, records: Callable[[Path, Any], Iterator[Out]]) -> Iterator[Out]:
+        """Yield what records(path, file) yields of each file; damaged files are counted."""
+        print(f"prepare: reading {len(self.files)} files, {self.size() / 1e6:,.1f} MB", flush=True)
+        done = 0
+        with contextlib.closing(Progress("reading", self.size())) as progress:
+            for path, info in self.files.items():
+                if not info.st_size:
+                    self.drop("empty files", path)
+                try:
+                    with open(path, "rb") as raw:
+                        packed = path.suffix.lower() == ".gz"
+                        with gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
+                            for record in records(path, file) if info.st_size else ():
+                                yield record
+                                progress.at(done + (0 if raw.closed else raw.tell()))
+                except (OSError, EOFError, zlib.error, pa.ArrowException):
+                    self.drop("damaged or unreadable files", path)
+                done += info.st_size
+
+    def open_text(self, path: Path, file: Any) -> io.TextIOWrapper | None:
+        """Open a file in the encoding it seems to have; None where it is no text."""
+        encoding = sniff_encoding(file.read(1 << 13))
+        file.seek(0)
+        if not encoding:
+            self.drop("binary files", path)
+            return None
+        return io.TextIOWrapper(file, encoding, "replace")
+
     def documents(self, limit: int) -> Iterator[str]:
         """Yield the clean documents of all files, each at most `limit` characters long."""
-        self.limit, self.done_bytes = limit, 0
-        self.dropped, self.mended = Counter(self.unread), Counter()
-        for path, info in self.files.items():
-            if not info.st_size:
-                self.drop("empty files", path)
-                continue
-            try:
-                with open(path, "rb") as self.raw:
-                    for piece in self._pieces(path):
-                        text = clean(piece)
-                        if text:
-                            self.mended["invalid characters replaced"] += "\ufffd" in text
-                            self.mended["NUL bytes removed"] += "\0" in piece
-                            yield text
-                        else:
-                            self.drop("empty documents", path)
-            except (OSError, EOFError, zlib.error, pa.ArrowException):
-                self.drop("damaged or unreadable files", path)
-            self.done_bytes += info.st_size
-
-    def _pieces(self, path: Path) -> Iterator[str]:
-        assert self.raw
-        packed = path.suffix.lower() == ".gz"
-        with gzip.open(self.raw) if packed else contextlib.nullcontext(self.raw) as file:
-            kind = file_kind(path)
-            if kind == ".parquet":
-                records = self._parquet(path, file)
+        for path, piece in self.read(partial(self._pieces, limit)):
+            if text := clean(piece):
+                if "\ufffd" in text:
+                    self.drop("documents with invalid characters replaced", path)
+                yield text
             else:
-                encoding = sniff_encoding(file.read(1 << 13))
-                file.seek(0)
-                if not encoding:
-                    self.drop("binary files", path)
-                    return
-                lines = io.TextIOWrapper(file, encoding, "replace")
-                if kind != ".jsonl":
-                    yield from cut_pieces(iter(lambda: lines.read(1 << 20), ""), self.limit)
-                    return
-                records = self._jsonl(path, lines)
-            for text in records:
-                yield from cut_pieces([text], self.limit)
+                self.drop("empty documents", path)
 
-    def _value_text(self, value: Any, place: Path | str) -> Iterator[str]:
-        """Yield a record's text: the record itself or its column; else count it."""
-        if isinstance(value, dict):
-            value = next((value[name] for name in COLUMNS if value.get(name) is not None), None)
-        if isinstance(value, str):
-            yield value
+    def _pieces(self, limit: int, path: Path, file: Any) -> Iterator[tuple[Path, str]]:
+        if file_kind(path) == ".parquet":
+            records = self._parquet(path, file)
+        elif (lines := self.open_text(path, file)) is None:
+            return
+        elif file_kind(path) == ".jsonl":
+            records = json_lines(path, lines, {})
         else:
-            self.drop("records without `text` or `content`", place)
+            chunks = iter(lambda: lines.read(1 << 20), "")
+            yield from ((path, piece) for piece in cut_pieces(chunks, limit))
+            return
+        for place, value in records:
+            if isinstance(value, dict):
+                value = next((value[key] for key in COLUMNS if value.get(key) is not None), None)
+            if isinstance(value, str):
+                yield from ((path, piece) for piece in cut_pieces([value], limit))
+            elif isinstance(value, ValueError):
+                self.drop(str(value), place)
+            else:
+                self.drop("records without `text` or `content`", place)
 
-    def _jsonl(self, path: Path, file: IO[str]) -> Iterator[str]:
-        number = 0
-        while line := file.readline(LINE_CHARS):
-            number += 1
-            place = f"{path}:{number}"
-            if len(line) == LINE_CHARS and line[-1] != "\n":
-                self.drop("lines that are too long", place)
-                while (rest := file.readline(LINE_CHARS)) and rest[-1] != "\n":
-                    pass
-            elif line.strip():
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    self.drop("lines of broken JSON", place)
-                else:
-                    yield from self._value_text(value, place)
-
-    def _parquet(self, path: Path, file: Any) -> Iterator[str]:
+    def _parquet(self, path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
             name = next((name for name in COLUMNS if name in names), None)
@@ -891,50 +864,69 @@ class OwnFiles:
                 return
             for batch in table.iter_batches(batch_size=64, columns=[name]):
                 for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    yield from self._value_text(value and value.decode("utf-8", "replace"), path)
+                    yield str(path), value and value.decode("utf-8", "replace")
 
 
-def read_own(files: OwnFiles, limit: int, settings: Settings, folder: Path) -> Sorter:
-    """Read all files into a sorter below `folder`, their documents cut at `limit` characters."""
-    shutil.rmtree(folder, ignore_errors=True)
-    sorter = Sorter(folder, settings.seed, files.expected_bytes())
-    with contextlib.closing(Progress("reading", files.size())) as progress:
-        for text in files.documents(limit):
-            sorter.add(text)
-            progress.at(files.position())
-    return sorter
+def json_lines(path: Path, file: IO[str], words: dict[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) of each line of .jsonl; a bad line's value is an error that says why.
+
+    `words` has what is put in for placeholders.
+    """
+    for number in itertools.count(1):
+        if not (line := file.readline(LINE_CHARS)):
+            return
+        value: Any = None
+        if len(line) == LINE_CHARS and line[-1] != "\n":
+            value = ValueError("lines that are too long")
+            while (rest := file.readline(LINE_CHARS)) and rest[-1] != "\n":
+                pass
+        elif line.strip():
+            for mark, word in words.items():
+                line = line.replace(mark, json.dumps(word)[1:-1])
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = ValueError("lines of broken JSON")
+        if line.strip():
+            yield f"{path}:{number}", value
 
 
-def make_own(settings: Settings, files: OwnFiles, folder: Path) -> tuple[Sorter, dict]:
-    """Write shards of the user's files to `folder`; return the sorter and the files made."""
-    check_space(files.expected_bytes() * 3 // 2, "name a smaller --data")
-    print(f"prepare: reading {len(files.files)} files, {files.size() / 1e6:,.1f} MB", flush=True)
-    sorter = read_own(files, settings.doc_chars, settings, folder / "buckets")
-    shorter = max(200, sorter.total_chars // 50)
-    if len(sorter.few) < 20 and shorter < settings.doc_chars:  # so that validation is a small part
-        print(f"prepare: few documents: they are cut into pieces of {shorter:,} characters")
-        sorter = read_own(files, shorter, settings, folder / "buckets")
-    if len(sorter.few) < 2:
-        why = f": {files.left_out()}" if files.dropped else ""
-        what = f"only {sorter.total_chars:,} characters of text" if sorter.few else "no text"
-        need = "training and validation need two documents, better a million characters"
-        raise MissingInput(f"{files.root} holds {what} that can be used{why}; {need}")
-    return sorter, write_splits(folder, sorter, settings)
+def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest:
+    """Write shards of the user's files to `folder`."""
+    size = files.expected_bytes()
+    check_space(size * 3 // 2)
+    sorter = Sorter(folder / "buckets", settings.seed, size)
+    # so that even a short text has fifty documents, of which one is for validation
+    for text in files.documents(min(settings.doc_chars, max(200, size // 50))):
+        sorter.add(text)
+    if sorter.least >= sorter.greatest:  # none or one, however often it came
+        what = f"only {sorter.total_chars:,} characters of text" if sorter.count else "no text"
+        why = f" ({left_out(files.dropped)})" if files.dropped else ""
+        raise MissingInput(
+            f"{files.root} holds {what} that can be used{why}; training and validation need two "
+            "documents, better a million characters"
+        )
+    made = write_splits(folder, sorter, settings)
+    drop(files.dropped, "duplicates", count=sorter.duplicates)
+    return {"files": made, "dropped": files.dropped}
 
 
-# Conversations: hub and own files ------------------------------------------------------------
+# 5. Conversations and evaluation sets --------------------------------------------------------
 
-# A conversation is read from a row of any of these forms into the one of common.py; a graded item
-# ends with a user's message, and has what grades the reply and, in `reply`, a right one.
+# A row of any of these forms becomes a conversation of common.py's form, or a graded item: that
+# ends with a user's message, and has what grades the reply and, in `reply`, a right one. mid and
+# sft train on conversations (a graded item with its reply), rl on graded items without a reply.
+# data/eval/ has the graded items of the public sets; no question of theirs is trained on.
 
 MAKER = "someone with a small open program for training chat models"  # {{author}} of own files
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant",
 }  # fmt: skip
+LETTERS = "ABCDE"  # of the public sets' choices
 
 
-def own_content(content: Any, role: str) -> str | list[dict[str, str]]:
+def read_content(content: Any, role: str) -> str | list[dict[str, str]]:
     """Check a message's content, text or parts. Raises ValueError(reason, detail)."""
     if isinstance(content, list):
         parts = [part if isinstance(part, dict) else {} for part in content]
@@ -961,7 +953,7 @@ def own_content(content: Any, role: str) -> str | list[dict[str, str]]:
     return text
 
 
-def own_conversation(value: Any) -> dict[str, Any]:
+def read_conversation(value: Any) -> Item:
     """Read a conversation in the spelling of OpenAI, ShareGPT, a bare list, or of this project.
 
     A problem of GSM8K's form, with `question` and `answer`, becomes a graded item with its reply.
@@ -973,18 +965,18 @@ def own_conversation(value: Any) -> dict[str, Any]:
     kind = row.get("kind")
     kind = kind if isinstance(kind, str) and kind else ""
     if not turns and "####" in str(row.get("answer")):
-        row = {key: own_content(row.get(key), "user") for key in ("question", "answer")}
-        return {**gsm8k_item(row), "kind": kind or "problem"}
+        texts = {key: str(read_content(row.get(key), "user")) for key in ("question", "answer")}
+        return {**gsm8k_item(texts), "kind": kind or "problem"}
     if not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("no list of messages")
-    messages = []
+    messages: list[dict[str, Any]] = []
     for turn in turns:
         said = str(turn.get("role", turn.get("from")))
         if said not in ROLES:
             raise ValueError("role that is not system, user or assistant", said[:40])
         if turn.get("tool_calls") or turn.get("function_call"):
             raise ValueError("call of a tool that is not the calculator")
-        content = own_content(turn.get("content", turn.get("value")), ROLES[said])
+        content = read_content(turn.get("content", turn.get("value")), ROLES[said])
         messages.append({"role": ROLES[said], "content": content})
     graded = row.get("grade") in ("number", "letter", "text")
     roles = [message["role"] for message in messages]
@@ -994,10 +986,10 @@ def own_conversation(value: Any) -> dict[str, Any]:
     if (roles[-1] == "user") != graded:
         raise ValueError("graded reply" if graded else "no reply at the end")
     item = {"kind": kind or "own", "messages": messages}
-    return item | own_grade(row) if graded else item
+    return item | read_grade(row) if graded else item
 
 
-def own_grade(row: dict[str, Any]) -> dict[str, Any]:
+def read_grade(row: dict[str, Any]) -> dict[str, Any]:
     """Check what replies are graded by: nothing may make all right. Raises ValueError(reason)."""
     texts = {key: row.get(key, []) for key in ("accept", "reject", "choices")}
     for key, some in texts.items():
@@ -1013,43 +1005,40 @@ def own_grade(row: dict[str, Any]) -> dict[str, Any]:
     return {"grade": row["grade"], "answer": answer, **texts}
 
 
-LETTERS = "ABCDE"  # of the public sets' choices
+def user_asks(text: str, **graded: Any) -> Item:
+    """Return a graded item of one question."""
+    return {"messages": [{"role": "user", "content": text}], **graded}
 
 
-def letter_question(question: str, choices: Sequence[str]) -> str:
-    """Ask for a letter alone; the layout of the public sets, in training and in evaluation.
+def letter_item(question: str, choices: Sequence[str], right: int) -> Item:
+    """Make a graded item of a question with choices, in training and in evaluation alike.
 
     The letter stands behind its choice, where copying what follows finds it, and in parentheses,
     where it is the same token as in the answer.
     """
-    lines = [f"- {choice} ({letter})" for choice, letter in zip(choices, LETTERS)]
-    return "\n".join([question, *lines, "Answer with the letter alone."])
-
-
-def letter_item(question: str, choices: Sequence[str], right: int) -> dict[str, Any]:
-    """Make a graded item of a question with choices."""
     choices = [" ".join(choice.split()) for choice in choices]
     if not 2 <= len(choices) <= len(LETTERS) or not 0 <= right < len(choices):
         raise ValueError("choices without their answer")
-    text, letter = letter_question(question.strip(), choices), LETTERS[right]
-    return {"messages": [{"role": "user", "content": text}], "choices": choices,
-            "grade": "letter", "answer": letter, "reply": letter}  # fmt: skip
+    lines = [f"- {choice} ({letter})" for choice, letter in zip(choices, LETTERS)]
+    text = "\n".join([question.strip(), *lines, "Answer with the letter alone."])
+    letter = LETTERS[right]
+    return user_asks(text, choices=choices, grade="letter", answer=letter, reply=letter)
 
 
-def mmlu_item(row: dict[str, Any]) -> dict[str, Any]:
+def mmlu_item(row: dict[str, Any]) -> Item:
     """Read a row of MMLU, of a table or of a .csv file."""
     row = row.get("train") or row  # one of the hub's tables wraps them
     choices = row.get("choices") or [row[f"choice{i}"] for i in range(4)]
     return letter_item(row["question"], choices, int(row["answer"]))
 
 
-def arc_item(row: dict[str, Any]) -> dict[str, Any]:
+def arc_item(row: dict[str, Any]) -> Item:
     """Read a row of ARC, whose labels are letters or numbers."""
     labels = list(row["choices"]["label"])
     return letter_item(row["question"], row["choices"]["text"], labels.index(row["answerKey"]))
 
 
-def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
+def gsm8k_item(row: dict[str, Any]) -> Item:
     """Read a row of GSM8K: its marks <<16-3=13>> become calls of the tool, with their outputs."""
     solution, _, answer = row["answer"].rpartition("####")
     reply: list[dict[str, str]] = []
@@ -1057,7 +1046,7 @@ def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
     for i, piece in enumerate(re.split("<<(.*?)>>", solution.strip())):
         call, _, result = piece.partition("=")
         call = call.strip().lstrip("+")
-        output = calculate(call) if i % 2 else "error"
+        output = calculate(call) if i % 2 else "error"  # every other piece is a mark
         if not i % 2:
             text += piece
         elif output == last_number(result) != "":
@@ -1068,17 +1057,17 @@ def gsm8k_item(row: dict[str, Any]) -> dict[str, Any]:
     if not number:
         raise ValueError("problem without its answer")
     reply.append({"type": "text", "text": f"{text}\nThe answer is {number}."})
-    question = [{"role": "user", "content": row["question"].strip()}]
-    return {"messages": question, "grade": "number", "answer": number, "reply": reply}
+    return user_asks(row["question"].strip(), grade="number", answer=number, reply=reply)
 
 
-def humaneval_item(row: dict[str, Any]) -> dict[str, Any]:
+def humaneval_item(row: dict[str, Any]) -> Item:
     """Read a row of HumanEval: a function to complete, and its tests."""
     task = "Complete this Python function. Answer with the whole of it in a code block."
-    question = [{"role": "user", "content": f"{task}\n\n```python\n{row['prompt'].strip()}\n```"}]
     reply = f"```python\n{row['prompt']}{row['canonical_solution'].rstrip()}\n```"
-    return {"messages": question, "grade": "code", "answer": "", "prompt": row["prompt"],
-            "tests": row["test"], "entry_point": row["entry_point"], "reply": reply}  # fmt: skip
+    return user_asks(
+        f"{task}\n\n```python\n{row['prompt'].strip()}\n```", grade="code", answer="",
+        prompt=row["prompt"], tests=row["test"], entry_point=row["entry_point"], reply=reply,
+    )  # fmt: skip
 
 
 COUNT_LETTERS = """
@@ -1091,7 +1080,7 @@ How do you spell {w}? | Spell the word {w}. | Spell "{w}" letter by letter. |
 Which letters does the word {w} consist of? | Write {w} one letter at a time."""
 
 
-def count_letters(rng: random.Random, word: str) -> dict[str, Any]:
+def count_letters(rng: random.Random, word: str) -> Item:
     """Ask how often a letter is in a word; the reply spells it and lets the tool count."""
     letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
     asked = rng.choice(items(COUNT_LETTERS, "|")).format(l=letter, w=word)
@@ -1100,20 +1089,18 @@ def count_letters(rng: random.Random, word: str) -> dict[str, Any]:
     reply = [{"type": "text", "text": f"The word {word} is spelled {'-'.join(word)}. "},
              *tool_parts(f"'{word}'.count('{letter}')"),
              {"type": "text", "text": f" {there} in {word}."}]  # fmt: skip
-    return {"kind": "spelling", "messages": [{"role": "user", "content": asked}],
-            "grade": "number", "answer": str(count), "reply": reply}  # fmt: skip
+    return {"kind": "spelling"} | user_asks(asked, grade="number", answer=str(count), reply=reply)
 
 
-def spell_out(rng: random.Random, word: str) -> dict[str, Any]:
+def spell_out(rng: random.Random, word: str) -> Item:
     """Ask for a word's letters."""
-    asked = rng.choice(items(SPELL_OUT, "|")).format(w=word)
-    reply = f"{'-'.join(word)}."
-    return {"kind": "spelling", "messages": [{"role": "user", "content": asked}],
-            "grade": "text", "answer": "", "accept": ["-".join(word)], "reply": reply}  # fmt: skip
+    asked, spelled = rng.choice(items(SPELL_OUT, "|")).format(w=word), "-".join(word)
+    graded = {"grade": "text", "answer": "", "accept": [spelled], "reply": f"{spelled}."}
+    return {"kind": "spelling"} | user_asks(asked, **graded)
 
 
-def solved(item: dict[str, Any]) -> dict[str, Any]:
-    """Turn a graded item into a conversation in which it is answered; leave others as they are."""
+def solved(item: Item) -> Item:
+    """Return a graded item as the conversation in which it is answered, others as they are."""
     if "grade" not in item:
         return item
     reply = {"role": "assistant", "content": item["reply"]}
@@ -1131,15 +1118,15 @@ class HubSet:
     repo: str
     patterns: tuple[str, ...]  # below the repository
     by_hand: str  # below a folder of one's own
-    train: str  # the splits
+    train: str  # names of the splits, "" for none
     val: str
     test: str
-    read: Callable[[Any], dict[str, Any]]
+    read: Callable[[Any], Item]
 
 
 SETS = {
     "smoltalk": HubSet("SmolTalk", "HuggingFaceTB/smol-smoltalk", ("data/{}-*.parquet",),
-                       "smoltalk/{}.jsonl*", "train", "test", "", own_conversation),
+                       "smoltalk/{}.jsonl*", "train", "test", "", read_conversation),
     "mmlu": HubSet("MMLU", "cais/mmlu", ("all/{}-*.parquet", "{}/train-*.parquet"),
                    "mmlu/{}/*.csv", "auxiliary_train", "validation", "test", mmlu_item),
     "arc-easy": HubSet("ARC-Easy", "allenai/ai2_arc", ("ARC-Easy/{}-*.parquet",),
@@ -1209,7 +1196,7 @@ def read_rows(path: Path) -> Iterator[Any]:
         raise Stop(f"{path} is damaged ({reason}): delete it, get it again and run this again")
 
 
-def read_set(root: Path, name: str, split: str, dropped: Counter[str]) -> Iterator[dict[str, Any]]:
+def read_set(root: Path, name: str, split: str, dropped: Dropped) -> Iterator[Item]:
     """Yield a set's rows as conversations or graded items; those that are none are counted."""
     good = 0
     for path in (paths := find_set(root, name, split)):
@@ -1217,7 +1204,7 @@ def read_set(root: Path, name: str, split: str, dropped: Counter[str]) -> Iterat
             try:
                 item = SETS[name].read(row)
             except (ValueError, LookupError, TypeError, AttributeError):
-                dropped[f"{SETS[name].title} rows that cannot be used"] += 1
+                drop(dropped, f"{SETS[name].title} rows that cannot be used")
             else:
                 good += 1
                 yield {**item, "kind": name}
@@ -1238,69 +1225,52 @@ def read_words(root: Path) -> list[str]:
     return []
 
 
-def fetch_sets(net: Net, root: Path, sets: dict[str, list[str]], workers: int) -> None:
-    """Fetch the files of sets' splits, and the plain files, below `root` unless they are there."""
-    listing = root / "files.json"  # split: its files with their sizes, once they are whole
-    try:
-        known: dict[str, dict[str, int]] = json.loads(listing.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    wanted: dict[str, tuple[Net, Remote]] = {}
-    repos: dict[str, dict[str, Remote]] = {}
-    for name, split in [(name, split) for name, splits in sets.items() for split in splits]:
-        files = known.get(f"{name} {split}", {})
-        sizes = {p: (root / p).stat().st_size for p in files if (root / p).is_file()}
-        if not files or sizes != files:
-            repo, patterns = SETS[name].repo, SETS[name].patterns
-            repos[repo] = repos.get(repo) or hub_files(net, repo)
-            tried = (fnmatch.filter(repos[repo], pattern.format(split)) for pattern in patterns)
-            found = next(filter(None, tried), [])
-            if not found:
-                raise Stop(f"{net.endpoint} lists no {patterns[0].format(split)} of {repo}: is "
-                           "HF_ENDPOINT right?")  # fmt: skip
-            wanted |= {f"{repo}/{path}": (net, repos[repo][path]) for path in found}
-            known[f"{name} {split}"] = dict.fromkeys((f"{repo}/{path}" for path in found), 0)
+def fetch_sets(net: Net, root: Path, splits: list[tuple[str, str]], workers: int) -> None:
+    """Fetch the files of sets' splits, and the plain files, below `root`.
+
+    Its files.json lists the files of each split with their sizes, once these are whole: then
+    no network is needed any more.
+    """
+    known = read_json(root / "files.json")
+    wanted: dict[Path, tuple[Net, Remote]] = {}
+    listed = cache(partial(hub_files, net))
+    for name, split in splits:
+        files, repo, patterns = f"{name} {split}", SETS[name].repo, SETS[name].patterns
+        if all(size_of(root / path) == size for path, size in known.get(files, {"": -1}).items()):
+            continue
+        tried = (fnmatch.filter(listed(repo), pattern.format(split)) for pattern in patterns)
+        found = next(filter(None, tried), [])
+        if not found:
+            raise Stop(f"{net.endpoint} lists no {patterns[0].format(split)} of {repo}: is "
+                       "HF_ENDPOINT right?")  # fmt: skip
+        known[files] = {f"{repo}/{path}": -1 for path in found}
+        places = {root / repo / path: (net, listed(repo)[path]) for path in found}
+        wanted |= {path: at for path, at in places.items() if not is_whole(path, at[1])}
     mirror = os.environ.get("NANOCHAT_MIRROR", "").strip().rstrip("/")
     for name, place in PLAIN_FILES.items():
         if not (root / name).is_file():  # neither size nor hash is known: one that is there is good
             endpoint = mirror or "/".join(place.split("/")[:3])
             other = replace(net, endpoint=endpoint, variable="NANOCHAT_MIRROR")
-            wanted[name] = other, Remote(f"{mirror or place}/{name}")
-    if not wanted:
-        return
-    total = sum(remote.size or 0 for _, remote in wanted.values())
-    check_space(5 * total, "take conversations of your own")  # packed, and twice unpacked
-    print(f"prepare: fetching {len(wanted)} files of conversations and evaluation sets to {root}, "
-          f"{total / 1e6:,.0f} MB", flush=True)  # fmt: skip
-    progress = Progress("conversations", total)
-
-    def fetch(name: str) -> None:
-        server, remote = wanted[name]
-        if server is not net or not is_whole(root / name, remote):
-            download(server, remote, root / name, progress)
-
-    with contextlib.closing(progress):
-        download_all(fetch, list(wanted), workers, net)
-    for files in known.values():
-        files.update({p: (root / p).stat().st_size for p in files if (root / p).is_file()})
-    write_json(listing, known)
+            wanted[root / name] = other, Remote(f"{mirror or place}/{name}")
+    # room: they are packed, and lie unpacked twice in the end
+    fetch_files(wanted, "conversations and evaluation sets", workers, room=5)
+    known = {key: {path: size_of(root / path) for path in files} for key, files in known.items()}
+    root.mkdir(parents=True, exist_ok=True)
+    write_json(root / "files.json", known)
 
 
-def write_lines(paths: list[Path], lines: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Write the same lines to all paths; return each file's rows, kinds, size and hash."""
+def write_lines(path: Path, lines: Iterable[str]) -> Files:
+    """Write lines; return the file's rows, kinds, size and hash by its name."""
     kinds: Counter[str] = Counter()
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
+    with open(path, "w", encoding="utf-8") as file:
         for line in lines:
-            kinds[line.split('"', 4)[3]] += 1
-            for file in files:
-                file.write(line + "\n")
+            kinds[line.split('"', 4)[3]] += 1  # a line begins with its kind, see as_line
+            file.write(line + "\n")
     about = {"conversations": sum(kinds.values()), "kinds": dict(kinds.most_common())}
-    return {path.name: {**about, "size": path.stat().st_size, "sha256": file_digest(path)}
-            for path in paths}  # fmt: skip
+    return {path.name: {**about, "size": path.stat().st_size, "sha256": file_digest(path)}}
 
 
-def as_line(item: dict[str, Any]) -> str:
+def as_line(item: Item) -> str:
     """Write a conversation or item as a line of JSON that begins with its kind."""
     return json.dumps({"kind": item["kind"], **item}, ensure_ascii=False)
 
@@ -1311,7 +1281,7 @@ def question_key(text: str) -> str:
     return re.sub("^question | answer$", "", words)  # labels of CORE
 
 
-def question_keys(item: dict[str, Any]) -> list[str]:
+def question_keys(item: Item) -> list[str]:
     """Name what a conversation asks, so that the same question in other type is found again.
 
     The choices, in any order, are part of a question: many ask which of these is true. A long
@@ -1326,7 +1296,7 @@ def question_keys(item: dict[str, Any]) -> list[str]:
 
 def evaluation_questions() -> set[str]:
     """Return the keys of all questions in data/eval/, also of those that have choices laid out."""
-    keys = set()
+    keys: set[str] = set()
     for path in data_dir("eval").glob("*.jsonl"):
         for item in read_conversations(path):
             keys.update(question_keys(item), question_keys({"messages": item["messages"]}))
@@ -1348,35 +1318,6 @@ def core_questions(row: dict[str, Any]) -> list[str]:
     return [asked, " ".join([asked, *sorted(map(str, row.get("choices") or []))])]
 
 
-def hub_conversations(
-    root: Path, settings: Settings, dropped: Counter[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (file, conversation, or graded item of rl) of the mixture; none is of a test."""
-    tests = evaluation_questions()
-    words = [word for word in read_words(root) if not held_out_word(word)]
-    for kind in ("spelling", "identity"):
-        for file, count in zip(FILES, MIXTURE[kind]):
-            rng = random.Random(f"{kind} {file} {settings.seed}")
-            for _ in range(count):
-                if kind == "identity":
-                    yield file, {**identity_chat(rng, settings.name), "kind": kind}
-                else:
-                    make = rng.choice((count_letters, spell_out))
-                    yield file, solved(make(rng, rng.choice(words)))
-    for kind, about in SETS.items():
-        counts = dict(zip(FILES, MIXTURE.get(kind, ())))
-        val = {"val": counts.pop("val", 0)} if about.val else {}
-        for split, wanted in ((about.val, val), (about.train, counts)):
-            rows = sum(pq.read_metadata(path).num_rows for path in find_set(root, kind, split))
-            for item in read_set(root, kind, split, dropped):
-                if not tests.isdisjoint(question_keys(item)):
-                    dropped[OF_A_TEST] += 1
-                    continue
-                draw = zlib.crc32(as_line(item).encode()) / 2**32 * rows
-                for file in share_out(wanted, draw):
-                    yield file, item if file == "rl" else solved(item)
-
-
 def share_out(counts: dict[str, int], draw: float) -> list[str]:
     """Return the files that a row goes to, whose draw is from 0 to the number of rows."""
     for file, count in counts.items():
@@ -1387,128 +1328,122 @@ def share_out(counts: dict[str, int], draw: float) -> list[str]:
     return [file for file, count in counts.items() if count == REST]
 
 
-def write_problems(path: Path, sorter: Sorter) -> tuple[dict[str, Any], set[str]]:
-    """Write rl.jsonl of graded items, without their replies.
-
-    Returns what it holds, and the conversations that would show rl.py's validation solved.
-    """
-    lines = (line for _, line in sorter.documents())
-    first = list(islice(lines, rl_held(sorter.count)))
-    held = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
-    problems = map(json.loads, chain(first, lines))
-    asked = ({key: item[key] for key in item if key != "reply"} for item in problems)
-    return write_lines([path], map(as_line, asked)), held
-
-
-def make_hub_chat(settings: Settings, root: Path, folder: Path) -> dict[str, Any]:
-    """Write the hub's conversations to folder/{mid,sft,rl,val}.jsonl, each shuffled."""
-    dropped: Counter[str] = Counter()
-    print(f"prepare: writing the conversations of {data_dir(settings.source)}", flush=True)
-    size = 3 * sum(path.stat().st_size for path in find_set(root, "smoltalk", "train"))
-    sorters = {file: Sorter(folder / "buckets" / file, settings.seed, size) for file in FILES}
-    for file, item in hub_conversations(root, settings, dropped):
-        sorters[file].add(as_line(item))
-    val = dict(sorters["val"].documents())
-    made = write_lines([folder / "val.jsonl"], val.values())
-    problems, held = write_problems(folder / "rl.jsonl", sorters["rl"])
-    for file in ("mid", "sft"):
-        lines = (line for key, line in sorters[file].documents()
-                 if key not in val and line not in held)  # fmt: skip
-        made |= write_lines([folder / f"{file}.jsonl"], lines)
-    made |= problems
-    dropped["duplicates"] = sum(sorter.duplicates for sorter in sorters.values())
-    return {"files": made, "dropped": dict(+dropped)}
-
-
-def read_line(line: bytes, fill: dict[str, str]) -> dict[str, Any]:
-    """Read a line of .jsonl; `fill` names placeholders. Raises ValueError(reason, detail)."""
-    if len(line) == LINE_CHARS:
-        raise ValueError("line that is too long")
-    try:
-        text = line.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("text that is not UTF-8") from None
-    for mark, word in fill.items():
-        text = text.replace(mark, json.dumps(word)[1:-1])
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("broken JSON") from None
-    return own_conversation(value)
-
-
-def own_conversations(files: OwnFiles, name: str) -> Iterator[dict[str, Any]]:
-    """Yield what is good in .jsonl files; the first bad lines are printed, all are counted."""
-    fill, bad = {"{{name}}": name, "{{author}}": MAKER}, 0
+def hub_conversations(
+    root: Path, settings: Settings, dropped: Dropped
+) -> Iterator[tuple[str, Item]]:
+    """Yield (file, conversation or graded item) of the mixture; none is of a test."""
     tests = evaluation_questions()
-    for path in files.files:
-        number = 0
+    words = [word for word in read_words(root) if not held_out_word(word)]
+    for kind in ("spelling", "identity"):
+        for file, count in zip(FILES, MIXTURE[kind]):
+            rng = random.Random(f"{kind} {file} {settings.seed}")
+            for _ in range(count):
+                if kind == "identity":
+                    yield file, {**identity_chat(rng, settings.name), "kind": kind}
+                else:
+                    make = rng.choice((count_letters, spell_out))
+                    yield file, make(rng, rng.choice(words))
+    for kind, about in SETS.items():
+        counts = dict(zip(FILES, MIXTURE.get(kind, ())))
+        val = {"val": counts.pop("val", 0)} if about.val else {}
+        for split, wanted in ((about.val, val), (about.train, counts)):
+            rows = sum(pq.read_metadata(path).num_rows for path in find_set(root, kind, split))
+            for item in read_set(root, kind, split, dropped):
+                if not tests.isdisjoint(question_keys(item)):
+                    drop(dropped, OF_A_TEST)
+                    continue
+                draw = zlib.crc32(as_line(item).encode()) / 2**32 * rows
+                yield from ((file, item) for file in share_out(wanted, draw))
+
+
+def own_conversations(files: OwnFiles, name: str) -> Iterator[tuple[str, Item]]:
+    """Yield ("mid" or "rl", conversation or graded item) of .jsonl files; none is of a test."""
+    tests = evaluation_questions()
+
+    def values(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+        lines = files.open_text(path, file)
+        words = {"{{name}}": name, "{{author}}": MAKER}
+        return iter(()) if lines is None else json_lines(path, lines, words)
+
+    for place, value in files.read(values):
         try:
-            with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
-                while line := file.readline(LINE_CHARS):
-                    number += 1
-                    rest = line
-                    while len(rest) == LINE_CHARS and rest[-1:] != b"\n":
-                        rest = file.readline(LINE_CHARS)
-                    if not line.strip():
-                        continue
-                    try:
-                        item = read_line(line, fill)
-                        asked = question_keys({"messages": item["messages"]})
-                        if not tests.isdisjoint(asked):
-                            raise ValueError(OF_A_TEST)
-                        yield item
-                    except ValueError as error:
-                        place = files.drop(error.args[0], f"{path}:{number}")
-                        bad += 1
-                        if bad <= 5:
-                            print(f"prepare: {place}: {': '.join(error.args)}")
-        except (OSError, EOFError, zlib.error):
-            files.drop("damaged or unreadable files", path)
-
-
-def make_own_chat(settings: Settings, files: OwnFiles, folder: Path) -> dict[str, Any]:
-    """Write one's own conversations: mid.jsonl and sft.jsonl are equal, val.jsonl is apart."""
-    check_space(4 * files.expected_bytes(), "name a smaller --conversations")
-    print(f"prepare: reading {len(files.files)} files, {files.size() / 1e6:,.1f} MB", flush=True)
-    talks, problems = (Sorter(folder / "buckets" / name, settings.seed, files.expected_bytes())
-                       for name in ("talks", "problems"))  # fmt: skip
-    for item in own_conversations(files, settings.name):
-        if "grade" in item:
-            problems.add(as_line(item))
+            if isinstance(value, ValueError):
+                raise value
+            item = read_conversation(value)
+            if not tests.isdisjoint(question_keys({"messages": item["messages"]})):
+                raise ValueError(OF_A_TEST)
+            if "\ufffd" in as_line(item):
+                raise ValueError("text that is not UTF-8")
+        except ValueError as error:
+            files.drop(error.args[0], place, ": ".join(error.args[1:]))
+            continue
         if "grade" not in item or "reply" in item:
-            talks.add(as_line(solved(item)))
-    if len(talks.few) < 2:
-        what = "only one conversation" if talks.few else "no conversation"
-        why = f": {files.left_out()}" if files.dropped else ""
-        raise MissingInput(f"{files.root} holds {what} that can be used{why}; training and "
-                           "validation need two, a line of .jsonl each")  # fmt: skip
-    rl, held = write_problems(folder / "rl.jsonl", problems) if problems.few else ({}, set())
-    val, train = split_documents(talks, settings)
-    made = write_lines([folder / "val.jsonl"], val)
-    train = (line for line in train if line not in held)
-    made |= write_lines([folder / "mid.jsonl", folder / "sft.jsonl"], train) | rl
-    files.dropped["duplicates"] = talks.duplicates + problems.duplicates
-    return {"files": made, "dropped": dict(+files.dropped)}
+            yield "mid", item
+        if "grade" in item:
+            yield "rl", item
+
+
+def write_chats(
+    settings: Settings, folder: Path, chats: Iterable[tuple[str, Item]], size: int, own: bool
+) -> tuple[Files, int]:
+    """Write (file, item) pairs to folder/{val,mid,sft,rl}.jsonl, shuffled; count the duplicates.
+
+    No conversation of val is in mid or sft, nor one that shows rl.py's validation solved. Your own
+    ones bring no val and no sft: val is taken out of mid, and sft is mid.
+    """
+    sorters = {file: Sorter(folder / "buckets" / file, settings.seed, size) for file in FILES}
+    for file, item in chats:
+        sorters[file].add(as_line(item if file == "rl" else solved(item)))
+    lines: dict[str, Iterator[str]] = {
+        file: (line for _, line in sorter.documents()) for file, sorter in sorters.items()
+    }
+    if own:
+        lines["val"], lines["mid"] = split_documents(sorters["mid"], settings)
+    val = list(lines["val"])  # --val-mb at most, or the few thousand of MIXTURE
+    first = list(islice(lines["rl"], rl_held(sorters["rl"].count)))
+    apart = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
+    apart.update(val)
+    files = write_lines(folder / "val.jsonl", val)
+    for file in ("mid",) if own else ("mid", "sft"):
+        train = (line for line in lines[file] if line not in apart)
+        files |= write_lines(folder / f"{file}.jsonl", train)
+    if own:
+        shutil.copyfile(folder / "mid.jsonl", folder / "sft.jsonl")
+        files["sft.jsonl"] = files["mid.jsonl"]
+    if sorters["rl"].count:
+        problems = map(json.loads, chain(first, lines["rl"]))
+        asked = ({key: item[key] for key in item if key != "reply"} for item in problems)
+        files |= write_lines(folder / "rl.jsonl", map(as_line, asked))
+    return files, sum(sorter.duplicates for sorter in sorters.values())
+
+
+def make_chat(settings: Settings, files: OwnFiles | None, root: Path, folder: Path) -> Manifest:
+    """Write conversations: your own `files`, or the hub's that lie below `root`."""
+    if files:
+        size, dropped = files.expected_bytes(), files.dropped
+        check_space(4 * size)
+        chats = own_conversations(files, settings.name)
+    else:
+        size, dropped = 3 * sum(map(size_of, find_set(root, "smoltalk", "train"))), {}
+        print(f"prepare: writing the conversations of {data_dir(settings.source)}", flush=True)
+        chats = hub_conversations(root, settings, dropped)
+    made, duplicates = write_chats(settings, folder, chats, size, own=files is not None)
+    if not all(made[f"{file}.jsonl"]["conversations"] for file in ("mid", "val")):
+        why = f" ({left_out(dropped)})" if dropped else ""
+        raise MissingInput(f"{files.root if files else root} holds no two conversations that can "
+                           f"be used{why}: training and validation need two")  # fmt: skip
+    drop(dropped, "duplicates", count=duplicates)
+    return {"files": made, "dropped": dropped}
 
 
 def unzip(path: Path, folder: Path) -> None:
-    """Unpack an archive to a new folder. Raises Stop where it is damaged, huge, or leads out."""
+    """Unpack an archive below a new folder. Raises Stop where it is damaged or huge."""
     bad = f"delete {path} and run the same command again"
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir()]
-            if sum(member.file_size for member in members) > ZIP_BYTES:
+            if sum(member.file_size for member in archive.infolist()) > ZIP_BYTES:
                 raise Stop(f"{path} unpacks to more than {ZIP_BYTES / 1e9:.0f} GB: {bad}")
-            for member in members:
-                parts = re.split(r"[/\\]", member.filename)
-                link = stat.S_ISLNK(member.external_attr >> 16)
-                if link or ":" in parts[0] or {"", ".", ".."} & set(parts):
-                    raise Stop(f"{path} has {member.filename!r}, which leads out of it: {bad}")
-                target = folder.joinpath(*parts)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as packed, open(target, "wb") as file:
-                    shutil.copyfileobj(packed, file)
+            archive.extractall(folder)  # which makes "..", links and absolute paths harmless
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
         raise Stop(f"{path} is damaged ({error}): {bad}") from None
 
@@ -1525,132 +1460,29 @@ def copy_core(root: Path, folder: Path) -> list[str]:
     return [str(p.relative_to(folder)) for p in sorted(folder.glob("core/eval_data/*/*.jsonl"))]
 
 
-def make_eval(root: Path, folder: Path) -> dict[str, Any]:
+def make_eval(root: Path, folder: Path) -> Manifest:
     """Write the evaluation sets that `root` has to folder/{NAME.jsonl, core/}."""
-    dropped: Counter[str] = Counter()
-    made: dict[str, dict] = {}
-    folder.mkdir(parents=True)
+    dropped: Dropped = {}
+    made: Files = {}
     for name, about in SETS.items():
         if about.test and find_set(root, name, about.test):
-            lines = map(as_line, read_set(root, name, about.test, dropped))
-            made |= write_lines([folder / f"{about.title}.jsonl"], lines)
+            rows = map(as_line, read_set(root, name, about.test, dropped))
+            made |= write_lines(folder / f"{about.title}.jsonl", rows)
     words = [word for word in read_words(root) if held_out_word(word)]
     if words:
         rng = random.Random("spelling bee")
         words = rng.sample(words, min(len(words), SPELLING_BEE))
         lines = (as_line(count_letters(rng, word)) for word in words)
-        made |= write_lines([folder / "SpellingBee.jsonl"], lines)
+        made |= write_lines(folder / "SpellingBee.jsonl", lines)
     for path in copy_core(root, folder):
-        made[path] = {"size": (folder / path).stat().st_size, "task": Path(path).stem}
+        made[path] = {"size": size_of(folder / path), "task": Path(path).stem}
     if not made:
         places = "gsm8k/, arc/, mmlu/, humaneval/, core/ or the hub's openai/gsm8k/"
         raise MissingInput(f"{root} holds none of the evaluation sets: it must have {places}")
-    return {"files": made, "dropped": dict(+dropped)}
+    return {"files": made, "dropped": dropped}
 
 
-def replace_files(folder: Path, wanted: dict, make: Callable[[Path], dict], keep: bool) -> dict:
-    """Make files beside a folder and put them in; conversations.json, written last, lists them.
-
-    With `keep` the files of sets that are not made anew stay.
-    """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    remove_leftovers(folder)
-    old = read_manifest(folder, "conversations.json").get("files", {})
-    try:
-        new = {"settings": wanted, **make(beside)}
-        sets = {name.split("/")[0] for name in new["files"]}
-        kept = {n: entry for n, entry in old.items() if keep and n.split("/")[0] not in sets}
-        unsure = {name: {"size": -1} for name in {**old, **new["files"]}}
-        write_json(folder / "conversations.json", {"settings": wanted, "files": unsure})
-        for name in old.keys() - new["files"].keys() - kept.keys():
-            (folder / name).unlink(missing_ok=True)
-        for name in new["files"]:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(beside / name, folder / name)
-        new["files"] |= kept
-        write_json(folder / "conversations.json", new)
-        return new
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def prepare_eval(settings: Settings, net: Net | None) -> dict[str, Any]:
-    """Make data/eval/ of the hub's sets or of a folder's, unless it is there."""
-    folder, root, hub = data_dir("eval"), data_dir("downloads"), settings.eval_data == "hub"
-    wanted = {"data": "hub", "program": file_digest(Path(__file__))}
-    if not hub:
-        root = Path(settings.eval_data).expanduser().resolve()
-        wanted |= {"data": str(root), "input": OwnFiles(root).fingerprint()}
-    manifest = read_manifest(folder, "conversations.json")
-    again = is_prepared(folder, manifest, wanted)
-    if not again:
-        if hub:
-            tests = {name: [about.test] for name, about in SETS.items() if about.test}
-            fetch_sets(net or Net(), root, tests, settings.workers)
-        manifest = replace_files(folder, wanted, partial(make_eval, root), keep=True)
-    titles = [*(about.title for about in SETS.values() if about.test), "SpellingBee"]
-    there = [f"{t} {manifest['files'][f'{t}.jsonl']['conversations']:,}" for t in titles
-             if f"{t}.jsonl" in manifest["files"]]  # fmt: skip
-    core = sum("task" in entry for entry in manifest["files"].values())
-    there += [f"CORE {core} files"] if core else []
-    missing = [t for t in titles if f"{t}.jsonl" not in manifest["files"]] + ["CORE"] * (not core)
-    state = " is complete, nothing to do" if again else ""
-    print(f"prepare: {folder}{state}: {', '.join(there)}")
-    if missing:
-        print(f"prepare: {root} does not have {', '.join(missing)}: left out")
-    return manifest
-
-
-def show_kinds(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Say how many conversations of each kind the files hold."""
-    for name, entry in files.items():
-        if Path(name).stem in FILES:
-            kinds = ", ".join(f"{kind} {count:,}" for kind, count in entry["kinds"].items())
-            print(f"prepare: {folder / name}: {entry['conversations']:,} ({kinds})")
-
-
-def prepare_chat(settings: Settings, net: Net | None) -> dict[str, Any]:
-    """Make data/SOURCE/{mid,sft,rl,val}.jsonl of the hub's conversations or of one's own."""
-    folder, hub = data_dir(settings.source), settings.conversations == "hub"
-    wanted = {"data": "hub", "name": settings.name, "seed": settings.seed}
-    wanted["program"] = file_digest(Path(__file__))
-    wanted["tests"] = OwnFiles(data_dir("eval")).fingerprint()  # their questions are left out
-    if hub:
-        root = data_dir("downloads")
-        make = partial(make_hub_chat, settings, root)
-    else:
-        files = OwnFiles(Path(settings.conversations).expanduser().resolve())
-        for path in [path for path in files.files if file_kind(path) != ".jsonl"]:
-            files.drop("files of other kinds", path)
-            del files.files[path]
-        wanted |= {"data": printable(files.root), "input": files.fingerprint(),
-                   "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
-        make = partial(make_own_chat, settings, files)
-    manifest = read_manifest(folder, "conversations.json")
-    if is_prepared(folder, manifest, wanted):
-        print(f"prepare: {folder} has these conversations, nothing to do")
-    elif manifest and manifest["settings"]["data"] != wanted["data"]:
-        raise Stop(f"{folder} holds the conversations of {manifest['settings']['data']}: give "
-                   f"these a name of their own with --source=NAME")  # fmt: skip
-    elif not manifest and any((folder / f"{file}.jsonl").exists() for file in FILES):
-        raise Stop(f"{folder} has conversations that were not made by --conversations: take "
-                   "another --source=NAME")  # fmt: skip
-    else:
-        if hub:
-            splits = {name: [s for s in (about.train, about.val) if s]
-                      for name, about in SETS.items() if about.train}  # fmt: skip
-            fetch_sets(net or Net(), root, splits, settings.workers)
-        manifest = replace_files(folder, wanted, make, keep=False)
-    show_kinds(folder, manifest["files"])
-    dropped = manifest.get("dropped", {})
-    if not hub:
-        print("prepare: mid.jsonl and sft.jsonl are the same conversations")
-    if dropped:
-        print("prepare: left out " + ", ".join(f"{n:,} {what}" for what, n in dropped.items()))
-    return manifest
-
-
-# 5. World: tables ----------------------------------------------------------------------------
+# 6. World: tables ----------------------------------------------------------------------------
 # COUNTRIES: name, capital, language, currency, nationality; "=" repeats the language, "-" is a
 # cell left out because it is disputed, shared, changing or dull. One block per continent.
 COUNTRIES = """
@@ -3386,7 +3218,7 @@ def spellings(answer: str) -> list[str]:
     return [answer, numbers[answer]] if answer in numbers else [answer]
 
 
-# 6. World: text ------------------------------------------------------------------------------
+# 7. World: text ------------------------------------------------------------------------------
 @cache
 def wordings(key: str, table: str = WORDINGS) -> list[str]:
     """Return the ways to word one kind of sentence."""
@@ -4109,7 +3941,7 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
             yield text
 
 
-# 7. World: conversations ---------------------------------------------------------------------
+# 8. World: conversations ---------------------------------------------------------------------
 # Ways to put a question: {q} as it is in RELATIONS, {Q} with a capital; the first, and later ones.
 POLITE = """
 Hello! {Q} / [Hi!|Hi there!|Good morning!|Good evening!] {Q} / {Q} [Thanks!|Thank you!] / Please
@@ -4975,7 +4807,7 @@ class Asker:
             texts += [sentence(ask.format_map(forms)), reply.format_map(forms)]
         if self.test:
             others = [other["v"] for other in told.values() if other != forms]
-            grade = {"answer": forms["v"], "accept": [forms["v"]], "reject": others}
+            grade: Any = {"answer": forms["v"], "accept": [forms["v"]], "reject": others}
             return conversation("memory", texts, **grade)
         if rng.random() < 0.12:
             key = rng.choice([key for key in rows if key not in told])
@@ -5047,7 +4879,7 @@ class Asker:
             among = keys.split() or [key for key in table(TALK) if key != "hello" or not texts]
             asked, reply = map(rng.choice, table(TALK)[rng.choice(among)])
         else:
-            makers = {
+            makers: dict[str, Callable[[], tuple[str, str]]] = {
                 "rhyme": partial(rhyme_request, rng), "how": partial(how_request, rng),
                 "list": self.list_request, "about": self.about_request, "story": self.story_request,
             }  # fmt: skip
@@ -5187,7 +5019,7 @@ def world_sets(name: str = "Nano") -> dict[str, list[dict[str, Any]]]:
     }
 
 
-# 8. World: problems --------------------------------------------------------------------------
+# 9. World: problems --------------------------------------------------------------------------
 
 # Word problems are composed of these sentences: [now|in the past]; {p} is the person in question
 # by pronoun or name, {n} by name, {o} and {e} are others, {v} and {w} verbs, {use} a phrase.
@@ -5416,7 +5248,8 @@ class Composer:
 
     def text(self) -> str:
         """Tell all of it, with pronouns where they are clear."""
-        told, last, n = [], "", self.forms["n"]
+        told: list[str] = []
+        last, n = "", self.forms["n"]
         asked = [self.question]
         for who, text in [*asked, *self.facts] if self.order == "asked" else [*self.facts, *asked]:
             p = self.he if last == "n" and self.rng.random() < 0.75 else n
@@ -5642,145 +5475,235 @@ def spelling_set() -> list[dict[str, Any]]:
     return take_items(500, lambda: spelling_item(rng, rng.choice(held_words()), "!"))
 
 
-# 9. Main -------------------------------------------------------------------------------------
+# 10. Main ------------------------------------------------------------------------------------
+
+# A folder's manifest has the settings that determine the data, what was left out, and the size of
+# each file: manifest.json that of text, conversations.json that of other files, which may share the
+# folder with text. New files are made in a folder beside; then the old manifest goes, the new files
+# replace the old ones one by one, and the new manifest comes. After a kill in between, another run
+# makes them again.
 
 
-def make_world(settings: Settings, folder: Path) -> tuple[Sorter, dict]:
-    """Write the embedded world's shards to `folder`, and the facts that evaluate.py asks for."""
+def make_world(settings: Settings, folder: Path) -> Manifest:
+    """Write the embedded world: text, conversations, and what evaluate.py asks for."""
     sorter = Sorter(folder / "buckets", settings.seed, settings.documents * 1000)
     for text in world_documents(settings.seed, settings.documents):
         sorter.add(text)
+    count, made = settings.num_conversations, Files()
     (folder / "eval").mkdir()
     for split in ("trained", "unseen"):
+        path = folder / "eval" / f"facts_{split}.jsonl"
         lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in fact_prompts(split)]
-        (folder / "eval" / f"facts_{split}.jsonl").write_text("".join(lines), "utf-8")
-    return sorter, write_splits(folder, sorter, settings)
-
-
-def make_world_chat(settings: Settings, folder: Path) -> dict[str, dict[str, Any]]:
-    """Write the embedded world's conversations and evaluation sets; return what each file holds."""
-    count, made = settings.num_conversations, {}
+        path.write_text("".join(lines), "utf-8")
+        made[f"eval/{path.name}"] = {"size": size_of(path)}
     for split, share in {"mid": 1, "sft": 6, "val": 60, "rl": 10}.items():
         size = max(count // share, min(count, 20))
         chats = world_conversations(settings.seed, split, size, settings.name)
-        made |= write_lines([folder / f"{split}.jsonl"], map(as_line, chats))
+        made |= write_lines(folder / f"{split}.jsonl", map(as_line, chats))
     for name, graded in world_sets(settings.name).items():
-        about = write_lines([folder / "eval" / f"{name}.jsonl"], map(as_line, graded))
+        about = write_lines(folder / "eval" / f"{name}.jsonl", map(as_line, graded))
         made[f"eval/{name}.jsonl"] = about[f"{name}.jsonl"]
-    return made
+    return {"files": write_splits(folder, sorter, settings), "chats": made}
 
 
-def read_manifest(folder: Path, name: str = "manifest.json") -> dict[str, Any]:
-    """Return what a source's manifest says, {} where there is none or it is broken."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON says, {} where there is none or it is broken."""
     try:
-        manifest = json.loads((folder / name).read_text("utf-8"))
-        return manifest if {"settings", "files"} <= set(manifest) else {}
-    except (OSError, ValueError, TypeError):
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
         return {}
+    return value if isinstance(value, dict) else {}
 
 
-def is_prepared(folder: Path, manifest: dict, wanted: dict) -> bool:
-    """Say whether the files of `wanted` settings are all there with their sizes."""
-    if not manifest or manifest["settings"] != wanted:
-        return False
-    files = {**manifest["files"], **manifest.get("chats", {})}
-    paths = {folder / name: entry["size"] for name, entry in files.items()}
-    return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+def unsure(listing: Path) -> Path:
+    """Return where a manifest is kept while its files are being replaced."""
+    return listing.with_name(f".{listing.name}.partial")
 
 
-def check_folder(folder: Path, manifest: dict, settings: Settings, wanted: dict) -> None:
-    """Raise Stop rather than write over another source's text; say what is made anew, and why."""
-    remedy = f"give this text a name of its own with --source=NAME, or delete {folder}"
-    before = manifest.get("settings", {})
-    if before and before["data"] != wanted["data"]:
-        raise Stop(f"{folder} holds the text of {before['data']}: {remedy}")
-    chats = read_manifest(folder, "conversations.json").get("files", {})
-    chats = {"conversations.json", "tokens", *chats}
-    others = {path.name for path in folder.glob("*")} - (chats if settings.kind == "own" else set())
-    if others and "manifest.json" not in others and settings.kind != "hub":
-        raise Stop(f"{folder} holds files that were not made from --data={settings.data}: {remedy}")
-    words = {"input": "other files", "program": "another version of prepare.py"}
+def read_manifest(listing: Path) -> Manifest:
+    """Return what a manifest says, or its unsure version, or {}."""
+    manifest = read_json(listing) or read_json(unsure(listing))
+    return manifest if {"settings", "files"} <= set(manifest) else {}
+
+
+def is_prepared(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> bool:
+    """True if the files of `wanted` settings are all there with their sizes."""
+    files = {**manifest.get("files", {}), **manifest.get("chats", {})}
+    sizes = ((folder / name, entry["size"]) for name, entry in files.items())
+    return manifest.get("settings") == wanted and all(
+        path.is_file() and path.stat().st_size == size for path, size in sizes
+    )
+
+
+def check_folder(folder: Path, manifest: Manifest, wanted: dict[str, Any], strange: bool) -> None:
+    """Raise Stop rather than write over other data; say what is made anew, and why.
+
+    `strange`: the folder has files that no manifest explains.
+    """
+    remedy = f"give this one a name of its own with --source=NAME, or delete {folder}"
+    before = manifest.get("settings", wanted)
+    if before["data"] != wanted["data"]:
+        raise Stop(f"{folder} holds what was made of {before['data']}: {remedy}")
+    if strange and not manifest:
+        raise Stop(f"{folder} holds files that were not made of {wanted['data']}: {remedy}")
+    words = {"input": "other files", "tests": "other evaluation sets"}
+    words |= dict.fromkeys(("version", "world"), "another version of prepare.py")
     changed = [words.get(name) or f"--{name.replace('_', '-')}={before.get(name)}"
-               for name in wanted if before and before.get(name) != wanted[name]]  # fmt: skip
+               for name in wanted if before.get(name) != wanted[name]]  # fmt: skip
     if changed:
-        again = "completed" if settings.kind == "hub" else "made anew"
-        print(f"prepare: {settings.source} was made with {', '.join(changed)}: it is {again}")
+        print(f"prepare: {folder} was made with {', '.join(dict.fromkeys(changed))}")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes were writing beside a source's folder."""
-    for path in folder.parent.glob(f".{folder.name}.*.partial"):
-        number = path.name.removeprefix(f".{folder.name}.").split(".")[0]
-        try:
-            if number.isdigit() and int(number) != os.getpid():
-                os.kill(int(number), 0)  # asks whether the process lives
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except PermissionError:
-            continue  # it lives and is another user's
+def replace_files(
+    listing: Path, wanted: dict[str, Any], make: Callable[[Path], Manifest], keep: bool = False
+) -> None:
+    """Make files beside a folder and put them in; `listing` becomes their manifest.
+
+    With `keep` the files of evaluation sets that are not made anew stay.
+    """
+    folder = listing.parent
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)  # a killed process left it
+    beside.mkdir(parents=True)
+    try:
+        new = {"settings": wanted, **make(beside)}
+        names = [*new["files"], *new.get("chats", {})]
+        manifest = read_manifest(listing)
+        old = {**manifest.get("files", {}), **manifest.get("chats", {})}
+        sets = {name.split("/")[0] for name in names}
+        kept = {n: old.pop(n) for n in list(old) if keep and n.split("/")[0] not in sets}
+        files = {**kept, **{name: {"size": -1} for name in (*old, *names)}}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(unsure(listing), {"settings": wanted, "files": files})
+        listing.unlink(missing_ok=True)
+        if listing.name == "manifest.json":
+            shutil.rmtree(folder / "tokens", ignore_errors=True)  # of the old text
+        for name in set(old) - set(names):
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(beside / name, folder / name)
+        new["files"] |= kept
+        write_json(listing, new)
+        unsure(listing).unlink()
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
-def summary(manifest: dict) -> str:
-    """Say in a line what a source holds."""
-    files = manifest["files"]
-    val = files["val.parquet"]["documents"]
-    train = sum(entry["documents"] for entry in files.values()) - val
-    chars = format_count(sum(entry["characters"] for entry in files.values()))
-    return f"{train:,} train and {val:,} validation documents, {chars} characters"
+def report(listing: Path, again: bool) -> Manifest:
+    """Say what a folder holds and what was left out; return its manifest."""
+    folder, manifest = listing.parent, read_manifest(listing)
+    files = {**manifest["files"], **manifest.get("chats", {})}
+    state = " is complete, nothing to do" if again else ""
+    text = [entry for entry in files.values() if "documents" in entry]
+    if text:
+        val = files["val.parquet"]["documents"]
+        train = sum(entry["documents"] for entry in text) - val
+        chars = format_count(sum(entry["characters"] for entry in text))
+        state += f": {train:,} train and {val:,} validation documents, {chars} characters"
+    print(f"prepare: {folder}{state}")
+    for name, entry in files.items():
+        if "kinds" in entry and not name.startswith("eval/"):
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in entry["kinds"].items())
+            kinds = f" ({kinds})" if len(entry["kinds"]) > 1 else ""
+            print(f"prepare: {folder / name}: {entry['conversations']:,}{kinds}")
+    if manifest.get("dropped"):
+        print(f"prepare: {left_out(manifest['dropped'])}")
+    return manifest
 
 
-def prepare(settings: Settings, net: Net | None) -> dict[str, Any]:
-    """Make data/SOURCE/ as the settings say, unless it is there; return its manifest."""
+def prepare_eval(settings: Settings, net: Net | None) -> Manifest:
+    """Make data/eval/ of the hub's sets or of a folder's, unless it is there."""
+    listing, hub = data_dir("eval") / "conversations.json", settings.eval_data == "hub"
+    root = data_dir("downloads") if hub else resolve(settings.eval_data)
+    wanted: dict[str, Any] = {"data": "hub", "version": DATA_VERSION}
+    if not hub:
+        wanted |= {"data": printable(root), "input": OwnFiles(root).fingerprint()}
+    again = is_prepared(listing.parent, read_manifest(listing), wanted)
+    if not again:
+        if hub:
+            splits = [(name, about.test) for name, about in SETS.items() if about.test]
+            fetch_sets(net or Net(), root, splits, settings.workers)
+        replace_files(listing, wanted, partial(make_eval, root), keep=True)
+    manifest = report(listing, again)
+    titles = [*(about.title for about in SETS.values() if about.test), "SpellingBee"]
+    missing = [title for title in titles if f"{title}.jsonl" not in manifest["files"]]
+    missing += ["CORE"] * (not any("task" in entry for entry in manifest["files"].values()))
+    if missing:
+        print(f"prepare: {root} does not have {', '.join(missing)}: left out")
+    return manifest
+
+
+def prepare_chat(settings: Settings, net: Net | None) -> Manifest:
+    """Make data/SOURCE/{mid,sft,rl,val}.jsonl of the hub's conversations or of your own."""
+    listing = data_dir(settings.source) / "conversations.json"
+    root, files = data_dir("downloads"), None
+    wanted: dict[str, Any] = {"data": "hub", "name": settings.name, "seed": settings.seed}
+    wanted["version"] = DATA_VERSION
+    wanted["tests"] = OwnFiles(data_dir("eval")).fingerprint()  # their questions are left out
     if settings.conversations == "hub":
-        settings = replace(settings, eval_data=settings.eval_data or "hub")
-    made = prepare_eval(settings, net) if settings.eval_data else {}
-    if settings.conversations:
-        return prepare_chat(settings, net)
-    if made:
-        return made
-    folder = data_dir(settings.source)
-    manifest, wanted = read_manifest(folder), settings.identity()
-    files = OwnFiles(settings.path) if settings.kind == "own" else None
-    if files:
-        wanted["input"] = files.fingerprint()
-    if settings.kind == "world":
-        wanted["program"] = file_digest(Path(__file__))
-    if is_prepared(folder, manifest, wanted):
-        print(f"prepare: {folder} is complete, nothing to do: {summary(manifest)}")
-        return manifest
-    check_folder(folder, manifest, settings, wanted)
-    new: dict[str, Any] = {"source": settings.source, "settings": wanted}
-    if settings.kind == "hub":
-        new["files"] = make_hub(settings, manifest.get("files", {}), net or Net())
-        write_json(folder / "manifest.json", new)
+        wanted["world"] = WORLD_VERSION  # of the conversations on who the assistant is
     else:
-        remove_leftovers(folder)
-        with written_beside(folder) as beside:
-            beside.mkdir()
-            made = make_own(settings, files, beside) if files else make_world(settings, beside)
-            sorter, new["files"] = made
-            new["dropped"] = {"duplicates": sorter.duplicates, **(files.dropped if files else {})}
-            new["mended"] = dict(files.mended) if files else {}
-            shutil.rmtree(beside / "buckets")
-            if settings.kind == "world":
-                new["chats"] = make_world_chat(settings, beside)
-            chats = read_manifest(folder, "conversations.json").get("files", {})
-            for name in ("conversations.json", *chats) if chats and files else ():
-                shutil.copyfile(folder / name, beside / name)  # made by another command: they stay
-            write_json(beside / "manifest.json", new)
-    print(f"prepare: {folder}: {summary(new)}")
-    show_kinds(folder, new.get("chats", {}))
-    if files and sorter.duplicates:
-        print(f"prepare: left out {sorter.duplicates:,} duplicates")
-    if files and (files.dropped or +files.mended):
-        print(f"prepare: {files.left_out()}")
-    return new
+        files = OwnFiles(resolve(settings.conversations), (".jsonl",))
+        wanted |= {"data": printable(files.root), "input": files.fingerprint(),
+                   "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
+    manifest = read_manifest(listing)
+    again = is_prepared(listing.parent, manifest, wanted)
+    if not again:
+        strange = any((listing.parent / f"{file}.jsonl").exists() for file in FILES)
+        check_folder(listing.parent, manifest, wanted, strange)
+        if not files:
+            splits = [(name, split) for name, about in SETS.items() if about.train
+                      for split in (about.train, about.val) if split]  # fmt: skip
+            fetch_sets(net or Net(), root, splits, settings.workers)
+        replace_files(listing, wanted, partial(make_chat, settings, files, root))
+    return report(listing, again)
 
 
-def main(settings: Settings, net: Net | None = None) -> dict[str, Any]:
-    """Prepare one source; every failure is one sentence."""
+def prepare_text(settings: Settings, net: Net | None) -> Manifest:
+    """Make the text of data/SOURCE/, of the world its conversations too."""
+    folder = data_dir(settings.source)
+    listing = folder / "manifest.json"
+    wanted: dict[str, Any] = {"data": "world", "version": WORLD_VERSION}
+    names = ["val_percent", "val_mb", "shard_mb", "seed"]
+    mine: set[str] = set()
+    if settings.kind == "hub":
+        wanted, names = {"data": HUB[settings.data][1]}, ["shards"]
+    elif settings.kind == "world":
+        names += ["documents", "num_conversations", "name"]
+        make = partial(make_world, settings)
+    else:
+        files = OwnFiles(resolve(settings.data))
+        wanted = {"data": printable(files.root), "version": DATA_VERSION}
+        wanted["input"] = files.fingerprint()
+        names += ["doc_chars"]
+        make = partial(make_own_text, settings, files)
+        mine = {*read_manifest(folder / "conversations.json").get("files", {}), "tokens",
+                "conversations.json"}  # fmt: skip
+    wanted |= {name: getattr(settings, name) for name in names}
+    manifest = read_manifest(listing)
+    again = is_prepared(folder, manifest, wanted)
+    if not again:
+        strange = {path.name for path in folder.glob("[!.]*")} - mine
+        check_folder(folder, manifest, wanted, bool(strange) and settings.kind != "hub")
+        if settings.kind == "hub":
+            folder.mkdir(parents=True, exist_ok=True)
+            made = make_hub_text(settings, net or Net(), folder)
+            write_json(listing, {"settings": wanted, "files": made})
+        else:
+            replace_files(listing, wanted, make)
+    return report(listing, again)
+
+
+def main(settings: Settings, net: Net | None = None) -> Manifest:
+    """Prepare what the settings name, unless it is there; return its manifest."""
     with one_sentence("prepare"):
-        return prepare(settings, net)
+        if settings.conversations == "hub":
+            settings = replace(settings, eval_data=settings.eval_data or "hub")
+        made = prepare_eval(settings, net) if settings.eval_data else {}
+        if settings.conversations:
+            return prepare_chat(settings, net)
+        return made or prepare_text(settings, net)
 
 
 if __name__ == "__main__":

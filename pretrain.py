@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,36 +27,34 @@ from common import (
     Batch,
     Engine,
     GPTConfig,
-    LossScaler,
+    Horizon,
     MissingInput,
     Optimizer,
     Rows,
+    RowSettings,
     Run,
     Sampling,
     Tokenizer,
     accum_steps,
     all_sum,
-    any_rank,
     at_least,
-    attend,
-    attend_in_blocks,
-    blank_batch,
+    begin_or_resume,
     check_data,
-    check_name,
-    choose_micro_batch,
-    compile_choice,
-    compile_or_not,
+    data_setting,
+    device_setting,
     dist_info,
+    drop_replaced,
     evaluate_bpb,
+    find_checkpoint,
     format_count,
     format_duration,
     free_bytes,
     list_shards,
-    load_file,
-    load_optimizer,
+    log_setting,
     logits_at_once,
     memory_bytes,
-    newest_checkpoint,
+    model_setting,
+    optim_setting,
     optimizer_groups,
     out_of_memory,
     parse_settings,
@@ -66,6 +62,7 @@ from common import (
     pick_device,
     pick_dtype,
     rate_scale,
+    read_meta,
     read_texts,
     rms_norm,
     row_batches,
@@ -78,77 +75,69 @@ from common import (
     token_rows,
     training_steps,
     trapezoid,
-    try_attention,
-    try_micro_batch,
-    window_kernel,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
 
 
 @dataclass
-class Settings:
-    tag: str = setting("main", "name of the run, a folder below runs/")
-    source: str = setting("", "folder below data/ with the text; empty = the tokenizer's")
-    depth: int = setting(12, "transformer blocks; width, batch and steps follow from it")
-    head_dim: int = setting(0, "channels of an attention head; 0 = 128, or 64 up to depth 7")
-    n_kv_head: int = setting(0, "heads of keys and values; 0 = as many as of queries")
-    max_seq_len: int = setting(2048, "context: positions of a row")
-    window_pattern: str = setting(
-        "", "a letter a layer, repeated: L whole context, S a quarter; empty = L, or SSSL if faster"
+class Settings(RowSettings):
+    source: str = data_setting(
+        "", "folder below data/ with the text; empty: the tokenizer's", may_differ=True
     )
-    smear: bool = setting(True, "mix the token before into each position's input")
-    value_embeds: bool = setting(True, "embed tokens into every other layer's values too")
-    skip: bool = setting(True, "mix the first block's input into every block's")
-    bigram_rows: int = setting(32768, "rows of a table that embeds pairs of tokens; 0 = none")
-    bigram_steps: int = setting(60, "steps that first fit embedding and head to pairs of tokens")
-    bigram_tokens: float = setting(1e9, "runs of more tokens than this do without those two")
-    qk_scale: float = setting(1.2, "factor on normalised queries and keys")
-    num_iterations: int = setting(0, "optimizer steps; 0 = from the next two")
-    target_flops: float = setting(0.0, "train for this many FLOPs; 0 = from the next one")
-    target_param_data_ratio: float = setting(20.0, "tokens per parameter")
-    total_batch_size: int = setting(0, "tokens a step over all ranks; 0 = from the steps")
-    device_batch_size: int = setting(0, "rows of one forward pass; 0 = what fits")
-    fp8: bool = setting(False, "products of the blocks in 8 bits: H100 and newer")
-    recompute: bool = setting(False, "keep less for the backward pass and compute it again")
-    lr_scale: float = setting(1.0, "factor on all learning rates")
-    matrix_lr: float = setting(0.02, "learning rate of the blocks' matrices (Muon)")
-    embed_lr: float = setting(0.2, "learning rate of the embedding at width 768 (AdamW)")
-    head_lr: float = setting(0.004, "learning rate of the head at width 768 (AdamW)")
-    muon_steps: int = setting(0, "of Muon's orthogonalisation; 0 = 5, or 3 below width 512")
-    weight_decay: float = setting(0.0, "decay of the matrices per unit of learning rate")
-    warmup: int = setting(10, "steps in which the learning rate rises")
-    warmdown: float = setting(0.6, "share of the run in which the learning rate falls")
-    final_lr: float = setting(0.05, "factor on the learning rate at the end")
-    eval_every: int = setting(250, "steps between validations; 0 = never")
-    eval_tokens: int = setting(100_000, "tokens, about, of the documents of a validation")
-    sample_every: int = setting(0, "steps between samples of text; 0 = never")
-    save_every: int = setting(500, "steps between checkpoints; the last is always saved")
-    keep: int = setting(2, "checkpoints kept; 0 = all")
-    log_every: int = setting(10, "steps between log lines")
-    seed: int = setting(0, "of the initial weights and the order of rows")
-    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
-    dtype: str = setting(
-        "",
-        "of activations; empty = bfloat16 or float16 where fast",
-        choices=("", "float32", "bfloat16", "float16"),
+    depth: int = model_setting(12, "transformer blocks; width, batch and steps follow from it")
+    head_dim: int = model_setting(0, "channels of an attention head; 0: 128, or 64 below depth 8")
+    n_kv_head: int = model_setting(0, "heads of keys and values; 0: as many as of queries")
+    max_seq_len: int = model_setting(2048, "context: positions of a row")
+    window_pattern: str = model_setting(
+        "L", "a letter a layer, repeated: L attends to the whole context, S to a quarter"
     )
-    compile: str = setting(
-        "auto", "torch.compile; auto = where it pays", choices=("auto", "yes", "no")
+    smear: bool = model_setting(True, "mix the token before into each position's input")
+    value_embeds: bool = model_setting(True, "embed tokens into every other layer's values too")
+    skip: bool = model_setting(True, "mix the first block's input into every block's")
+    bigram_rows: int = model_setting(32768, "rows of a table that embeds pairs of tokens; 0: none")
+    qk_scale: float = model_setting(1.2, "factor on normalised queries and keys")
+    num_iterations: int = optim_setting(
+        0, "optimizer steps; 0: derived from --target-flops or --target-param-data-ratio"
     )
-    run: str = setting("", "name of a wandb run, where wandb is installed")
-    restart: bool = setting(False, "delete this run's base checkpoints and begin anew")
-    plan: bool = setting(False, "print parameters, FLOPs, memory, time and cost, and end")
-    plan_device: str = setting("", "GPU to plan for, e.g. H100; empty = this machine's device")
-    plan_count: int = setting(1, "GPUs to plan for")
-    plan_vocab_size: int = setting(65536, "vocabulary to plan for")
+    target_flops: float = optim_setting(
+        0.0, "train for this many FLOPs; 0: derived from --target-param-data-ratio"
+    )
+    target_param_data_ratio: float = optim_setting(20.0, "train on so many tokens per parameter")
+    total_batch_size: int = optim_setting(
+        0, "tokens of a step over all ranks; 0: derived from the tokens of the run"
+    )
+    bigram_steps: int = optim_setting(
+        60, "steps that first fit embedding and head to the counts of pairs of tokens"
+    )
+    bigram_tokens: float = optim_setting(
+        1e9, "runs of more tokens do without --bigram-rows and --bigram-steps"
+    )
+    matrix_lr: float = optim_setting(0.02, "learning rate of the blocks' matrices (Muon)")
+    embed_lr: float = optim_setting(0.2, "learning rate of the embedding at width 768 (AdamW)")
+    head_lr: float = optim_setting(0.004, "learning rate of the head at width 768 (AdamW)")
+    muon_steps: int = optim_setting(
+        0, "steps of Muon's orthogonalisation, 3 or 5; 0: 5, or 3 below width 512"
+    )
+    weight_decay: float = optim_setting(0.0, "weight decay of the matrices")
+    warmup: int = 10
+    warmdown: float = 0.6
+    final_lr: float = 0.05
+    eval_tokens: int = log_setting(100_000, "about how many tokens a validation reads")
+    sample_every: int = log_setting(0, "steps between samples of text; 0: never")
+    fp8: bool = device_setting(
+        False, "multiply the blocks' matrices in 8 bits: H100 and newer", may_differ=False
+    )
+    recompute: bool = device_setting(
+        False, "save memory: compute activations again in the backward pass"
+    )
+    plan: bool = setting(
+        False, "print parameters, FLOPs, memory, time and cost, and end", may_differ=True
+    )
+    plan_device: str = device_setting("", "GPU that --plan is for, as H100; empty: this machine's")
+    plan_count: int = device_setting(1, "number of GPUs that --plan is for")
+    plan_vocab_size: int = device_setting(65536, "size of the vocabulary that --plan is for")
 
-    # what may change when a run is resumed: it alters no batch and no update
-    may_differ: ClassVar[set[str]] = {
-        "device_batch_size", "recompute", "eval_every", "eval_tokens", "sample_every",
-        "save_every", "keep", "log_every", "device", "dtype", "compile", "run", "restart",
-        "source", "plan", "plan_device", "plan_count", "plan_vocab_size",
-    }  # fmt: skip
     derived: ClassVar[dict[str, str]] = {
         "model_dim": "the width is derived from --depth (64 channels a block)",
         "n_embd": "the width is derived from --depth (64 channels a block)",
@@ -157,28 +146,22 @@ class Settings:
     }
 
     def __post_init__(self) -> None:
-        check_name(self.tag, "--tag")
+        super().__post_init__()
         if not 1 <= self.depth <= 128:
             raise ValueError(f"--depth={self.depth} must be from 1 to 128")
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len={self.max_seq_len} must be 2 or more")
+        at_least(self, 2, "max_seq_len")
+        at_least(self, 0, "head_dim", "n_kv_head", "target_flops", "bigram_rows", "weight_decay")
+        at_least(self, 1, "plan_count", "plan_vocab_size")
         if self.total_batch_size % self.max_seq_len:
             near = max(1, round(self.total_batch_size / self.max_seq_len)) * self.max_seq_len
             raise ValueError(
                 f"--total-batch-size={self.total_batch_size} does not divide into rows of "
                 f"--max-seq-len={self.max_seq_len}: {near} would"
             )
-        at_least(
-            self, 0, "head_dim", "n_kv_head", "num_iterations", "target_flops", "device_batch_size",
-            "total_batch_size", "warmup", "keep", "seed", "bigram_rows",
-        )  # fmt: skip
-        for name in ("target_param_data_ratio", "lr_scale", "plan_count", "plan_vocab_size"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+        if not 0 < self.target_param_data_ratio < math.inf:
+            raise ValueError("--target-param-data-ratio must be above 0")
         if self.muon_steps not in (0, 3, 5):
             raise ValueError("--muon-steps must be 3, 5 or 0")
-        if not 0 <= self.warmdown <= 1:
-            raise ValueError("--warmdown must be from 0 to 1")
         model_config(self, 512)  # raises for heads that do not fit
 
 
@@ -206,21 +189,8 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
         value_embeds=settings.value_embeds,
         skip=settings.skip,
     )
-    tokens = derive_horizon(settings, config).tokens(settings.max_seq_len)
+    tokens = derive_horizon(settings, config).num_rows * settings.max_seq_len
     return replace(config, bigram_rows=settings.bigram_rows * (tokens <= settings.bigram_tokens))
-
-
-@dataclass(frozen=True)
-class Horizon:
-    """How long the run is, in rows and steps."""
-
-    num_steps: int
-    batch_rows: int
-    reasons: tuple[str, str]  # of steps and batch
-
-    def tokens(self, T: int) -> int:
-        """Return the tokens of the whole run."""
-        return self.num_steps * self.batch_rows * T
 
 
 # The batch at which 20 tokens a parameter of depth 20 train well, published for nanochat. It
@@ -232,23 +202,20 @@ def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
     """Derive steps and batch from the first of steps, FLOPs and tokens a parameter that is set."""
     if settings.num_iterations:
         # batch = REFERENCE_BATCH * sqrt(tokens / REFERENCE_TOKENS) with tokens = steps * batch
-        batch = REFERENCE_BATCH**2 * settings.num_iterations / REFERENCE_TOKENS
-        tokens, why = 0.0, "as set"
-    elif settings.target_flops:
-        tokens = settings.target_flops / config.flops_per_token()
-        why = f"{format_count(settings.target_flops)}FLOP at {config.flops_per_token():.3g} a token"
+        batch, why = REFERENCE_BATCH**2 * settings.num_iterations / REFERENCE_TOKENS, "as set"
+        tokens = settings.num_iterations * batch
     else:
+        each = config.flops_per_token()
         tokens = settings.target_param_data_ratio * config.scaling_params()
         why = f"{settings.target_param_data_ratio:g} tokens a parameter"
-    if not settings.num_iterations:
+        if settings.target_flops:
+            tokens = settings.target_flops / each
+            why = f"{format_count(settings.target_flops)}FLOP at {each:.3g} a token"
         batch = REFERENCE_BATCH * math.sqrt(tokens / REFERENCE_TOKENS)
     T = settings.max_seq_len
     rows = 2 ** max(0, round(math.log2(batch / T)))  # a power of two divides among most ranks
-    why_batch = f"{REFERENCE_BATCH:,} x root(tokens / {format_count(REFERENCE_TOKENS)}), power of 2"
-    if settings.total_batch_size:
-        rows, why_batch = settings.total_batch_size // T, "as set"
-    steps = settings.num_iterations or max(1, round(tokens / (rows * T)))
-    return Horizon(steps, rows, (why, why_batch))
+    rows = settings.total_batch_size // T or rows
+    return Horizon(settings.num_iterations or max(1, round(tokens / (rows * T))), rows, why)
 
 
 # 3. Memory and plan --------------------------------------------------------------------------
@@ -287,59 +254,58 @@ def print_plan(settings: Settings) -> dict[str, float]:
     """Print what a run would take, without touching data or a device; return the numbers."""
     config = model_config(settings, settings.plan_vocab_size)
     horizon = derive_horizon(settings, config)
-    T, count = settings.max_seq_len, settings.plan_count
-    name = settings.plan_device
+    T, count, name = settings.max_seq_len, settings.plan_count, settings.plan_device
     if name and name not in PEAK_FLOPS:
         raise MissingInput(f"--plan-device={name} is unknown: choose of {', '.join(PEAK_FLOPS)}")
     device = torch.device("cuda") if name else pick_device(settings.device)
     dtype = torch.bfloat16 if name else pick_dtype(device, settings.dtype)
     peak = PEAK_FLOPS[name] if name else peak_flops(device, dtype)
-    share = 0.45 if name else 0.5  # of the peak: about what is measured (README)
-    tokens = horizon.tokens(T)
-    flops = tokens * config.flops_per_token()
+    used = 0.45 if name else 0.5  # of the peak: never measured on a GPU (docs/choices.md)
+    flops = horizon.num_rows * T * config.flops_per_token()
     each = -(-horizon.batch_rows // count)  # rows; with more ranks than rows some have filling
-    seconds = flops / (peak * horizon.batch_rows / each * share) / horizon.num_steps
+    step_s = flops / horizon.num_rows * each / (peak * used)
     rate = NETWORK_RATE if count > 8 else NODE_RATES.get(name, PCIE_RATE)
-    exchanged = exchanged_bytes(config, count)
-    total = horizon.num_steps * (seconds + exchanged / rate)
-    rows = settings.device_batch_size or each
-    room = MEMORY_GB[name] * 1e9 if name else free_bytes(device)
+    sent = exchanged_bytes(config, count)
 
     def memory(rows: int) -> dict[str, int]:
-        options = {"world_size": count, "recompute": settings.recompute, "slots": 1}
-        return memory_bytes(config, rows, dtype.itemsize, device, **options)
+        return memory_bytes(config, rows, dtype.itemsize, device, world_size=count,
+                            recompute=settings.recompute, slots=1)  # fmt: skip
 
-    while room and rows > 1 and not settings.device_batch_size:
-        if sum(memory(rows).values()) < 0.9 * room:
-            break
+    rows = settings.device_batch_size or each
+    room = 0.9 * (MEMORY_GB[name] * 1e9 if name else free_bytes(device))
+    while not settings.device_batch_size and rows > 1 and sum(memory(rows).values()) >= room:
         rows = -(-rows // 2)
-    parts = memory(rows)
-    numbers = {
+    numbers: dict[str, float] = {
         "parameters": config.num_params(), "flops_per_token": config.flops_per_token(),
-        "tokens": tokens, "steps": horizon.num_steps, "batch_tokens": horizon.batch_rows * T,
-        "flops": flops, "seconds": total, "step_seconds": seconds,
-        "exchanged_bytes": exchanged, "exchange_seconds": exchanged / rate,
-        **{f"{k}_bytes": v for k, v in parts.items()},
+        "tokens": horizon.num_rows * T, "steps": horizon.num_steps, "flops": flops,
+        "batch_tokens": horizon.batch_rows * T, "step_seconds": step_s, "exchanged_bytes": sent,
+        "exchange_seconds": sent / rate, "seconds": horizon.num_steps * (step_s + sent / rate),
+        **{f"{part}_bytes": size for part, size in memory(rows).items()},
     }  # fmt: skip
+    total, parts = sum(memory(rows).values()) / 1e9, memory(rows).items()
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
     print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
     print(f"FLOPs        {format_count(flops)}, {format_count(config.flops_per_token())} a token")
-    print(f"tokens       {format_count(tokens)} ({horizon.reasons[0]})")
+    print(f"tokens       {format_count(horizon.num_rows * T)} ({horizon.why})")
+    # 4.8 characters a token, a quarter to spare, 250 M characters a shard; run.sh reads this line
+    numbers["shards"] = 2 + int(numbers["tokens"] * 4.8 * 1.25 / 250e6)
+    print(f"shards       {numbers['shards']} of the hub's text")
     print(f"steps        {horizon.num_steps:,} of {horizon.batch_rows * T:,} tokens")
-    split = ", ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items())
-    print(f"memory       {sum(parts.values()) / 1e9:.1f} GB a device at {rows} rows: {split}")
+    print(f"memory       {total:.1f} GB a device at {rows} rows: "
+          + ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts))  # fmt: skip
     print(f"device       {count} x {name or device.type}, {format_count(peak)}FLOP/s each")
-    also = (f", and {1e3 * exchanged / rate:,.0f} ms for {exchanged / 1e9:.1f} GB that each sends "
-            f"and receives, at {rate / 1e9:.0f} GB/s")  # fmt: skip
-    print(f"step         {1e3 * seconds:,.0f} ms at {share:.0%} of the peak{also * (count > 1)}")
-    print(f"time         {format_duration(total)}")
+    print(f"step         {1e3 * step_s:,.0f} ms at {used:.0%} of the peak")
+    if count > 1:
+        print(f"exchange     {1e3 * sent / rate:,.0f} ms a step: each GPU sends and receives "
+              f"{sent / 1e9:.1f} GB at {rate / 1e9:.0f} GB/s")  # fmt: skip
+    print(f"time         {format_duration(numbers['seconds'])}")
     if price := PRICE_PER_HOUR.get(name):
-        numbers["cost_usd"] = price * count * total / 3600
+        numbers["cost_usd"] = price * count * numbers["seconds"] / 3600
         print(f"cost         {numbers['cost_usd']:,.0f} USD at {price} USD a GPU and hour")
     for gb in CARDS_GB:
-        plain, recomputed, context = card_limits(gb, settings)
-        print(f"card         {gb} GB: depth {plain}, with --recompute {recomputed}; at depth {plain} "
-              f"with --recompute a context of {context:,}")  # fmt: skip
+        depth, recomputed, context = card_limits(gb, settings)
+        print(f"card         {gb} GB: depth {depth}, or {recomputed} with --recompute; "
+              f"at depth {depth} with it a context of {context:,}")  # fmt: skip
     return numbers
 
 
@@ -464,149 +430,85 @@ def fit_bigrams(model: GPT, rows: Rows, num_steps: int) -> float:
     return all_sum(total).item()
 
 
-def choose_windows(
-    device: torch.device, dtype: torch.dtype, settings: Settings, saved: dict[str, Any]
-) -> str:
-    """Return the pattern of windows: the given or saved one, else SSSL where a window is faster.
-
-    nanochat trains with it; without a kernel that gains by windows they only cost context.
-    """
-    if saved or settings.window_pattern:
-        return settings.window_pattern or saved["config"]["window_pattern"]
-    config = model_config(settings, 512)
-    attend_in_window = window_kernel(device, dtype, config.head_dim)
-    T, slower = config.max_seq_len, True
-    if attend_in_window is not attend_in_blocks:
-        shape = (1, T, config.n_head, config.head_dim)
-        kinds = ((attend, T), (attend_in_window, T // 4))
-        whole, windowed = (
-            try_attention(partial(kind, window=window), shape, device, dtype)[0]
-            for kind, window in kinds
-        )
-        slower = windowed > 0.7 * whole
-    return "L" if any_rank(slower, device) else "SSSL"
-
-
-def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype,
-             peak: float) -> None:  # fmt: skip
+def describe(run: Run, config: GPTConfig, horizon: Horizon, micro: int, dtype: torch.dtype) -> None:
     """Print what was derived, each with its reason."""
-    T, rows = config.max_seq_len, horizon.batch_rows
-    accum = accum_steps(rows, micro)
+    T, rows, peak = config.max_seq_len, horizon.batch_rows, peak_flops(run.device, dtype)
     windows = f"windows {config.window_pattern}, " if "S" in config.window_pattern else ""
+    why = f"{REFERENCE_BATCH:,} x root(tokens / {format_count(REFERENCE_TOKENS)}), power of 2"
     run.say(f"model: {format_count(config.num_params())} parameters: width {config.n_embd} "
             f"(64 x depth {config.n_layer}), {config.n_head} heads of {config.head_dim}, "
             f"context {T}, {windows}vocabulary {config.vocab_size:,}")  # fmt: skip
-    run.say(f"steps: {horizon.num_steps:,} ({horizon.reasons[0]}), {horizon.tokens(T):,} tokens")
-    run.say(f"batch: {rows * T:,} tokens ({horizon.reasons[1]}) = {run.world_size} ranks x "
-            f"{accum} passes x {micro} rows x {T}")  # fmt: skip
-    run.say(f"device: {run.device}, {str(dtype)[6:]}, matmul peak {format_count(peak)}FLOP/s, "
-            f"{format_count(config.flops_per_token())}FLOP a token")  # fmt: skip
+    run.say(f"steps: {horizon.num_steps:,} ({horizon.why}), {horizon.num_rows * T:,} tokens")
+    run.say(
+        f"batch: {rows * T:,} tokens ({'as set' if run.settings.total_batch_size else why}) "
+        f"= {run.world_size} ranks x {accum_steps(rows, micro)} passes x {micro} rows x {T}"
+    )
+    run.say(
+        f"device: {run.device}, {str(dtype)[6:]}, matmul peak {format_count(peak)}FLOP/s, "
+        f"{format_count(config.flops_per_token())}FLOP a token"
+    )
 
 
 # 9. Main -------------------------------------------------------------------------------------
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> dict[str, Any]:
     """Train, or go on with, the base model of a run; return the last metrics."""
     if settings.plan:
         return print_plan(settings)
     with start_run("base", settings) as run:
         tokenizer = Tokenizer.load(run_dir(settings.tag) / "tokenizer")
         source = settings.source or tokenizer.info["source"]
-        newest, saved = newest_checkpoint(run)
-        # what alters rounding is kept when a run goes on: bit for bit the unbroken run
-        dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        pattern = choose_windows(run.device, dtype, settings, saved)
-        config = model_config(replace(settings, window_pattern=pattern), tokenizer.vocab_size)
-        horizon = derive_horizon(settings, config)
-        T, batch_rows, num_steps = config.max_seq_len, horizon.batch_rows, horizon.num_steps
-        run.num_steps = num_steps
-        start, text = saved.get("step", 0), text_key(source)
-        check_data(run, saved, tokenizer=tokenizer.fingerprint)
-        if run.finished():
-            changed = text and saved.get("text", text) != text
-            run.say(f"base: {newest} is there, finished"
-                    f"{'; the text has changed since' if changed else ''}")  # fmt: skip
+        text = text_key(source)
+        config = model_config(settings, tokenizer.vocab_size)
+        horizon, T = derive_horizon(settings, config), config.max_seq_len
+        begun = begin_or_resume(run, config, horizon, {"tokenizer": tokenizer.fingerprint})
+        if begun is None:
+            trained_on = read_meta(find_checkpoint(settings.tag, "base"))["text"]
+            if text and trained_on != text:
+                run.say("base: the text has changed since; --restart trains on it")
             return run.metrics
-        check_data(run, saved, source=source)
+        model, optimizer, start, meta = begun
+        micro, num_steps, batch_rows = meta["micro_batch"], horizon.num_steps, horizon.batch_rows
+        describe(run, config, horizon, micro, model.dtype)
 
-        share = accum_steps(batch_rows, 1)
-        # on a CPU more gains nothing in the caches
-        most = max(1, 8192 // T) if run.device.type == "cpu" else share
-        micro = choose_micro_batch(run, config, saved, share, most, dtype.itemsize)
-        peak, flops = peak_flops(run.device, dtype), config.flops_per_token()
-        describe(run, config, horizon, micro, dtype, peak)
-        seconds = run.estimate_seconds(horizon.tokens(T) * flops, peak)
-        compiled = compile_or_not(compile_choice(run, saved), seconds, run.device, run.say)
-
-        model = GPT.create(config, run.device, dtype)
-        model.recompute = settings.recompute
-        if settings.fp8:
-            model.train_in_fp8()
-        pairs = bigram_steps(settings, config, horizon.tokens(T))
-        head_lr = settings.head_lr * (FITTED_HEAD_LR if pairs else 1)
-        groups = optimizer_groups(
-            model, settings.matrix_lr, settings.embed_lr, head_lr, settings.weight_decay,
-            settings.muon_steps,
-        )  # fmt: skip
-        # Muon's products may be bf16 where that is fast, also in fp32 training (as torch's own)
-        muon_dtype = pick_dtype(run.device, saved.get("muon_dtype", ""))
-        optimizer = Optimizer(groups, muon_dtype, compiled)
-        optimizer.scaler = LossScaler() if dtype == torch.float16 else None
-        optimizer.scale_lr(settings.lr_scale)
-        if newest:
-            model.load_state_dict(load_file(newest, "model.pt", run.device))
-            load_optimizer(run, newest, optimizer)
-            run.say(f"base: going on from {newest}")
-        rows = token_rows(source, tokenizer, T, num_steps * batch_rows, run)
-        check_data(run, saved, data=rows.names)
-        epochs = num_steps * batch_rows / len(rows)
+        check_data(run, meta, {"source": source})  # before hours of tokenizing
+        rows = token_rows(source, tokenizer, T, horizon.num_rows, run)  # (rows, T + 1) ids
+        check_data(run, meta, {"data": rows.names})
+        meta |= {"source": source, "text": text, "data": rows.names, "batch_tokens": batch_rows * T}
+        epochs = horizon.num_rows / len(rows)
         little = LITTLE_TEXT * (epochs > MANY_EPOCHS and not settings.num_iterations)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs{little}")
         val_texts = validation_texts(source, settings.eval_tokens)
-        if pairs and not newest:
-            nats = fit_bigrams(model, rows, pairs)
-            run.say(f"bigrams: {pairs} steps over counts of pairs, loss {nats:.3f}")
-        forward = torch.compile(model, dynamic=False) if compiled else model
+        if pairs := bigram_steps(settings, config, horizon.num_rows * T):
+            if not start:
+                nats = fit_bigrams(model, rows, pairs)
+                run.say(f"bigrams: {pairs} steps over counts of pairs, loss {nats:.3f}")
+            for group in optimizer.groups:
+                if group["params"][0] is model.head.weight:
+                    group["lr"] *= FITTED_HEAD_LR
 
         def compute_loss(batch: Batch) -> Tensor:
-            return forward(batch.ids, batch.targets)
+            return model(batch.ids, batch.targets)  # (B, T) each; nats, summed over the targets
 
-        if run.device.type == "cuda":
-            micro = try_micro_batch(
-                micro, compute_loss, optimizer, lambda n: blank_batch(n, config, run.device)
-            )
-        run.begin(saved)
-        began = time.time()
+        flops, peak = config.flops_per_token(), peak_flops(run.device, model.dtype) * run.world_size
+        drop_replaced(run, start)
         for s in training_steps(
             run.closing(row_batches(rows, batch_rows, micro, settings.seed, start, run.device)),
-            compute_loss,
-            optimizer,
-            schedule(settings, num_steps),
-            num_steps,
-            accum=accum_steps(batch_rows, micro),
-            micro=micro,
-            start=start,
+            compute_loss, optimizer, schedule(settings, num_steps), num_steps,
+            accum=accum_steps(batch_rows, micro), micro=micro, start=start,
             stop=lambda: run.stopping,
-        ):
-            new, last = s.step > start, s.step == num_steps
-            if new and (last or s.due(settings.log_every)):
-                mfu = s.tok_per_s * flops / (peak * run.world_size)
+        ):  # fmt: skip
+            if s.due(settings.log_every or num_steps):
                 run.log(
-                    s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, mfu=mfu, data=s.data,
-                    update=s.update, left_s=s.left_s,
+                    s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s,
+                    mfu=s.tok_per_s * flops / peak, data=s.data, update=s.update, left_s=s.left_s,
                 )  # fmt: skip
-            if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
-                meta = {
-                    "dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": s.micro,
-                    "source": source, "text": text, "data": rows.names,
-                    "tokenizer": tokenizer.fingerprint, "metrics": run.metrics,
-                    "batch_tokens": batch_rows * T,
-                    "seconds": saved.get("seconds", 0) + time.time() - began,
-                }  # fmt: skip
-                save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
-            run.end_if_stopped(s)
-            if run.validates(s):
+            if s.due(settings.save_every or num_steps):  # before evaluating, which may fail
+                save_checkpoint(run, s, model, optimizer, meta)
+            if s.stopping:
+                break
+            if s.due(settings.eval_every, first=not run.validated):
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 run.log(s.step, val_bpb=val_bpb)
             if s.due(settings.sample_every):

@@ -9,19 +9,19 @@ Method:  policy gradient with group-relative advantages: each problem is answere
          (GRPO, arXiv:2402.03300). Left out of GRPO: the reference model and its KL term, as the
          rewards cannot be gamed by drift (arXiv:2503.14476); the ratio and its clipping, as each
          batch of samples makes one update and is on-policy (at temperature 1 and without top-k,
-         as by default: others sample from another policy than is learned); the division by the group's
-         deviation and by each answer's length, which bias towards easy problems and long wrong
-         answers (arXiv:2503.20783): all tokens of a step weigh alike (arXiv:2503.14476).
+         as by default: others sample from another policy than is learned); the division by the
+         group's deviation and by each answer's length, which bias towards easy problems and long
+         wrong answers (arXiv:2503.20783): all tokens of a step weigh alike (arXiv:2503.14476).
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,28 +32,29 @@ from common import (
     IGNORE,
     RL_VAL,
     Batch,
+    ChatSettings,
     Engine,
-    GPTConfig,
     MissingInput,
     Reply,
     Request,
     Run,
     Sampling,
+    Tokenizer,
     all_sum,
     at_least,
-    check_data,
-    check_name,
-    choose_micro_batch,
-    continue_stage,
+    begin_or_resume,
     crc32,
     data_dir,
+    data_setting,
+    device_setting,
     dist_info,
+    drop_replaced,
+    epochs_horizon,
     find_checkpoint,
     grade,
-    newest_checkpoint,
-    parent_key,
+    model_setting,
+    optim_setting,
     parse_settings,
-    pick_dtype,
     prompt_room,
     read_conversations,
     read_meta,
@@ -64,79 +65,69 @@ from common import (
     run_tokenizer,
     save_checkpoint,
     schedule,
-    setting,
     shuffled,
     start_run,
     training_steps,
-    try_micro_batch,
 )
 
 # 1. Settings ---------------------------------------------------------------------------------
 
 
 @dataclass
-class Settings:
-    tag: str = setting("main", "name of the run, a folder below runs/")
-    chats: str = setting("", "folder below data/ with the problems; empty = the sft run's")
-    start_from: str = setting("sft", "stage whose model is improved", choices=("mid", "sft"))
-    epochs: int = setting(1, "passes over the problems")
-    num_iterations: int = setting(0, "optimizer steps; 0 = from the epochs")
-    problems_per_step: int = setting(16, "problems of a step over all ranks")
-    num_samples: int = setting(16, "answers to each problem")
-    max_tokens: int = setting(128, "tokens of an answer at most")
-    temperature: float = setting(1.0, "of the answers; more explores more")
-    top_k: int = setting(0, "sample among the k likeliest tokens; 0 = all")
-    slots: int = setting(128, "answers that are written at once")
-    device_batch_size: int = setting(0, "rows of one forward pass in training; 0 = what fits")
-    lr_scale: float = setting(0.1, "factor on all learning rates")
-    matrix_lr: float = setting(0.0, "learning rate of the matrices (Muon); 0 = the base run's")
-    embed_lr: float = setting(0.0, "learning rate of the embedding; 0 = the base run's")
-    head_lr: float = setting(0.0, "learning rate of the head; 0 = the base run's")
-    weight_decay: float = setting(-1.0, "decay of the matrices; -1 = the base run's")
-    warm_start: bool = setting(False, "begin with the sft run's moments of the optimizer")
-    warmup: int = setting(0, "steps in which the learning rate rises")
-    warmdown: float = setting(0.5, "share of the run in which the learning rate falls")
-    final_lr: float = setting(0.0, "factor on the learning rate at the end")
-    eval_every: int = setting(50, "steps between validations; 0 = never")
-    val_problems: int = setting(RL_VAL, "problems that are kept for validation")
-    save_every: int = setting(50, "steps between checkpoints; the last is always saved")
-    keep: int = setting(2, "checkpoints kept; 0 = all")
-    log_every: int = setting(1, "steps between log lines")
-    seed: int = setting(0, "of the order of problems and of the samples")
-    device: str = setting("", "cuda, xpu, mps or cpu; empty = the best present")
-    dtype: str = setting(
-        "",
-        "of activations; empty = bfloat16 or float16 where fast",
-        choices=("", "float32", "bfloat16", "float16"),
-    )
-    run: str = setting("", "name of a wandb run, where wandb is installed")
-    restart: bool = setting(False, "delete this run's rl checkpoints and begin anew")
-
-    # what may change when a run is resumed: it alters no sample and no update
-    may_differ: ClassVar[set[str]] = {
-        "device_batch_size", "eval_every", "save_every", "keep", "log_every", "device", "dtype",
-        "run", "restart", "slots",
-    }  # fmt: skip
+class Settings(ChatSettings):
+    start_from: str = model_setting("sft", "stage whose model is improved", choices=("mid", "sft"))
+    epochs: int = optim_setting(1, "passes over the problems")
+    problems_per_step: int = optim_setting(16, "problems that are answered in a step")
+    num_samples: int = optim_setting(16, "answers to each problem, which are compared")
+    max_tokens: int = optim_setting(128, "tokens of an answer at most")
+    temperature: float = optim_setting(1.0, "temperature of the answers; more explores more")
+    top_k: int = optim_setting(0, "sample among the k likeliest tokens; 0: all")
+    val_problems: int = data_setting(RL_VAL, "problems that are held out for validation")
+    slots: int = device_setting(128, "answers that are written at once")
+    lr_scale: float = 0.1
+    warm_start: bool = False
+    warmdown: float = 0.5
+    eval_every: int = 50
+    save_every: int = 50
+    log_every: int = 1
 
     def __post_init__(self) -> None:
-        check_name(self.tag, "--tag")
+        super().__post_init__()
         at_least(self, 1, "epochs", "problems_per_step", "max_tokens", "slots")
-        at_least(
-            self, 0, "num_iterations", "device_batch_size", "top_k", "warmup", "val_problems", "keep",
-            "seed",
-        )  # fmt: skip
+        at_least(self, 0, "top_k", "val_problems")
+        at_least(self, 2, "num_samples")
         if self.val_problems > RL_VAL:
-            raise ValueError(
-                f"--val-problems must be {RL_VAL} or less: training shows others solved"
-            )
-        if self.num_samples < 2:
-            raise ValueError("--num-samples must be 2 or more: answers are compared in their group")
+            raise ValueError(f"--val-problems must be {RL_VAL} or less: sft learns the others")
         Sampling(self.max_tokens, self.temperature, self.top_k)  # raises
-        if self.temperature <= 0 or self.lr_scale <= 0 or not 0 <= self.warmdown <= 1:
-            raise ValueError("--temperature and --lr-scale must be over 0, --warmdown from 0 to 1")
+        if self.temperature <= 0:
+            raise ValueError("--temperature must be above 0")
 
 
-# 2. Answers and their rewards ----------------------------------------------------------------
+# 2. Problems, answers and their rewards ------------------------------------------------------
+
+
+def read_problems(
+    run: Run, path: Path, tokenizer: Tokenizer, context: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Read the problems to train on and those to validate on, which rl.jsonl begins with.
+
+    Problems that leave no room for an answer are left out. Raises MissingInput where none is left.
+    """
+    every, longest = list(read_conversations(path)), prompt_room(context)
+    held_out = min(run.settings.val_problems, rl_held(len(every)))
+    val_problems, problems = (
+        [p for p in part if len(render_prompt(tokenizer, p["messages"])) <= longest]
+        for part in (every[:held_out], every[held_out:])
+    )
+    too_long = len(every) - len(val_problems) - len(problems)
+    if not problems:
+        raise MissingInput(
+            f"{path} has no problems to train on, beside {too_long} that leave no room for an "
+            f"answer in a context of {context} tokens"
+        )
+    run.say(f"problems: {len(problems):,}, and {len(val_problems)} for validation; "
+            f"too long and left out: {too_long:,}")  # fmt: skip
+    return problems, val_problems
 
 
 @dataclass
@@ -161,7 +152,9 @@ def sample_seed(*numbers: int) -> int:
 def answer_problems(
     engine: Engine, problems: list[dict[str, Any]], seeds: list[int], settings: Settings
 ) -> list[Group]:
-    """Answer each problem num_samples times, sample j of problem i by seeds[i] and j."""
+    """Answer this rank's problems num_samples times, sample j of problem i by seeds[i] and j."""
+    rank, world_size = dist_info()
+    problems, seeds = problems[rank::world_size], seeds[rank::world_size]
     tokenizer, n = engine.tokenizer, settings.num_samples
     prompts = [render_prompt(tokenizer, problem["messages"]) for problem in problems]
     requests = [
@@ -172,12 +165,11 @@ def answer_problems(
     replies = [reply for _, reply in sorted(engine.run(requests), key=lambda pair: pair[0])]
     groups = []
     for i, (prompt, problem) in enumerate(zip(prompts, problems)):
-        mine = replies[i * n : (i + 1) * n]
-        rewards = [
-            float(r.reason == "stop" and grade(problem, reply_text(reply_parts(tokenizer, r.ids))))
-            for r in mine
-        ]
-        groups.append(Group(prompt, mine, rewards))
+        own = replies[i * n : (i + 1) * n]
+        texts = [reply_text(reply_parts(tokenizer, reply.ids)) for reply in own]
+        rewards = [float(reply.reason == "stop" and grade(problem, text))
+                   for reply, text in zip(own, texts)]  # fmt: skip
+        groups.append(Group(prompt, own, rewards))
     return groups
 
 
@@ -226,9 +218,8 @@ def group_batches(
             else:
                 uncounted += sum(reply.mask)
     rows.sort(key=lambda row: len(row[0]))  # equal lengths side by side waste less padding
-    batches = []
-    for i in range(accum):
-        batches.append(make_batch(rows[i * micro_batch : (i + 1) * micro_batch], bos, device))
+    starts = range(0, accum * micro_batch, micro_batch)
+    batches = [make_batch(rows[start : start + micro_batch], bos, device) for start in starts]
     assert len(rows) <= accum * micro_batch, (len(rows), accum, micro_batch)
     batches[0].num_targets += uncounted
     return batches
@@ -259,10 +250,8 @@ class Sampler:
         for step in itertools.count(start):
             began = time.perf_counter()
             self.engine.refresh(self.model)
-            numbered = list(enumerate(self.problems_of(step)))
-            mine = numbered[self.run.rank :: self.run.world_size]
-            seeds = [sample_seed(settings.seed, step, place) for place, _ in mine]
-            problems = [self.problems[index] for _, index in mine]
+            problems = [self.problems[index] for index in self.problems_of(step)]
+            seeds = [sample_seed(settings.seed, step, place) for place in range(len(problems))]
             groups = answer_problems(self.engine, problems, seeds, settings)
             self.stats = pass_rates(groups, self.run.device)
             self.stats["sampling_s"] = time.perf_counter() - began
@@ -272,13 +261,13 @@ class Sampler:
 
 
 def pass_rates(groups: list[Group], device: torch.device) -> dict[str, float]:
-    """Return pass@1, pass@k, the mean length of answers and the share cut off, over all ranks."""
+    """Return pass@1, pass@k, the mean length of answers and the fraction cut off, of all ranks."""
     sums = torch.zeros(6, device=device)
     for g in groups:
         tokens = sum(len(reply.ids) for reply in g.replies)
         cut = sum(reply.reason == "length" for reply in g.replies)
-        mine = [sum(g.rewards), len(g.rewards), any(g.rewards), 1, tokens, cut]
-        sums += torch.tensor(mine, device=device)
+        counts = [sum(g.rewards), len(g.rewards), any(g.rewards), 1, tokens, cut]
+        sums += torch.tensor(counts, device=device)
     right, answers, solved, problems, tokens, cut = all_sum(sums).tolist()
     return {
         "pass_at_1": right / max(1, answers),
@@ -291,103 +280,63 @@ def pass_rates(groups: list[Group], device: torch.device) -> dict[str, float]:
 def validate(
     engine: Engine, problems: list[dict[str, Any]], settings: Settings, device: torch.device
 ) -> dict[str, float]:
-    """Return pass@1 and pass@k on problems that rl keeps apart, always with the same seeds."""
-    rank, world_size = dist_info()
-    mine = list(enumerate(problems))[rank::world_size]
-    seeds = [sample_seed(settings.seed, 1 << 32, i) for i, _ in mine]
-    rates = pass_rates(answer_problems(engine, [p for _, p in mine], seeds, settings), device)
+    """Return pass@1 and pass@k on the held-out problems, always with the same seeds."""
+    seeds = [sample_seed(settings.seed, 1 << 32, i) for i in range(len(problems))]
+    rates = pass_rates(answer_problems(engine, problems, seeds, settings), device)
     return {"val_pass_at_1": rates["pass_at_1"], "val_pass_at_k": rates["pass_at_k"]}
 
 
 # 9. Main -------------------------------------------------------------------------------------
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> dict[str, Any]:
     """Improve, or go on with, the rl model of a run; return the last metrics."""
     with start_run("rl", settings) as run:
         parent = find_checkpoint(settings.tag, settings.start_from)
-        before = read_meta(parent)
-        tokenizer = run_tokenizer(settings.tag)
+        before, tokenizer = read_meta(parent), run_tokenizer(settings.tag)
         chats = settings.chats or before["chats"]
-        newest, saved = newest_checkpoint(run, parent)
-        start = saved.get("step", 0)
         path = data_dir(chats) / "rl.jsonl"
-        config = GPTConfig(**before["config"])
-        every, longest = list(read_conversations(path)), prompt_room(config.max_seq_len)
-        data = [path.name, path.stat().st_size, crc32(path)]
-        kept = min(settings.val_problems, rl_held(len(every)))
-        val_problems, problems = (
-            [p for p in part if len(render_prompt(tokenizer, p["messages"])) <= longest]
-            for part in (every[:kept], every[kept:])
+        problems, val_problems = read_problems(
+            run, path, tokenizer, before["config"]["max_seq_len"]
         )
-        too_long = len(every) - len(val_problems) - len(problems)
-        if not problems:
-            raise MissingInput(
-                f"{path} has no problems to train on, beside {too_long} that leave no room for an "
-                f"answer in a context of {config.max_seq_len} tokens"
-            )
-        total = settings.epochs * len(problems)
-        num_steps = settings.num_iterations or math.ceil(total / settings.problems_per_step)
-        run.num_steps = num_steps
-        check_data(run, saved, data=data)
-        if run.finished():
-            run.say(f"rl: {newest} is there, finished")
+        each, epochs = settings.problems_per_step, settings.epochs
+        rows = -(-each // run.world_size) * settings.num_samples  # answers of a step on a rank
+        horizon = epochs_horizon(settings, len(problems), each, epochs)
+        horizon = replace(horizon, batch_rows=rows * run.world_size)
+        data = {"source": before["source"], "chats": chats,
+                "data": [path.name, path.stat().st_size, crc32(path)]}  # fmt: skip
+        begun = begin_or_resume(run, parent, horizon, data, cpu_rows=32)
+        if begun is None:
             return run.metrics
-        why = "as set" if settings.num_iterations else f"{settings.epochs} epochs"
-        run.say(f"problems: {len(problems):,}, and {len(val_problems)} for validation; "
-                f"too long and left out: {too_long:,}")  # fmt: skip
-        run.say(f"steps: {num_steps:,} ({why}) of {settings.problems_per_step} problems x "
+        model, optimizer, start, meta = begun
+        run.say(f"steps: {horizon.num_steps:,} ({horizon.why}) of {each} problems x "
                 f"{settings.num_samples} answers")  # fmt: skip
 
-        # what alters rounding is kept when a run goes on: bit for bit the unbroken run
-        dtype = pick_dtype(run.device, settings.dtype or saved.get("dtype", ""))
-        most = -(-settings.problems_per_step // run.world_size) * settings.num_samples
-        rows = 32 if run.device.type == "cpu" else most
-        micro = choose_micro_batch(run, config, saved, most, rows, dtype.itemsize)
-        model, optimizer = continue_stage(run, parent, newest, False, dtype, settings.warm_start)
-        copy = GPT.create(model.config, run.device, dtype)
+        copy = GPT.create(model.config, run.device, model.dtype)  # its weights may be cast, packed
         copy.load_state_dict(model.state_dict())
         engine = Engine(copy, tokenizer, settings.slots)
-        engine.expect(num_steps * most * settings.max_tokens)
+        engine.expect(horizon.num_steps * rows * settings.max_tokens)
+        micro, num_steps = meta["micro_batch"], horizon.num_steps
+        accum = -(-rows // micro)
+        sampler = Sampler(run, model, engine, problems, micro, accum)
 
         def compute_loss(batch: WeightedBatch) -> Tensor:
+            # (B, T) each: nats of the answers' tokens, each multiplied by its answer's advantage
             return model(batch.ids, batch.targets, batch.weights)
 
-        if run.device.type == "cuda":
-            filled = [0] * (config.max_seq_len + 1)
-            micro = try_micro_batch(
-                micro, compute_loss, optimizer,
-                lambda n: make_batch([(filled, filled, 1.0)] * n, 0, run.device),
-            )  # fmt: skip
-        accum = -(-most // micro)
-        sampler = Sampler(run, model, engine, problems, micro, accum)
-        run.begin(saved)
-        began = time.time()
+        drop_replaced(run, start)
         for s in training_steps(
-            sampler.batches(start),
-            compute_loss,
-            optimizer,
-            schedule(settings, num_steps),
-            num_steps,
-            accum=accum,
-            micro=micro,
-            start=start,
-            stop=lambda: run.stopping,
-        ):
-            new, last = s.step > start, s.step == num_steps
-            if new and (last or s.due(settings.log_every)):
+            sampler.batches(start), compute_loss, optimizer, schedule(settings, num_steps),
+            num_steps, accum=accum, micro=micro, start=start, stop=lambda: run.stopping,
+        ):  # fmt: skip
+            if s.due(settings.log_every or num_steps):
                 run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, data=s.data,
                         **sampler.stats, left_s=s.left_s)  # fmt: skip
-            if new and (last or s.stopping or s.due(settings.save_every)):  # before evaluating
-                meta = {
-                    "dtype": str(dtype)[6:], "micro_batch": s.micro, "parent": parent_key(parent),
-                    "source": before["source"], "chats": chats, "data": data,
-                    "metrics": run.metrics,
-                    "seconds": saved.get("seconds", 0) + time.time() - began,
-                }  # fmt: skip
-                save_checkpoint(run, s.step, model, optimizer, meta, settings.keep)
-            run.end_if_stopped(s)
-            if val_problems and run.validates(s):
+            if s.due(settings.save_every or num_steps):  # before evaluating, which may fail
+                save_checkpoint(run, s, model, optimizer, meta)
+            if s.stopping:
+                break
+            if val_problems and s.due(settings.eval_every, first=not run.validated):
                 engine.refresh(model)
                 run.log(s.step, **validate(engine, val_problems, settings, run.device))
     return run.metrics

@@ -1,133 +1,96 @@
 #!/usr/bin/env bash
 # Set everything up, then run the main job: text -> tokenizer -> base -> mid -> sft -> rl -> report.
-#
 # Usage:  bash run.sh [ACTION] [--tier=NAME] [--data=WHAT] [--tag=NAME] [--dry-run] [FLAGS]
-# ACTION  all     set up, then every stage: skips what is done, goes on with what broke off; default
-#         setup   make .venv, install the locked packages, build the Rust extension
-#         test    set up, then pytest; the words after `test` go to pytest
-#         bench   set up, then measure this machine: a table and bench.json
-#         bench learn  train small models for equal times with and without each choice of
-#                 pretrain.py, on the world's text or --data; two and a half hours
-#         bench gpu    some steps of depths 12 to 26, sft and rl on one GPU; twenty minutes
-#         lock    renew requirements.lock from pyproject.toml
-# --tier  cpu cpu-bf16 cpu-fast laptop mps gpu1 8xa6000 8xh100 8xh200   default: what fits
+# ACTION  all    set up, then every stage: skips what is done, resumes what broke off; default
+#         setup  make .venv, install the locked packages, build the Rust extension
+#         test   set up, then pytest; the words after `test` go to pytest
+#         check  set up, then every linter: ruff, mypy, shellcheck, cargo fmt, cargo clippy
+#         bench  set up, then measure this machine: a table and bench.json; `bench learn`: what each
+#                choice of pretrain.py brings on the world's text or --data, two and a half hours;
+#                `bench gpu`: some steps of depths 12 to 26, sft and rl on one GPU, 20 minutes
+#         lock   renew requirements.lock from pyproject.toml
+# --tier  cpu cpu-bf16 cpu-fast laptop mps gpu1 8xa6000 8xh100 8xh200; default: what fits
 # --data  world (generated here), hub (FineWeb-Edu), climbmix, or a folder or file of your own
-# --source  name of the text's folder                   default: after --data
 # --conversations  world, hub, or your own: a .jsonl file, or a folder of them; default: those of
 #         the data, and none for text of your own, whose base model is then all that is made
-# --tag   name of the run's folder                      default: main, or after your --data
-# FLAGS   --shards, --documents, --num-conversations, --name go to prepare.py; --vocab-size,
-#         --max-chars to train_tokenizer.py; all others to pretrain.py, such as --depth=6; with
-#         prepare, mid, sft, rl or eval in front to that stage or to evaluate.py, such as
-#         prepare:--seed=1, rl:--num-iterations=10, eval:--run-code, eval:--cost-per-hour=24
+# --source, --tag  names of the folders of the text and of the run; default: after --data
+# FLAGS   STAGE:--FLAG goes to that stage, as in rl:--num-iterations=10 or eval:--run-code; stages
+#         are prepare, tokenizer, pretrain, mid, sft, rl, eval. Without a stage, --shards,
+#         --documents, --num-conversations and --name go to prepare.py, --vocab-size and
+#         --max-chars to train_tokenizer.py, all others, such as --depth=6, to pretrain.py
 # --dry-run prints the commands and runs nothing.
-#
 # Environment: NANOCHAT_BASE_DIR holds data and runs (default ~/.cache/nanochat), NANOCHAT_VENV
 # the packages (default .venv); NANOCHAT_PYTHON is a Python that has them, without any set-up.
 set -euo pipefail
 
 # 1. Tiers ------------------------------------------------------------------------------------
-# Hours and dollars are of all stages, at prices of rented machines. With fewer cards than the tier
-# names (or more) the result is the same and the time in proportion. How many rows a forward pass
-# takes follows from the free memory (pretrain.py), but on the smallest cards.
-# tier  GPUs  data  vocabulary  flags, as on the command line
+# Times are of all stages; README.md has the costs. With other cards than the tier names, the
+# result is the same and the time in proportion. The rows of a forward pass are those that fit.
 d4="--depth=4 --max-seq-len=256 --total-batch-size=2048"
+most="$d4 --num-iterations=2400 --eval-every=500"
+most+=" mid:--eval-every=500 rl:--num-iterations=60 rl:--eval-every=60"
 gsm8k="rl:--max-tokens=384" # a fifth of its solutions are longer than rl.py's 128 tokens
-most="$d4 --num-iterations=2400 --eval-every=500 mid:--eval-every=500 rl:--num-iterations=60 rl:--eval-every=60"
+steps="--num-iterations=40 --compile=yes --eval-every=0 --shards=2 --num-conversations=600"
+b4="--depth=4 --head-dim=128 --max-seq-len=512 --device-batch-size=2 --total-batch-size=8192"
+# tier   GPUs  data  vocabulary  flags, as on the command line
 TIERS="
-cpu      1  world  4096   $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
-                                                     # 2 cores, 4 GB: 30 minutes, free
-cpu-bf16 1  world  4096   $d4 --num-iterations=1500 --num-conversations=22000 rl:--num-iterations=30
-                                                     # 2 cores with AVX512-BF16: 30 minutes, free
-cpu-fast 1  world  4096   $most                      # 2 cores with fast bf16: 30 minutes, free
-laptop   1  world  4096   $most --device-batch-size=8 # 6 GB or more: 10 minutes
-mps      1  world  4096   $most                      # Apple silicon: 20 minutes, free
-gpu1     1  hub    65536  --depth=10 $gsm8k          # 24 or 32 GB: 6 to 16 hours, \$4
-                                                     # (--depth=12: twice the time and cost)
-8xa6000  8  hub    65536  --depth=16 $gsm8k          # 8 x 48 GB: 8 hours, \$50
-8xh100   8  hub    65536  --depth=20 $gsm8k          # 8 x 80 GB: 4 hours, \$100 (A100: 10 hours)
-8xh200   8  hub    65536  --depth=32 $gsm8k          # 8 x 141 GB: 34 hours, \$1000
+cpu       1  world  4096  $d4 --num-iterations=1100 --num-conversations=15000 rl:--num-iterations=20
+cpu-bf16  1  world  4096  $d4 --num-iterations=1500 --num-conversations=22000 rl:--num-iterations=30
+cpu-fast  1  world  4096  $most                # these three: 30 minutes on two cores
+laptop    1  world  4096  $most --device-batch-size=8  # 6 GB or more: 10 minutes
+mps       1  world  4096  $most                # Apple silicon: 20 minutes
+gpu1      1  hub    65536 --depth=10 $gsm8k    # 24 or 32 GB: 6 to 16 hours; --depth=12: twice that
+8xa6000   8  hub    65536 --depth=16 $gsm8k    # 8 x 48 GB: 8 hours
+8xh100    8  hub    65536 --depth=20 $gsm8k    # 8 x 80 GB: 4 hours (A100: 10 hours)
+8xh200    8  hub    65536 --depth=32 $gsm8k    # 8 x 141 GB: 34 hours
+@bench    1  world  4096  $b4 $steps           # of the actions of that name
+@bench-gpu 8 world  65536 --depth=12 --total-batch-size=524288 $steps
+@learn    1  world  4096  prepare:--doc-chars=6000 --shards=2 --num-conversations=600
+@gpu      1  world  65536 --documents=90000    # so much text that the vocabulary is not cut
 "
 
-find_tier() { # sets gpus, and tier where none is asked for
-  local mib=0 smi fits
-  gpus=0
+find_tier() { # set gpus, and tier where none is asked for
+  local mib=0 smi fits=cpu
   if smi=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null); then
     gpus=$(grep -c . <<<"$smi" || true)
     mib=$(sort -n <<<"$smi" | head -n 1)
     [[ $mib =~ ^[0-9]+$ ]] || mib=24000 # cards that share the host's memory do not say
   fi
-  case ${CUDA_VISIBLE_DEVICES-all} in
-    all) ;;
-    "" | -*) gpus=0 ;;
-    *) [ "$gpus" -eq 0 ] || gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .) ;;
-  esac
-  fits=laptop
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # -1 and nothing hide all
+    gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
+  fi
+  if grep -qs avx512_bf16 /proc/cpuinfo; then fits=cpu-bf16; fi
+  # Intel's AMX, or AMD's Zen 5: twice as fast as Zen 4, and known by AVX-VNNI
+  if [ $fits != cpu ] && grep -qsE 'amx_bf16|avx_vnni' /proc/cpuinfo; then fits=cpu-fast; fi
+  if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
+  if [ "$gpus" -gt 0 ]; then fits=laptop; fi
+  # the world's few million tokens are a small model's, however large the card
+  if [ "$gpus" -eq 0 ] || [ "$data" = world ]; then mib=0; fi
   if [ "$mib" -gt 22000 ]; then fits=gpu1; fi
   if [ "$mib" -gt 40000 ]; then fits=8xa6000; fi
   if [ "$mib" -gt 70000 ]; then fits=8xh100; fi
   if [ "$mib" -gt 120000 ] && [ "$gpus" -ge 8 ]; then fits=8xh200; fi # a d32 wants them all
-  if [ "$gpus" -eq 0 ]; then fits=cpu; fi
-  if [ $fits = cpu ] && grep -qs avx512_bf16 /proc/cpuinfo; then fits=cpu-bf16; fi
-  # Intel's AMX, or AMD's Zen 5, which multiplies twice as fast as Zen 4 and is known by AVX-VNNI
-  if [ $fits = cpu-bf16 ] && grep -qsE 'amx_bf16|avx_vnni' /proc/cpuinfo; then fits=cpu-fast; fi
-  if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
-  # the world's few million tokens are a small model's, however large the card
-  if [ "$action$wanted" = allworld ] && [ "$gpus" -gt 0 ]; then fits=laptop; fi
   tier=${tier:-$fits}
 }
 
-route() { # route FLAG: give it to the stage that has it
-  case $1 in
-    --shards=*) prepare+=("$1") ;;
-    --documents=* | --num-conversations=*) world+=("$1") ;;
-    --name=*) talks+=("$1") ;;
-    --max-chars=*) tokenizer+=("$1") ;;
-    prepare:--*) prepare+=("${1#*:}") && check_flag prepare.py "${1#*:}" ;;
-    *:--*) staged+=("$1") && check_flag "$(script_of "${1%%:*}")" "${1#*:}" ;;
-    *) train+=("$1") && check_flag pretrain.py "$1" ;;
+load_tier() { # load_tier WORD...: set ranks (processes that train); read its flags, then the words
+  local row words its_data its_vocab
+  case $action in # fixed, so that tables compare
+    bench) if [ "$gpus" -gt 0 ]; then tier=@bench-gpu; else tier=@bench; fi ;;
+    learn | gpu) tier=@$action ;;
   esac
-}
-
-check_flag() { # check_flag SCRIPT --FLAG: fails unless the script has such a setting
-  local field=${2%%=*}
-  field=${field#--} field=${field//-/_}
-  if [[ $field =~ ^[a-z0-9_]+$ ]] &&
-    grep -q "^    ${field#no_}: [a-z]* = setting(" "$root/$1"; then return; fi
-  fail 2 "${2%%=*} is none of $1's flags (see its --help), nor of run.sh's: --dry-run $own_flags"
-}
-
-load_tier() { # sets data, vocab, ranks (processes that train) and the stages' flags
-  local name preset preset_flags word
-  while read -r name ranks data vocab preset; do
-    if [ "$name" = "$tier" ]; then break; fi
-  done <<<"$TIERS"
-  [ "$name" = "$tier" ] || fail 2 "--tier=$tier is not a tier; choose one of:" \
+  row=$(grep "^$tier " <<<"$TIERS") || fail 2 "--tier=$tier is not a tier; choose one of:" \
     "$(grep -o '^[a-z0-9-]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
-  read -ra preset_flags <<<"${preset%%#*}"
-  for word in "${preset_flags[@]}"; do route "$word"; done
-  if [ "$data" = hub ]; then
-    [ "$gpus" -gt 0 ] || [ -n "$dry" ] ||
-      fail 2 "--tier=$tier wants GPUs, and nvidia-smi shows none; --dry-run prints its commands"
-    if [ "$gpus" -gt 0 ]; then ranks=$gpus; fi
-  fi
-}
-
-# Shards for the model in train: 20 tokens a parameter (or what is asked for), 4.8 characters a
-# token, 250 million characters a shard, a quarter to spare. d20: 561 M parameters, 11.2 G tokens,
-# 54 G characters, 271 shards.
-count_shards() {
-  local word depth=0 ratio=20 width params
-  for word in "${train[@]}"; do
-    case $word in
-      --depth=*) depth=${word#*=} ;;
-      --target-param-data-ratio=*) ratio=${word#*=} ratio=${ratio%.*} ;;
-    esac
-  done
-  # otherwise pretrain.py says what is wrong
-  [[ $depth =~ ^[0-9]+$ && $ratio =~ ^[0-9]+$ && $vocab =~ ^[0-9]+$ ]] || return 0
-  width=$((64 * depth)) params=$((12 * depth * width * width + 2 * vocab * width))
-  echo $((params * ratio * 48 * 125 / 250000000 / 1000 + 2))
+  read -r _ ranks its_data its_vocab row <<<"${row%%#*}"
+  if [[ $gpus -gt 0 && $tier =~ ^(gpu1|8x.*|@bench-gpu)$ ]]; then ranks=$gpus; fi
+  [[ $gpus -gt 0 || $its_data = world || $mode = print ]] ||
+    fail 2 "--tier=$tier wants GPUs, and nvidia-smi shows none; --dry-run prints its commands"
+  if [ "${data:-$its_data}" = "$its_data" ]; then tag=${tag:-main}; fi
+  data=${data:-$its_data} vocab=${vocab:-$its_vocab}
+  given=("train_tokenizer.py:--vocab-size=$vocab")
+  if [ "$data" = world ]; then given+=(pretrain.py:--bigram-rows=0); fi # it costs what it brings
+  read -ra words <<<"$row"
+  read_words "${words[@]}" "$@" # of two flags of a name the last counts
 }
 
 # 2. Words ------------------------------------------------------------------------------------
@@ -136,153 +99,136 @@ fail() { # fail STATUS SENTENCE: status 2 for a wrong command line
   printf '%s\n' "run.sh: ${*:2}" >&2
   exit "$1"
 }
-absolute() { # the path that the caller means, whose folder is not ours
-  case $1 in /*) echo "$1" ;; \~/*) echo "$HOME${1#\~}" ;; *) echo "$caller/$1" ;; esac
+run() { # run COMMAND...: run it or, under --dry-run, print it
+  if [ $mode = run ]; then "$@"; else printf '%q ' "$@" | sed 's/ $//' && echo; fi
 }
-run() { # run a command, or print it under --dry-run
-  if [ -z "$dry" ]; then "$@"; else printf '%q ' "$@" | sed 's/ $//' && echo; fi
+read_words() { # read_words WORD...: set the options; note in given which script each flag is for
+  local word name
+  while [ $# -gt 0 ]; do
+    word=$1 && shift
+    # --depth 6 is --depth=6
+    if [[ $word = *--* && $word != *=* && ! $word =~ ^--(dry.run|help)$ && ${1---} != *--* ]]; then
+      word=$word=$1 && shift
+    fi
+    name=${word%%=*}
+    case ${name//_/-} in
+      -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$root/run.sh" && exit ;;
+      --dry-run) mode=print ;;
+      --tier | --data | --source | --conversations | --tag)
+        [ "$name" != "$word" ] || fail 2 "$word needs a value, as in $word=VALUE"
+        printf -v "${name#--}" %s "${word#*=}" ;;
+      --vocab-size | tokenizer:--vocab-size) vocab=${word#*=} ;;
+      --shards | --documents | --num-conversations | --name) given+=("prepare.py:$word") ;;
+      --max-chars) given+=("train_tokenizer.py:$word") ;;
+      --*) given+=("pretrain.py:$word") ;;
+      tokenizer:--*) given+=("train_tokenizer.py:${word#*:}") ;;
+      mid:--*) given+=("midtrain.py:${word#*:}") ;;
+      eval:--*) given+=("evaluate.py:${word#*:}") ;;
+      prepare:--* | pretrain:--* | sft:--* | rl:--*) given+=("${word%%:*}.py:${word#*:}") ;;
+      all | setup | check | lock) action=$word ;;
+      bench) action=bench && case ${1-} in learn | gpu) action=$1 && shift ;; esac ;;
+      test) action=test pytest=("$@") && return ;;
+      *) fail 2 "$word is not an action; choose one of: all setup test check bench lock" ;;
+    esac
+  done
 }
 
 # 3. Set-up -----------------------------------------------------------------------------------
-fetch() { # print what a URL holds; give up soon where there is no network
-  if command -v curl >/dev/null; then curl -fsSL --connect-timeout 5 --max-time 60 "$1"
-  else wget -q --tries=1 --timeout=5 -O - "$1"; fi 2>/dev/null
+install_from() { # install_from URL WORD...: run an installer; give up soon without a network
+  local get=(curl -fsSL --connect-timeout 5 --max-time 60) script
+  command -v curl >/dev/null || get=(wget -q --tries=1 --timeout=5 -O -)
+  script=$("${get[@]}" "$1" 2>/dev/null) && sh -s -- "${@:2}" <<<"$script"
 }
-
-find_uv() { # sets uv; gets it from its makers or else, with pip, from the package registry
-  local bin=$venv-uv/bin script
-  for uv in uv "$bin/uv" "$HOME/.local/bin/uv" "$HOME/.cargo/bin/uv"; do
-    if "$uv" --version >/dev/null 2>&1; then return; fi
-  done
+find_uv() { # get uv, where it is missing, from its makers or else from the package registry
+  if [ $mode = print ] || uv --version >/dev/null 2>&1; then return; fi
   say "installing uv in $venv-uv"
-  uv=$bin/uv
-  if script=$(fetch https://astral.sh/uv/install.sh) &&
-    UV_UNMANAGED_INSTALL=$bin sh -s -- --quiet <<<"$script"; then return; fi
-  python3 -c 'import ensurepip, venv' 2>/dev/null ||
-    fail 1 "neither uv nor a python3 with its venv module is here to install packages with:" \
-      "install one of them (Debian, Ubuntu: apt install python3-venv)"
-  python3 -m venv --clear "$venv-uv"
-  "$bin/python" -m pip install -q --disable-pip-version-check uv ||
-    fail 1 "uv cannot be installed: is a package registry within reach?"
+  UV_UNMANAGED_INSTALL=$venv-uv/bin install_from https://astral.sh/uv/install.sh --quiet ||
+    { python3 -m venv --clear "$venv-uv" && "$venv-uv/bin/python" -m pip install -q uv; } ||
+    fail 1 "uv cannot be installed: this takes a package registry within reach, and a python3" \
+      "with its venv module (Debian, Ubuntu: apt install python3-venv)"
 }
-
-make_venv() {
-  local said
-  if [ -z "$dry" ]; then
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && return
-    rm -f "$venv"/.done-*
-  fi
-  said=$(run "$uv" venv -q --allow-existing --python='>=3.10,<3.15' "$venv" 2>&1) ||
-    fail 1 "$venv is not made: is there a Python from 3.10 to 3.14? uv says: ${said%%$'\n'*}"
-  if [ -n "$said" ]; then echo "$said"; fi
-}
-
-is_done() { [ -z "$dry" ] && [ "$(cat "$venv/.done-$1" 2>/dev/null)" = "$2" ]; }
-once() { # once NAME CONTENT COMMAND...: run a command unless it has succeeded for this content
-  if is_done "$1" "$2"; then return; fi
-  "${@:3}"
-  if [ -z "$dry" ]; then echo "$2" >"$venv/.done-$1"; fi
+find_cargo() { # get cargo, where it is missing or too old, with rustup
+  local want
+  want=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/cargo \1/p' "$root/Cargo.toml")
+  is_new() { printf '%s\n' "$want" "$(cargo --version 2>/dev/null)" | sort -VC; }
+  if [ $mode = print ] || is_new; then return; fi
+  say "installing Rust with rustup"
+  install_from https://sh.rustup.rs -y -q --profile minimal --no-modify-path || true
+  PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
+  is_new || fail 1 "$want or newer is missing and rustup cannot be reached: install cargo and rustc"
 }
 
 install_packages() { # install_packages [--extra=dev]
-  local options=("$@")
   # The default torch for Linux brings 5 GB of CUDA. uv knows the builds for each driver, and for
   # none, and which one fits here.
-  if [ -n "$dry" ] || UV_HTTP_TIMEOUT=5 UV_HTTP_RETRIES=0 "$uv" pip compile -q --no-deps \
+  if [ $mode = print ] || UV_HTTP_TIMEOUT=5 UV_HTTP_RETRIES=0 uv pip compile -q --no-deps \
     --torch-backend=auto --python="$python" - <<<torch >/dev/null 2>&1; then
-    options+=(--torch-backend=auto)
+    set -- "$@" --torch-backend=auto
   else
     say "the index of torch's builds cannot be reached: taking the default build"
   fi
-  run "$uv" pip install --python="$python" --constraint=requirements.lock \
-    --requirement=pyproject.toml maturin ${options[@]+"${options[@]}"} ||
+  run uv pip install --python="$python" --constraint="$root/requirements.lock" \
+    --requirement="$root/pyproject.toml" maturin "$@" ||
     fail 1 "the packages are not installed, for the reason above; the same command tries again"
 }
-
-find_cargo() { # puts a cargo that is new enough on PATH; gets it with rustup
-  local bin=${CARGO_HOME:-$HOME/.cargo}/bin script want
-  want=$(sed -n 's/^rust-version = "\([0-9.]*\)".*/\1/p' Cargo.toml)
-  PATH=$PATH:$bin
-  if cargo_is "$want"; then return; fi
-  say "installing Rust with rustup"
-  if script=$(fetch https://sh.rustup.rs); then
-    sh -s -- -y -q --profile minimal --no-modify-path <<<"$script" && PATH=$bin:$PATH
-  fi
-  cargo_is "$want" ||
-    fail 1 "Rust $want or newer is missing and rustup cannot be reached: install cargo and rustc"
-}
-cargo_is() { # cargo_is VERSION: that one or newer
-  local have
-  have=$(cargo --version 2>/dev/null | cut -d ' ' -f 2) && [ -n "$have" ] &&
-    [ "$(printf '%s\n' "$1" "$have" | sort -V | head -n 1)" = "$1" ]
-}
-
-find_compiler() { # Rust links with it; torch.compile needs its C++ half
-  local name
-  for name in cc gcc clang; do
-    if ! "$name" --version >/dev/null 2>&1; then continue; fi
-    [ "$name" = cc ] || export RUSTFLAGS="${RUSTFLAGS-} -C linker=$name"
-    return 0
-  done
-  fail 1 "a C compiler is missing: install one (Debian, Ubuntu: apt install build-essential;" \
-    "Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
-}
-
 build_extension() {
-  if [ -z "$dry" ]; then rm -rf "$venv/wheels"; fi
+  find_cargo
+  [ $mode = print ] || cc --version >/dev/null 2>&1 || # torch.compile needs its C++ half
+    fail 1 "a C compiler is missing: install one (Debian, Ubuntu: apt install build-essential;" \
+      "Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+  run rm -rf "$venv/wheels"
   run "$venv/bin/maturin" build -q --release --locked --interpreter="$python" \
-    --out="$venv/wheels" || fail 1 "the Rust extension is not built, for the reason above"
-  run "$uv" pip install -q --python="$python" --reinstall --no-deps --no-index \
+    --manifest-path="$root/Cargo.toml" --out="$venv/wheels" ||
+    fail 1 "the Rust extension is not built, for the reason above"
+  run uv pip install -q --python="$python" --reinstall --no-deps --no-index \
     --find-links="$venv/wheels" nanochat-flat
 }
 
+once() { # once NAME CONTENT COMMAND...: run a command unless it has succeeded for this content
+  if [ "$(cat "$venv/.done-$1" 2>/dev/null)" = "$2" ]; then return; fi
+  "${@:3}"
+  if [ $mode = run ]; then echo "$2" >"$venv/.done-$1"; fi
+}
 set_up() { # set_up [--extra=dev]
-  local sources
   if [ -n "${NANOCHAT_PYTHON-}" ]; then return; fi
-  uv=uv sources=$(cat tokenizer.rs pyproject.toml Cargo.* | cksum)
   # behind a proxy that re-signs traffic only the system's certificates are right
   if [ -s /etc/ssl/certs/ca-certificates.crt ]; then export UV_SYSTEM_CERTS=1; fi
-  if [ -z "$dry" ]; then
-    find_uv
-    if ! is_done extension "$sources"; then find_cargo && find_compiler; fi
-  fi
-  make_venv
-  once "packages$*" "$(cksum <requirements.lock)" install_packages "$@"
-  once extension "$sources" build_extension
-}
-
-lock() { # without hashes for torch, as each kind of machine has its own build, nor its CUDA
   find_uv
-  "$uv" pip compile -q --universal --python-version=3.10 --extra=dev --generate-hashes \
-    --no-annotate --custom-compile-command='bash run.sh lock' pyproject.toml | awk '
-    /^[^ #]/ { cuda = /^(nvidia-|cuda-|triton==)/; torch = /^torch==/ }
-    cuda || torch && /^ / { next }
-    torch { sub(/ \\$/, "") }
-    { print }' >requirements.lock.new
-  mv requirements.lock.new requirements.lock
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    [ $mode = print ] || rm -f "$venv"/.done-*
+    run uv venv -q --allow-existing --python='>=3.10,<3.15' "$venv" ||
+      fail 1 "$venv is not made, for the reason above: is there a Python from 3.10 to 3.14?"
+  fi
+  once "packages$*" "$(cksum <"$root/requirements.lock")" install_packages "$@"
+  once extension "$(cat "$root"/{tokenizer.rs,pyproject.toml,Cargo.*} | cksum)" build_extension
 }
 
 # 4. Stages -----------------------------------------------------------------------------------
 child="" stopped=0
-stop() { # on Ctrl-C or SIGTERM the stage saves and ends, and the job with it
+stop() { # stop STATUS: on Ctrl-C or SIGTERM the stage saves and ends, and the job with it
   stopped=$1
   if [ -z "$child" ]; then exit "$1"; fi
   # torchrun would end the ranks after 30 seconds, saved or not: they are told, and it ends then
   { [ "$ranks" -gt 1 ] && pkill -TERM -P "$child" 2>/dev/null; } || kill "$child" || true
 }
 
-stage() { # stage NAME COMMAND...: run one stage to its end
-  local name=$1 guard=() status=0
-  shift
-  if [ -n "$dry" ]; then run "$@" && return; fi
+stage() { # stage PROCESSES NAME SCRIPT FLAG...: run a script to its end; given flags come last
+  local name=$2 command=("$root/$3" "${@:4}") guard=(setpriv --pdeathsig KILL) status=0 word
+  for word in "${given[@]}"; do
+    if [[ $word = "$3":* ]]; then command+=("${word#*:}"); fi
+  done
+  if [ $mode = list ]; then printf '%s\037' "${command[@]}" && echo && return; fi
+  if [ "$1" -gt 1 ]; then # torchrun must end its ranks, and hear of Ctrl-C only from here
+    guard=(setpriv --pdeathsig TERM setsid)
+    command=(--standalone "--nproc_per_node=$1" --max-restarts=3 "${command[@]}")
+    command=(-m torch.distributed.run "${command[@]}")
+  fi
+  if [ $mode = print ]; then run "$python" "${command[@]}" && return; fi
   printf '\n== %s, after %d:%02d min\n' "$name" $((SECONDS / 60)) $((SECONDS % 60))
-  # no stage may outlive a killed run.sh and meet the next one; torchrun must end its ranks, and
-  # hear of Ctrl-C only from here
-  guard=(setpriv --pdeathsig KILL)
-  if [ "$ranks" -gt 1 ]; then guard=(setpriv --pdeathsig TERM setsid); fi
+  # no stage may outlive a killed run.sh and meet the next one
   "${guard[@]}" true 2>/dev/null || guard=()
   # in the background, as bash hears a signal only then; with SIGINT, which bash takes from it
-  (trap - INT TERM && exec ${guard[@]+"${guard[@]}"} "$@") </dev/null &
+  (trap - INT TERM && exec ${guard[@]+"${guard[@]}"} "$python" "${command[@]}") </dev/null &
   child=$!
   wait "$child" || status=$?
   while [ "$stopped" -gt 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
@@ -291,226 +237,143 @@ stage() { # stage NAME COMMAND...: run one stage to its end
   [ "$status" -eq 0 ] || fail "$status" "$name ended with status $status, for the reason above"
 }
 
-launch() { # launch NAME SCRIPT...: run a stage on all devices
-  local name=$1 torchrun=()
-  if [ "$ranks" -gt 1 ]; then
-    torchrun=(-m torch.distributed.run --standalone "--nproc_per_node=$ranks" --max-restarts=3)
-  fi
-  stage "$name" "$python" ${torchrun[@]+"${torchrun[@]}"} "${@:2}"
+check_flags() { # check_flags JOB: every stage reads its flags now, not after hours of work
+  mode=list "$1" | PYTHONPATH=$root "$python" -c '
+import importlib, os, sys
+import common
+for line in os.fsdecode(sys.stdin.buffer.read()).split("\37\n")[:-1]:
+    sys.argv = line.split("\37")
+    stage = os.path.basename(sys.argv[0]).removesuffix(".py")
+    common.parse_settings(importlib.import_module(stage).Settings, "")
+' || fail 2 "nothing was run, for the reason above; --help lists what run.sh itself takes"
 }
 
-script_of() { # script_of STAGE
-  case $1 in mid) echo midtrain.py ;; eval) echo evaluate.py ;; *) echo "$1.py" ;; esac
+plan() { # show time and memory before hours of work; ask prepare.py for as much text as they need
+  local said n=SHARDS
+  said=$(stage 1 plan pretrain.py --plan --plan-vocab-size="$vocab" --plan-count="$ranks")
+  echo "$said"
+  [ $mode = print ] || n=$(sed -n 's/^shards *\([0-9]*\).*/\1/p' <<<"$said")
+  if [[ $n && $data =~ ^(hub|climbmix)$ ]]; then given=("prepare.py:--shards=$n" "${given[@]}"); fi
 }
-
-flags_of() { # flags_of STAGE: sets mine to the words of that stage
-  local word
-  mine=()
-  for word in ${staged[@]+"${staged[@]}"}; do
-    if [[ $word = "$1":* ]]; then mine+=("${word#*:}"); fi
-  done
-}
-
-text_to_base() {
-  # a wrong flag, or a time that is not what one wants, is seen before hours of work
-  stage plan "$python" pretrain.py "${train[@]}" --plan --plan-vocab-size="$vocab" \
-    --plan-count="$ranks"
-  stage prepare "$python" prepare.py --data="$data" --source="$source" \
-    ${prepare[@]+"${prepare[@]}"}
-  case $conversations in
-    "") ;;
-    world)
-      if [ "$data" != world ]; then
-        stage world "$python" prepare.py ${talks[@]+"${talks[@]}"}
-      fi ;;
-    *) stage conversations "$python" prepare.py --conversations="$conversations" \
-      --source="$chats" ${talks[@]+"${talks[@]}"} ;;
+prepare() { # text, conversations and tokenizer
+  stage 1 prepare prepare.py --data="$data" --source="$source"
+  case $data,$conversations in
+    *, | world,world) ;; # the world brings its own
+    *,world) stage 1 world prepare.py ;;
+    *) stage 1 conversations prepare.py --conversations="$conversations" --source="$chats" ;;
   esac
-  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
-    "${tokenizer[@]}"
-  launch pretrain pretrain.py --tag="$tag" --source="$source" "${train[@]}"
+  stage 1 train_tokenizer train_tokenizer.py --tag="$tag" --source="$source"
 }
-
-evaluate() { # evaluate STAGE
-  flags_of eval
-  launch "evaluate $1" evaluate.py -i "$1" --tag="$tag" ${mine[@]+"${mine[@]}"}
+train() { # train NAME SCRIPT FLAG...: train on all devices, then score what came of it
+  stage "$ranks" "$1" "$2" --tag="$tag" "${@:3}"
+  stage "$ranks" "evaluate $1" evaluate.py -i "$1" --tag="$tag"
 }
 
 main_job() {
-  local name
-  text_to_base
-  evaluate base
-  if [ -n "$chats" ] && [ -e "$base/data/$chats/rl.jsonl" ]; then stages="mid sft rl"; fi
-  for name in $stages; do
-    flags_of "$name"
-    if [ "$name" = mid ]; then mine=(--chats="$chats" ${mine[@]+"${mine[@]}"}); fi
-    launch "$name" "$(script_of "$name")" --tag="$tag" ${mine[@]+"${mine[@]}"}
-    evaluate "$name"
+  plan
+  prepare
+  train base pretrain.py --source="$source"
+  if [ -n "$chats" ]; then
+    train mid midtrain.py --chats="$chats"
+    train sft sft.py
+    # of one's own conversations some may be problems
+    if [ "$chats" != "$tag-chat" ] || [ -e "$base/data/$chats/rl.jsonl" ]; then train rl rl.py; fi
+  fi
+  stage 1 report evaluate.py --report --tag="$tag"
+  if [ -z "$chats" ]; then tag+=" -i base"; fi
+  [ $mode != run ] || say "done after $((SECONDS / 60)) min: $python $root/chat.py --tag=$tag"
+}
+bench_run() { # bench_run NAME FLAG...: pretrain a model beside the bench's own, with its tokenizer
+  [ $mode = list ] || run mkdir -p "$base/runs/$tag-$1"
+  [ $mode = list ] || run cp -r "$base/runs/$tag/tokenizer" "$base/runs/$tag-$1"
+  stage "$ranks" "$1" pretrain.py --tag="$tag-$1" --source="$source" "${@:2}" "${flags[@]}"
+}
+bench_learn() { # whole runs of three seeds, and a quarter of one without each choice
+  local d k n flags=(--max-seq-len=512 --total-batch-size=2048 --dtype=float32 --compile=yes)
+  flags+=(--eval-tokens=300000 --save-every=0)
+  for d in 4 6; do
+    for k in --seed={0,1,2} --skip --bigram-steps=0 --bigram-rows=0 --no-value-embeds --no-smear \
+      --no-skip --qk-scale=1 --muon-steps=5; do
+      n=$((d == 4 ? 880 : 300))
+      [[ $k = --seed* ]] || n=$((n / 4))
+      bench_run "d$d${k//=/-}" --depth=$d --num-iterations=$n --eval-every=$n "$k"
+    done
   done
-  flags_of eval
-  stage report "$python" evaluate.py --report --tag="$tag" ${mine[@]+"${mine[@]}"}
 }
-
+bench_gpu() { # some steps of each depth, then of sft and rl
+  local d eight few=(--log-every=1 --eval-every=0 --save-every=0 --restart --num-iterations=20) flags
+  flags=("${few[@]}" --total-batch-size=524288 --dtype=bfloat16 --compile=yes)
+  for d in 12 20 24 26 26-fp8; do # the log of a run stays, its ten GB of weights do not
+    eight=--no-fp8 && [[ $d != *fp8 ]] || eight=--fp8
+    bench_run "d$d" --bigram-tokens=0 "--depth=${d%-*}" $eight
+    [[ $d = 12 || $mode = list ]] || run rm -rf "$base/runs/$tag-d$d/base"
+  done
+  stage "$ranks" sft sft.py --tag="$tag-d12" --start-from=base --chats="$source" "${flags[@]}"
+  stage "$ranks" rl rl.py --tag="$tag-d12" --chats="$source" "${few[@]}"
+}
 bench() {
-  text_to_base
-  # once more in fp32, which tables of CPUs compare
-  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag-fp32" --source="$source" \
-    "${tokenizer[@]}"
-  launch pretrain pretrain.py --tag="$tag-fp32" --source="$source" "${train[@]}" --dtype=float32
-  flags_of eval
-  stage evaluate "$python" evaluate.py --bench=speed --tag="$tag" ${mine[@]+"${mine[@]}"}
-}
-
-compare() { # compare learn|gpu: train models only to measure them
-  case $data in
-    world | hub | climbmix) ;;
-    *) source=${named:-$1} prepare+=(--doc-chars=6000) ;;
+  prepare
+  case $action in
+    learn | gpu) "bench_$action" ;;
+    bench) # and once more in fp32, which tables of CPUs compare
+      [ $mode != run ] || rm -rf "$base/runs/"bench{,-fp32}/base
+      stage "$ranks" pretrain pretrain.py --tag=bench --source="$source"
+      local flags=(--dtype=float32)
+      bench_run fp32
+      stage 1 "evaluate speed" evaluate.py --bench=speed --tag="$tag" ;;
   esac
-  stage prepare "$python" prepare.py --data="$data" --source="$source" \
-    ${prepare[@]+"${prepare[@]}"}
-  stage train_tokenizer "$python" train_tokenizer.py --tag="$tag" --source="$source" \
-    --vocab-size="$vocab"
-  flags_of eval
-  stage evaluate "$python" evaluate.py --bench="$1" --tag="$tag" ${mine[@]+"${mine[@]}"}
+  stage 1 evaluate evaluate.py --bench=runs --tag="$tag"
 }
 
 # 5. Main -------------------------------------------------------------------------------------
-caller=$PWD
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
-action=all tier="" wanted="" named="" conversations="" tag="" size="" dry=""
-prepare=() world=() talks=() tokenizer=() train=() staged=() flags=() pytest=()
-own_flags="--tier --data --source --conversations --tag --shards --documents --num-conversations"
-own_flags+=" --name --vocab-size --max-chars"
-while [ $# -gt 0 ]; do
-  word=$1
-  shift
-  case $word in # --a_b 1 is --a-b=1
-    --dry-run | --dry_run | --help | --*=*) ;;
-    --*) if [ $# -gt 0 ] && [[ $1 != --* ]]; then word=$word=$1 && shift; fi ;;
-  esac
-  value=${word#*=} name=${word%%=*}
-  case $name in --*) word=${name//_/-}${word#"$name"} ;; esac
-  case $word in
-    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$root/run.sh" && exit ;;
-    --dry-run) dry=yes ;;
-    --tier=*) tier=$value ;;
-    --data=*) wanted=$value ;;
-    --source=*) named=$value ;;
-    --conversations=*) conversations=$value ;;
-    --tag=*) tag=$value ;;
-    --vocab-size=*) size=$value ;;
-    prepare:--* | mid:--* | sft:--* | rl:--* | eval:--* | --*)
-      [[ " $own_flags " != *" $word "* ]] || fail 2 "$word needs a value, as in $word=VALUE"
-      flags+=("$word") ;;
-    test) action=test pytest=("$@") && break ;;
-    all | setup | bench | lock) action=$word ;;
-    learn | gpu) [ "$action" = bench ] || fail 2 "$word follows bench: bash run.sh bench $word"
-      action=$word ;;
-    *) fail 2 "$word is not an action; choose one of: all setup test bench lock (or --help)" ;;
-  esac
-done
-[ "$action$dry" != lockyes ] || fail 2 "lock has no --dry-run: it writes requirements.lock"
-venv=$(absolute "${NANOCHAT_VENV:-$root/.venv}")
+action=all job=main_job mode=run gpus=0 tier="" data="" source="" conversations="" tag="" vocab=""
+given=() pytest=()
+read_words "$@"
+base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat} venv=${NANOCHAT_VENV:-$root/.venv}
 python=${NANOCHAT_PYTHON:-$venv/bin/python}
-if [[ $python = */* ]]; then python=$(absolute "$python"); fi
-if [ -n "${NANOCHAT_BASE_DIR-}" ]; then
-  NANOCHAT_BASE_DIR=$(absolute "$NANOCHAT_BASE_DIR") && export NANOCHAT_BASE_DIR
-fi
-base=${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}
-
+PATH=$PATH:$venv-uv/bin:$HOME/.local/bin:${CARGO_HOME:-$HOME/.cargo}/bin
 find_tier
-load_tier
-case $action in
-  learn) wanted=${wanted:-world} tag=learn vocab=4096 ;;
-  gpu) # its conversations are the world's; so much text that the vocabulary is not cut
-    [ "${wanted:-world}" = world ] || fail 2 "bench gpu trains on the world: leave --data out"
-    wanted=world tag=gpu vocab=65536 prepare+=(--documents=90000) ;;
-esac
-if [ "$action" = bench ]; then # fixed, so that tables compare
-  wanted=${wanted:-world} tag=bench
-  train=(--depth=4 --head-dim=128 --max-seq-len=512 --device-batch-size=2)
-  train+=(--total-batch-size=8192) vocab=4096
-  if [ "$gpus" -gt 0 ]; then train=(--depth=12 --total-batch-size=524288) vocab=65536; fi
-  train+=(--num-iterations=40 --compile=yes --eval-every=0)
-fi
-if [ -z "$wanted" ] || [ "$wanted" = "$data" ]; then tag=${tag:-main}; else data=$wanted; fi
+load_tier "$@"
+if [[ $action =~ ^(bench|learn|gpu)$ ]]; then job=bench tag=$action; fi
+[[ $action != gpu || $data = world ]] || fail 2 "bench gpu trains on the world: leave --data out"
 case $data in
-  world | climbmix) source=$data ;;
-  hub) source=fineweb-edu ;;
+  world | climbmix) name=$data ;;
+  hub) name=fineweb-edu ;;
   *)
-    data=$(absolute "$data")
-    [ -e "$data" ] || fail 2 "--data=$wanted: no such file or folder, nor world, hub or climbmix"
+    data=${data/#\~\//$HOME/}
     if [ -d "$data" ]; then data=$(cd "$data" && pwd); fi
-    source=$(basename "$data" | tr '[:upper:]' '[:lower:]' |
+    name=$(basename "$data" | tr '[:upper:]' '[:lower:]' |
       LC_ALL=C sed 's/\..*//; s/[^a-z0-9]\{1,\}/-/g; s/^-//; s/-$//')
-    source=${source:-text-$(cksum <<<"$data" | cut -d ' ' -f 1)} # of another script
-    case $source in
-      world | eval | chat | downloads | climbmix | fineweb-edu) source=$source-files ;;
-    esac ;;
+    name=${name:-text-$(cksum <<<"$data" | cut -d ' ' -f 1)} # of another script
+    case $name in world | eval | chat | downloads | climbmix | fineweb-edu) name+=-files ;; esac ;;
 esac
-source=${named:-$source}
-tag=${tag:-$source}
-# what the table brings there, its time takes (README, Choices)
-if [ "$data" = world ]; then train+=(--bigram-rows=0); fi
-if [ -z "$conversations" ]; then
-  case $data in world) conversations=world ;; hub | climbmix) conversations=hub ;; esac
-fi
-case $conversations in # chats: the folder of the conversations; stages: those that use it
-  "") chats="" stages="" ;;
-  world)
-    chats=world stages="mid sft rl"
-    if [ "$data" = world ]; then chats=$source; fi ;;
-  hub) chats=chat stages="mid sft rl" ;;
-  *)
-    conversations=$(absolute "$conversations") chats=$tag-chat
-    stages="mid sft" # and rl where there are problems among them
-    [ -e "$conversations" ] || fail 2 "--conversations: no such file, nor world or hub" ;;
+if [ $job = bench ]; then name=$action-$name; fi # away from what the main job prepares
+source=${source:-$name} tag=${tag:-$source}
+case $data,$conversations in # chats: the folder of the conversations
+  world, | world,world) conversations=world chats=$source ;;
+  hub, | climbmix, | *,hub) conversations=hub chats=chat ;;
+  *,) chats="" ;;
+  *,world) chats=world ;;
+  *) chats=$tag-chat ;;
 esac
-for word in ${flags[@]+"${flags[@]}"}; do route "$word"; done
-# what the world is made of goes to the command that makes it, the name to that of the conversations
-case $data,$conversations in
-  world,world | *,) prepare+=(${world[@]+"${world[@]}"} ${talks[@]+"${talks[@]}"}) ;;
-  *,world) talks+=(${world[@]+"${world[@]}"}) ;;
-  *) prepare+=(${world[@]+"${world[@]}"}) ;;
-esac
-vocab=${size:-$vocab} tokenizer+=("--vocab-size=$vocab")
-case $data in
-  hub | climbmix) prepare=("--shards=$(count_shards)" ${prepare[@]+"${prepare[@]}"}) ;;
-esac
-
-cd "$root"
-if [ -n "$dry" ]; then run cd "$root"; fi
 trap 'stop 130' INT
 trap 'stop 143' TERM
 case $action in
+  lock)
+    find_uv
+    run bash "$root/.ci/lock" ;;
   setup) set_up ;;
-  lock) lock ;;
+  check)
+    set_up --extra=dev
+    PATH=$(dirname "$python"):$PATH PYO3_PYTHON=$python run bash "$root/.ci/check" ;;
   test)
     set_up --extra=dev
-    # most tests use one core; each half in its order, so that what is made once serves what follows
-    export OMP_WAIT_POLICY=${OMP_WAIT_POLICY-passive} # waiting threads would hold the other's core
-    run exec "$python" -m pytest test_all.py --numprocesses=2 --dist=worksteal \
-      ${pytest[@]+"${pytest[@]}"} ;;
-  bench)
+    # most tests use one core, and threads that wait would hold the other
+    OMP_WAIT_POLICY=${OMP_WAIT_POLICY-passive} run exec "$python" -m pytest "$root/test_all.py" \
+      --numprocesses=2 --dist=worksteal --durations=15 ${pytest[@]+"${pytest[@]}"} ;;
+  *)
     set_up
-    run rm -rf "$base/runs/"bench{,-fp32}
-    bench ;;
-  learn | gpu)
-    set_up
-    compare "$action" ;;
-  all)
-    set_up
-    main_job
-    if [ -n "$dry" ]; then exit; fi
-    if [ -n "$chats" ]; then
-      say "done after $((SECONDS / 60)) min; now talk to the model:"
-      printf '  %s\n' "$python $root/chat.py --tag=$tag" \
-        "$python $root/chat.py --tag=$tag -p 'What is 37 times 12?'" \
-        "$python $root/chat.py --tag=$tag -i base -p 'The capital of France is'"
-    else
-      say "done after $((SECONDS / 60)) min; now have the model complete a text, or make it chat:"
-      printf '  %s\n' "$python $root/chat.py -i base --tag=$tag" \
-        "$python $root/chat.py -i base --tag=$tag -p 'It was a'" \
-        "bash $root/run.sh --data=$data --source=$source --tag=$tag --conversations=world"
-    fi ;;
+    [ $mode = print ] || check_flags $job
+    $job ;;
 esac

@@ -14,16 +14,16 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
-import email.utils
+import doctest
 import errno
 import functools
-import gc
 import gzip
 import hashlib
 import html.parser
 import http.client
 import http.server
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -115,16 +115,9 @@ SENTENCES = [
 
 @functools.cache
 def TOKENIZER():
-    """A tokenizer of 300 merges, for tests that cannot take a fixture."""
+    """Return a tokenizer of 300 merges, for tests that cannot take a fixture."""
     merges = nanochat_bpe.train(iter(SENTENCES), 512)
     return common.Tokenizer(nanochat_bpe.PATTERN, merges)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ctrl_c():
-    """Let what the tests start hear Ctrl-C: a shell's background jobs inherit that it is ignored."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -134,6 +127,8 @@ def plain_environment():
                  "LOCAL_WORLD_SIZE"):  # fmt: skip
         os.environ.pop(name, None)
     os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's background job has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -145,7 +140,7 @@ def tokenizer():
 
 @pytest.fixture
 def base_dir(tmp_path, monkeypatch):
-    """An empty base directory of its own."""
+    """Make an empty base directory of the test's own."""
     folder = tmp_path / "base"
     folder.mkdir()
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
@@ -162,12 +157,16 @@ def write_texts(source, texts):
     (folder / "manifest.json").write_text("{}")
 
 
-@pytest.fixture
-def text_source(base_dir):
-    """A prepared source of 150 documents of 1 to 9 sentences."""
+def write_tiny_source():
+    """Prepare a source "tiny" of 150 documents of 1 to 9 sentences."""
     cycle = itertools.cycle(SENTENCES)
     write_texts("tiny", ["".join(itertools.islice(cycle, i % 9 + 1)) for i in range(150)])
     return "tiny"
+
+
+@pytest.fixture
+def text_source(base_dir):
+    return write_tiny_source()
 
 
 def free_port():
@@ -185,16 +184,16 @@ def until(condition, seconds=30):
 
 
 def be_rank(env, out, code):
-    """Run code as one of torchrun's processes, in one that has imported torch before."""
+    """Run code as one of torchrun's processes, in a process that has imported torch before."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(HERE)
     with open(out, "ab") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
-    names = {"rank": int(env["RANK"]), "sys": sys, "test_all": sys.modules[__name__]}
+    names = {"rank": int(env["RANK"]), "os": os, "sys": sys, "torch": torch}
     names |= {module.__name__: module for module in (common, evaluate, midtrain, pretrain, rl, sft)}
-    names |= {"os": os, "torch": torch}
+    names["test_all"] = sys.modules[__name__]
     if "main(" not in code:
         dist.init_process_group("gloo")
     exec(code, names)  # noqa: S102  # a test wrote it
@@ -227,91 +226,133 @@ def run_ranks(world_size, code, timeout_s=120, end=0):
 
 # The house -----------------------------------------------------------------------------------
 
-
-def test_no_stage_imports_a_stage_and_common_imports_none():
-    import ast
-
-    for name in ["common", *STAGES]:
-        tree = ast.parse((HERE / f"{name}.py").read_text("utf-8"))
-        imported = {
-            module.split(".")[0]
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for module in (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-            )
-        }
-        assert not imported & set(STAGES), name
-        runtime = {
-            "torch",
-            "numpy",
-            "tiktoken",
-            "pyarrow",
-            "requests",
-            "nanochat_bpe",
-            "common",
-            "urllib3",
-        }
-        assert imported <= runtime | set(sys.stdlib_module_names) | {"wandb"}, imported
+BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
+    "common.py": (4070, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
+    "prepare.py": (1720, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
+    "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
+    "sft.py main": 45, "rl.py": (346, 330), "evaluate.py": (1390, 1150), "chat.py": (265, 230),
+    "serve.py": (1850, 1700), "run.sh": (380, 350), "test_all.py": (9180, 6000), "README.md": 250,
+    "CONTRIBUTING.md": 40,
+}  # fmt: skip
 
 
-def test_importing_prints_nothing_and_loads_no_compiler(tmp_path):
-    code = f"""
-import sys, torch
-before = set(sys.modules)
-import {", ".join(["common", *STAGES])}
-assert not any(m.startswith(("torch._dynamo", "torch._inductor")) for m in set(sys.modules) - before)
-assert not torch.cuda.is_initialized()
-"""
-    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "none"), "PYTHONPATH": str(HERE)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, env=env, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 0 and not done.stdout and not done.stderr, done.stderr.decode()
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_file_keeps_its_budget_of_lines(name):
+    file, _, part = name.partition(" ")
+    text = (HERE / file).read_text("utf-8")
+    titles = re.split(r"^# \d+\. (.+?) -+$", text, flags=re.MULTILINE)
+    sections = {title: body.count("\n") for title, body in zip(titles[1::2], titles[2::2])}
+    found = sections[part] if part in sections else text.count("\n")
+    if part == "main":
+        (main,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "main")
+        found = main.end_lineno - main.lineno + 1
+    if file == "prepare.py":  # its world has a budget of its own
+        found -= sum(lines for title, lines in sections.items() if title.startswith("World"))
+    most, goal = (BUDGETS[name], 0) if isinstance(BUDGETS[name], int) else BUDGETS[name]
+    assert goal < found <= most and part in ("", "main", *sections), "lower the budget with it"
+
+
+def syntax(name):
+    return ast.parse((HERE / f"{name}.py").read_text("utf-8"))
+
+
+def test_a_file_imports_no_stage_and_only_what_pyproject_declares():
+    def imported(name):
+        nodes = list(ast.walk(syntax(name)))
+        found = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+        found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        return {module.split(".")[0] for module in found} - sys.stdlib_module_names
+
+    text = (HERE / "pyproject.toml").read_text("utf-8")
+    tables = dict(re.findall(r"^(\w+) = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL))
+    declared = {table: {package.replace("-", "_") for package in re.findall(r'"([\w-]+)', rest)}
+                for table, rest in tables.items()}  # fmt: skip
+    allowed = declared["dependencies"] | declared["wandb"] | {"nanochat_bpe", "common"}
+    assert not {name: imported(name) - allowed for name in ["common", *STAGES]
+                if imported(name) - allowed}  # fmt: skip
+    assert imported("test_all") - allowed - set(STAGES) <= declared["dev"]
+
+
+def test_what_common_holds_is_run_by_two_stages_or_more():
+    """A stage runs what it imports of common.py, what that refers to, and so on.
+
+    All stages run what a decorator registers, such as an operator of torch.
+    """
+    refers, registered = {}, set()
+    for node in syntax("common").body:
+        places = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = {x.id for y in places if y for x in ast.walk(y) if isinstance(x, ast.Name)}
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = {node.name}
+            makers = [ast.unparse(x) for x in node.decorator_list if isinstance(x, ast.Call)]
+            registered |= names if any("dataclass" not in x for x in makers) else set()
+        used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+        refers |= dict.fromkeys(names, used)
+    runs = collections.Counter()
+    for stage in STAGES:
+        todo, seen = set(registered), set()
+        for node in ast.walk(syntax(stage)):
+            if isinstance(node, ast.ImportFrom) and node.module == "common":
+                todo |= {alias.name for alias in node.names}
+        while todo:
+            seen.add(name := todo.pop())
+            todo |= refers.get(name, set()) - seen
+        runs.update(seen)
+    assert len(refers) > 200 and not {name: runs[name] for name in refers if runs[name] < 2}
 
 
 @pytest.mark.parametrize("name", ["common", *STAGES])
-def test_a_device_is_never_compared_with_a_string(name):
-    for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text("utf-8"))):
-        if isinstance(node, ast.Compare):
+def test_source_text_is_never_hashed_and_a_device_never_compared_with_a_string(name):
+    for node in ast.walk(syntax(name)):
+        if isinstance(node, ast.Compare):  # a torch.device is compared by its .type
             for side in map(ast.unparse, (node.left, *node.comparators)):
                 assert not re.fullmatch(r"(str\()?([\w.]+\.)?device\)?", side), ast.unparse(node)
+        elif isinstance(node, ast.Call):  # a version number says that a format has changed
+            code = ast.unparse(node)
+            assert not re.match(r".*(getsource|digest|sha|hash|md5).*__file__", code), code
+            assert not re.search(r"getsource|co_code", code), code
 
 
-def test_every_command_in_the_readme_parses():
-    text = (HERE / "README.md").read_text("utf-8").replace("\\\n", " ")
-    commands = re.findall(r"(?:python|torchrun[^\n`#]*?) (\w+)\.py([^\n`#|]*)", text)
-    parsed = 0
-    for name, rest in commands:
-        if name in STAGES:
-            cls = importlib.import_module(name).Settings
-            rest = rest.replace("~/my/chats.jsonl", str(HERE / "README.md"))
-            rest = re.sub("(' *|\" & done.*)$", "", rest)  # the end of a shell's own words
-            words = shlex.split(rest.replace("~/my/notes", str(HERE)))
-            assert common.parse_settings(cls, "", words), rest
-            parsed += 1
-    assert parsed >= 20
+def call(*words, **options):
+    return subprocess.run(
+        words, **{"cwd": HERE} | options, capture_output=True, text=True, check=False
+    )
+
+
+def test_importing_prints_nothing_and_loads_no_compiler(tmp_path):
+    code = f"""if True:
+        import sys, torch
+        before = set(sys.modules)
+        import {", ".join(["common", *STAGES])}
+        new = set(sys.modules) - before
+        assert not [m for m in new if m.startswith(("torch._dynamo", "torch._inductor"))]
+        assert not torch.cuda.is_initialized()"""
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "none"), "PYTHONPATH": str(HERE)}
+    done = call(sys.executable, "-c", code, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and not done.stdout + done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_top_level_is_the_house():
+    allowed = {f"{name}.py" for name in ["common", "test_all", *STAGES]} | {
+        "tokenizer.rs", "Cargo.toml", "Cargo.lock", "pyproject.toml", "requirements.lock", "run.sh",
+        "README.md", "README.zh-CN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "world.txt",
+        "docs", "findings", ".ci", ".gitignore", ".gitattributes",
+    }  # fmt: skip
+    assert {line.split("/")[0] for line in call("git", "ls-files").stdout.splitlines()} <= allowed
 
 
 def run_sh(*words, code=0):
-    """Run run.sh; return what it prints or, where it fails with a code, its one sentence."""
-    bash = shutil.which("bash")
-    if bash is None:
-        pytest.skip("no bash")
-    done = subprocess.run(
-        [bash, "run.sh", *words], cwd=HERE, capture_output=True, text=True, check=False
-    )
+    """Run run.sh; return what it prints or, where it fails with a code, what it complains of."""
+    done = call("bash", "run.sh", *words)
     assert done.returncode == code, done.stderr
-    assert not code or (done.stderr.count("\n") == 1 and not done.stdout), done.stderr
+    assert not code or (done.stderr.count("\n") <= 2 and not done.stdout), done.stderr
     return done.stderr if code else done.stdout
 
 
 def commands(*words):
     """List the commands of a dry run of run.sh, the name of a stage and its settings each."""
-    lines = re.findall(r"(\w+)\.py(.*)$", run_sh("--dry-run", *words), re.MULTILINE)
+    out = run_sh("--dry-run", *words).replace("=SHARDS", "=9")
+    lines = re.findall(r"(\w+)\.py(.*)$", out, re.MULTILINE)
     classes = {name: importlib.import_module(name).Settings for name in STAGES}
     return [(name, common.parse_settings(classes[name], "", shlex.split(rest)))
             for name, rest in lines if name in classes]  # fmt: skip
@@ -324,151 +365,118 @@ def commands_of(stage, *words):
 TIERS = ["cpu", "cpu-bf16", "cpu-fast", "laptop", "mps", "gpu1", "8xa6000", "8xh100", "8xh200"]
 
 
-def test_every_action_and_tier_of_run_sh_prints_its_commands():
-    for words in ["test", "bench", "bench learn", "bench gpu", "setup"]:
-        commands(*words.split())
+def test_every_tier_and_action_of_run_sh_prints_its_commands():
     for tier in TIERS:
         found = commands(f"--tier={tier}")
-        names = [name for name, _ in found if name != "prepare"]
         chat = [word for name in ("midtrain", "sft", "rl") for word in (name, "evaluate")]
-        base = ["pretrain", "train_tokenizer", "pretrain", "evaluate"]
-        assert names == [*base, *chat, "evaluate"]  # the first pretrain is the plan
+        base = ["pretrain", "train_tokenizer", "pretrain", "evaluate"]  # the first is the plan
+        assert [name for name, _ in found if name != "prepare"] == [*base, *chat, "evaluate"]
         long = 384 if TIERS.index(tier) >= TIERS.index("gpu1") else rl.Settings().max_tokens
         assert [settings.max_tokens for name, settings in found if name == "rl"] == [long]
+    for words in ("bench", "bench learn", "bench gpu"):
+        (text,) = commands_of("prepare", *words.split())
+        assert text.source == f"{words.split()[-1]}-world", "away from what the main job prepares"
+        assert commands(*words.split())[-1][1].bench == "runs"
+    assert not commands("setup") + commands("check")
+    assert "-m pytest" in run_sh("--dry-run", "test", "-k", "x")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["tset"], "tset is not an action; choose one of: all setup"),
-        (["learn"], "learn follows bench"),
-        (["--tier=cpuu"], "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-fast"),
-        (["--data=wrld"], "--data=wrld: no such file or folder, nor world, hub or climbmix"),
-        (["--conversations=nowhere.jsonl"], "no such file, nor world or hub"),
-        (["setup", "--teir=cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
-        (["--teir", "cpu"], "--teir is none of pretrain.py's flags .*--dry-run --tier"),
-        (["--tag=x", "--no.depth=3"], "--no.depth is none of pretrain.py's flags"),
-        (["rl:--num-step=3"], "--num-step is none of rl.py's flags"),
-        (["mid:--learn-none"], "--learn-none is none of midtrain.py's flags"),
-        (["prepare:--sed=3"], "--sed is none of prepare.py's flags"),
-        (["eval:--cost=3"], "--cost is none of evaluate.py's flags"),
-        (["--shards"], "--shards needs a value"),
-        (["lock"], "lock has no --dry-run"),
+        ("tset", "tset is not an action; choose one of: all setup"),
+        ("learn", "learn is not an action"),
+        ("nid:--seed=1", "nid:--seed=1 is not an action"),
+        ("--tier=cpuu", "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-fast"),
+        ("--tag", "--tag needs a value"),
+        ("bench gpu --data=.", "bench gpu trains on the world"),
+        ("--tier=cpu all --teir cpu", "pretrain.py: '--teir=cpu' is not a setting"),
+        ("--tier=cpu rl:--num-step=3", "rl.py: '--num-step=3' is not a setting: did you mean"),
     ],
 )
-def test_a_wrong_word_of_run_sh_is_one_sentence_before_the_set_up(words, said):
-    assert re.search(said, run_sh("--dry-run", *words, code=2))
+def test_a_wrong_word_of_run_sh_is_told_before_any_stage_runs(base_dir, monkeypatch, words, said):
+    monkeypatch.setenv("NANOCHAT_PYTHON", sys.executable)
+    assert said in run_sh(*words.split(), code=2)
+    assert not list(base_dir.iterdir())
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="run.sh takes mps there")
 @pytest.mark.parametrize(
-    ("cards", "tier", "flags"),
+    ("cards", "features", "tier"),
     [
-        ([24_564], "gpu1", "--depth=10"),
-        ([49_140] * 8, "8xa6000", "--depth=16"),
-        ([81_559] * 8, "8xh100", "--depth=20"),
-        ([143_771] * 8, "8xh200", "--depth=32"),
-        ([143_771] * 4, "8xh100", "--depth=20"),
-        ([81_559, 24_564], "gpu1", "--depth=10"),
-        ([6_144], "laptop", "--depth=4 .*--num-iterations=2400 .*--device-batch-size=8"),
+        ([24_564], "", "gpu1"), ([49_140] * 8, "", "8xa6000"), ([81_559] * 8, "", "8xh100"),
+        ([143_771] * 8, "", "8xh200"), ([143_771] * 4, "", "8xh100"), ([6_144], "", "laptop"),
+        ([81_559, 24_564], "", "gpu1"), ([], "avx2 avx_vnni", "cpu"),
+        ([], "avx512_vnni avx512_bf16", "cpu-bf16"), ([], "avx512_bf16 amx_bf16", "cpu-fast"),
+        ([], "avx_vnni avx512_bf16", "cpu-fast"),
     ],
-)
-def test_run_sh_takes_the_tier_that_fits_the_cards(tmp_path, monkeypatch, cards, tier, flags):
-    if sys.platform == "darwin":
-        pytest.skip("run.sh takes mps there")
-    smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\n" + "".join(f"echo {mib}\n" for mib in cards))
-    smi.chmod(0o755)
+)  # fmt: skip
+def test_run_sh_takes_the_tier_that_fits_cards_and_processor(
+    tmp_path, monkeypatch, cards, features, tier
+):
+    grep = shutil.which("grep")
+    flags = f'case "$*" in *cpuinfo) echo "{features}" | {grep} "$1" "$2"; exit;; esac'
+    stubs = {"nvidia-smi": "".join(f"echo {mib}\n" for mib in cards) or "exit 9\n",
+             "grep": f'{flags}\nexec {grep} "$@"\n'}  # fmt: skip
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    out = run_sh("--dry-run")
-    assert re.search(f"pretrain.py --tag=main .*{flags}", out)
-    assert out == run_sh("--dry-run", f"--tier={tier}")
-    small = "pretrain.py --tag=[a-z]+ .*--depth=4 .*--num-iterations=2400"
-    assert re.search(small, run_sh("--dry-run", "--data=world")), "little text, whatever the card"
-    assert re.search(flags, run_sh("--dry-run", "--data=world", f"--tier={tier}"))
-    ranks = f"--nproc_per_node={len(cards)} --max-restarts=3 pretrain.py"
-    assert (ranks in out) == (len(cards) > 1) and f"--plan-count={len(cards)}" in out
+    assert (out := run_sh("--dry-run")) == run_sh("--dry-run", f"--tier={tier}")
+    if cards:  # little text, whatever the card
+        small = "pretrain.py --tag=[a-z]+ .*--depth=4 .*--num-iterations=2400"
+        assert re.search(small, run_sh("--dry-run", "--data=world"))
+        ranks = f"--nproc_per_node={len(cards)} --max-restarts=3 /.*/pretrain.py"
+        assert bool(re.search(ranks, out)) == (len(cards) > 1)
+        assert f"--plan-count={len(cards)}" in out
     if len(cards) == 8:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-        assert "--nproc_per_node=2 --max-restarts=3 pretrain.py" in run_sh("--dry-run")
-        smi.write_text("#!/bin/sh\nexit 9\n")  # no driver
+        assert "--nproc_per_node=2 --max-restarts=3 " in run_sh("--dry-run")
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
         monkeypatch.setenv("NANOCHAT_PYTHON", "false")
         assert "wants GPUs, and nvidia-smi shows none" in run_sh(f"--tier={tier}", code=2)
 
 
-@pytest.mark.parametrize(
-    ("features", "tier"),
-    [
-        ("avx2", "cpu"),
-        ("avx2 avx_vnni", "cpu"),
-        ("avx512_vnni avx512_bf16", "cpu-bf16"),
-        ("avx512_bf16 amx_bf16", "cpu-fast"),
-        ("avx_vnni avx512_bf16", "cpu-fast"),
-    ],
-)
-def test_run_sh_takes_the_tier_that_fits_the_processor(tmp_path, monkeypatch, features, tier):
-    if sys.platform == "darwin":
-        pytest.skip("run.sh takes mps there")
-    grep = shutil.which("grep")
-    flags = f'case "$*" in *cpuinfo) echo "{features}" | {grep} "$1" "$2"; exit;; esac'
-    stubs = {"nvidia-smi": "exit 9", "grep": f'{flags}\nexec {grep} "$@"'}
-    for name, text in stubs.items():
-        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert run_sh("--dry-run") == run_sh("--dry-run", f"--tier={tier}")
-
-
-def test_run_sh_gives_the_name_to_what_makes_the_conversations():
-    flags = ["--name=Ada", "--num-conversations=9"]
+def test_run_sh_gives_each_flag_to_its_stage_and_the_last_one_counts():
+    words = ["--name=Ada", "--num_conversations", "9", "prepare:--seed=3", "--seed=4"]
+    (world,) = commands_of("prepare", "--tier=cpu", *words)
+    assert (world.data, world.name, world.num_conversations, world.seed) == ("world", "Ada", 9, 3)
     for talks in ("world", "hub", "README.md"):
-        words = [*flags, "--data=.", f"--conversations={talks}"]
-        text, chats = commands_of("prepare", *words)
+        text, chats = commands_of("prepare", *words, "--data=.", f"--conversations={talks}")
         assert Path(text.data).samefile(HERE) and not text.conversations
         assert chats.name == "Ada" and Path(chats.conversations or "world").name == talks
         assert talks != "world" or chats.num_conversations == 9
-    (world,) = commands_of("prepare", "--tier=cpu", *flags, "prepare:--seed=3", "--seed=4")
-    assert (world.data, world.name, world.num_conversations) == ("world", "Ada", 9)
-    assert world.seed == 3
-    made = commands_of("prepare", "--tier=8xh100", *flags)
-    assert [(s.data, s.conversations) for s in made] == [("hub", ""), ("world", "hub")]
-    assert made[1].name == "Ada"
-    text, chats = commands_of("prepare", "--tier=cpu", *flags, "--conversations=hub")
-    assert text.num_conversations == 9 and (text.name, chats.name) == ("Nano", "Ada")
+    text, chats = commands_of("prepare", "--tier=8xh100", "prepare:--shards=7")
+    assert (text.data, text.shards, chats.conversations) == ("hub", 7, "hub")
+    small = ["--tier=cpu", "--vocab-size=300", "tokenizer:--threads=1", "rl:--eval-every", "7"]
+    (made,) = commands_of("train_tokenizer", *small)
+    assert (made.vocab_size, made.threads) == (300, 1)
+    assert commands_of("pretrain", *small)[0].plan_vocab_size == 300
+    assert [s.eval_every for s in commands_of("rl", *small)] == [7]
+    found = commands_of("evaluate", "--tier=cpu", "eval:--run-code", "eval:--cost-per-hour=24")
+    assert [s.stage for s in found[:4]] == ["base", "mid", "sft", "rl"] and found[4].report
+    assert all(s.run_code and s.cost_per_hour == 24 for s in found)
 
 
 def test_run_sh_names_the_text_alike_in_all_stages(tmp_path):
-    def sources(*words):
-        places = {"prepare": 0, "train_tokenizer": 0, "pretrain": 1}  # after the plan
-        return {commands_of(name, *words)[i].source for name, i in places.items()}
+    def source(*words):
+        found = collections.defaultdict(list)
+        for name, one in commands(*words):
+            found[name].append(getattr(one, "source", ""))
+        (name,) = {found["prepare"][0], found["train_tokenizer"][0], *found["pretrain"][1:]}
+        return name
 
-    names = {"Downloads": "downloads-files", "chat": "chat-files", "eval": "eval-files",
-             "My Books.v2": "my-books"}  # fmt: skip
-    for name, source in names.items():
+    for name in ("Downloads", "chat", "eval", "My Books.v2", "文本", "книги"):
         (tmp_path / name).mkdir()
-        assert sources(f"--data={tmp_path / name}") == {source}
-        assert prepare.Settings(str(tmp_path / name)).source == source
-    assert sources("--data=.", "--source=mine") == {"mine"}
-    assert sources("--data=world", "--tier=gpu1", "--source=mine") == {"mine"}
+    found = [source(f"--data={path}") for path in sorted(tmp_path.iterdir())]
+    assert found[:4] == ["downloads-files", "my-books", "chat-files", "eval-files"]
+    assert found[:4] == [prepare.Settings(str(x)).source for x in sorted(tmp_path.iterdir())[:4]]
+    assert len(set(found)) == 6 and all(name.startswith("text-") for name in found[4:])
+    assert source("--data=.", "--source=mine") == "mine"
+    assert source("--data=world", "--tier=gpu1", "--source=mine") == "mine"
     (mid,) = commands_of("midtrain", "--tier=cpu", "--source=mine")
     assert mid.chats == "mine"  # the world's conversations are written with its text
-    others = set()
-    for name in ("文本", "книги"):
-        (tmp_path / name).mkdir()
-        (source,) = set(
-            re.findall(r"--source=(\S+)", run_sh("--dry-run", f"--data={tmp_path / name}"))
-        )
-        others.add(source)
-    assert len(others) == 2 and all(source.startswith("text-") for source in others)
-
-
-def test_run_sh_gives_its_flags_to_all_evaluations():
-    words = ["--tier=cpu", "eval:--run-code", "eval:--cost-per-hour=24"]
-    found = commands_of("evaluate", *words)
-    assert [s.stage for s in found[:4]] == ["base", "mid", "sft", "rl"] and found[4].report
-    assert all(s.run_code and s.cost_per_hour == 24 for s in found)
-    (learn,) = commands_of("evaluate", "bench", "learn", "eval:--bench-seconds=5")
-    assert learn.bench_seconds == 5
 
 
 def test_run_sh_runs_rl_where_ones_own_conversations_hold_problems(base_dir):
@@ -479,76 +487,153 @@ def test_run_sh_runs_rl_where_ones_own_conversations_hold_problems(base_dir):
     assert commands_of("rl", *words) and commands_of("evaluate", *words)[-2].stage == "rl"
 
 
-def test_run_sh_killed_in_pretraining_ends_as_the_unbroken_run(base_dir, tmp_path, monkeypatch):
-    draw = random.Random(0)
-    (tmp_path / "tale.txt").write_text("".join(draw.choices(SENTENCES, k=3000)))
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_stage_outlives_run_sh_and_a_stopped_one_ends_first(tmp_path, monkeypatch, how):
+    """A script stands in for Python: its pretraining waits, and saves when it is told to stop."""
+    saves = f"trap 'sleep 0.3; echo saved >{tmp_path}/log; exit 0' TERM INT"
+    waits = f"{saves}; echo $$ >{tmp_path}/pid; while :; do sleep 0.05; done"
+    stub = f'case "$*" in -c*) cat >/dev/null ;; *pretrain.py*--tag*) {waits} ;; esac'
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{stub}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setenv("NANOCHAT_PYTHON", str(tmp_path / "python"))
+    command = ["bash", "run.sh", "--tier=cpu", "--data=world"]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    until((tmp_path / "pid").exists)
+    until(lambda: (tmp_path / "pid").read_text().strip())
+    process.send_signal(how)
+    said = process.communicate()[1].decode()
+    assert process.returncode == {15: 143, 2: 130, 9: -9}[how]
+    pid = int((tmp_path / "pid").read_text())
+    if how != signal.SIGKILL:
+        assert "stopped in base; the same command goes on from there" in said
+        assert (tmp_path / "log").read_text() == "saved\n"
+    elif shutil.which("setpriv"):
+        until(lambda: not Path(f"/proc/{pid}").exists())
+    else:
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_run_sh_makes_a_base_model_of_ones_own_text_and_then_has_nothing_to_do(
+    base_dir, tmp_path, monkeypatch
+):
+    (tmp_path / "tale.txt").write_text("".join(random.Random(0).choices(SENTENCES, k=3000)))
     monkeypatch.setenv("NANOCHAT_PYTHON", sys.executable)
-    flags = ["--depth=2", "--max-seq-len=64", "--total-batch-size=256", "--device-batch-size=2",
-             "--num-iterations=100", "--save-every=10", "--eval-every=0", "--bigram-steps=5",
-             "--compile=no", "--device=cpu", "--dtype=float32"]  # fmt: skip
-    words = ["--tier=cpu", f"--data={tmp_path / 'tale.txt'}", "--tag=broken", "--vocab-size=300",
-             "eval:--device=cpu", "eval:--task=bpb", *flags]  # fmt: skip
-    run_sh("--dry-run", *words)  # skips where there is no bash
-    process = subprocess.Popen(
-        ["bash", "run.sh", *words], cwd=HERE, stdout=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        while not common.list_checkpoints("broken", "base") and process.poll() is None:
-            time.sleep(0.005)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    steps = [path.name for path in common.list_checkpoints("broken", "base")]
-    assert steps and "step-000100" not in steps
-    out = run_sh(*words)
-    assert "prepare: " in out and "nothing to do" in out and "going on from " in out
-    assert "have the model complete a text" in out
-    assert (common.run_dir("broken") / "report.md").exists()
-    run = common.run_dir("unbroken")
-    shutil.copytree(common.run_dir("broken") / "tokenizer", run / "tokenizer")
-    whole = ["--tag=unbroken", "--source=tale", *flags]
-    # which dtype is fast for Muon is timed: here it is what it was there
-    used = common.read_meta(common.find_checkpoint("broken", "base"))["muon_dtype"]
-    monkeypatch.setattr(pretrain, "pick_dtype", lambda _, name="": getattr(torch, name or used))
-    pretrain.main(common.parse_settings(pretrain.Settings, "", whole))
-    a, b = (final_weights(tag, 100) for tag in ("broken", "unbroken"))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    words = [f"--data={tmp_path / 'tale.txt'}", "--vocab-size=300", "eval:--task=bpb", "--depth=2",
+             "--max-seq-len=64", "--total-batch-size=256", "--num-iterations=20", "--compile=no",
+             "--bigram-steps=5", "--device=cpu", "eval:--device=cpu"]  # fmt: skip
+    out = run_sh("--tier=cpu", *words)
+    assert "chat.py --tag=tale -i base" in out and common.read_log("tale")[-1]["step"] == 20
+    assert (common.run_dir("tale") / "report.md").exists()
+    again = run_sh("--tier=cpu", *words)
+    assert "prepare: " in again and "nothing to do" in again and "is there, finished" in again
 
 
-def test_the_top_level_is_the_house():
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    if listed.returncode:
-        pytest.skip("not a git checkout")
-    allowed = {
-        "tokenizer.rs", "Cargo.toml", "Cargo.lock", "pyproject.toml", "requirements.lock",
-        "common.py", "prepare.py", "train_tokenizer.py", "pretrain.py", "midtrain.py", "sft.py",
-        "rl.py", "evaluate.py", "chat.py", "serve.py", "run.sh", "test_all.py", "README.md",
-        "README.zh-CN.md", "LICENSE", ".gitignore", ".ci",
-    }  # fmt: skip
-    assert {line.split("/")[0] for line in listed.stdout.splitlines()} <= allowed
+DOCUMENTS = [HERE / "README.md", HERE / "CHANGELOG.md", *sorted((HERE / "docs").glob("*.md"))]
+
+
+def code_of(document):
+    """List the lines of a document's code blocks, continued ones joined, and its code spans."""
+    parts = re.split(r"(?m)^```.*$", document.read_text("utf-8").replace("\\\n", " "))
+    lines = [re.sub(r"\s#.*", "", line) for block in parts[1::2] for line in block.splitlines()]
+    spans = [" ".join(x.split()) for prose in parts[::2] for x in re.findall("`([^`]+)`", prose)]
+    return [*lines, *spans]
+
+
+def parse_stages(text):
+    """Parse every command in a text that runs a stage, alone or by torchrun; return how many."""
+    from torch.distributed.run import get_args_parser
+
+    found = re.findall(r"(?:python|torchrun(.*?)) (?:\S*/)?(\w+)\.py\b(.*)", text)
+    for launcher, name, rest in found:
+        get_args_parser().parse_args([*launcher.split(), f"{name}.py"])
+        words = shlex.split(re.sub(r"('|\" & done.*)$", "", rest))  # the end of a shell's own words
+        cls = importlib.import_module(name).Settings
+        assert common.parse_settings(cls, "", [word for word in words if word != "--help"]), text
+    return len(found)
+
+
+def test_every_command_in_the_documents_parses(tmp_path, monkeypatch):
+    """Those of run.sh too: what they would run is printed and parsed, wherever they are typed."""
+    for folder in ("books", "TEXT", "CHATS"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "chats.jsonl").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    tests, stages = [name for name in globals() if name.startswith("test_")], 0
+    code = {line for document in DOCUMENTS for line in code_of(document)}
+    shell = {word for line in code for word in re.findall(r"bash run\.sh([^;|)]*)", line)}
+    for line in code:
+        line = re.sub(r"\$\w+", "1", re.sub(r"\$\(.*?\)", "host", line))  # $seed, $(scontrol ...)
+        stages += parse_stages(line)
+    assert stages >= 20 and len(shell) >= 12, (stages, shell)
+    for words in map(shlex.split, shell):
+        done = call("bash", HERE / "run.sh", "--dry-run", *words, cwd=tmp_path)
+        assert done.returncode == 0, (words, done.stderr)
+        for line in done.stdout.replace("=SHARDS", "=9").splitlines():
+            if re.match(rf"\S+python .*\b({'|'.join(STAGES)})\.py", line):
+                assert parse_stages(line.replace("-m torch.distributed.run", "torchrun")), line
+        if "-k" in words:
+            assert any(words[words.index("-k") + 1] in name for name in tests), words
+
+
+def test_every_flag_that_the_documents_name_exists():
+    from torch.distributed.run import get_args_parser
+
+    fields = {
+        f.name for n in STAGES for f in dataclasses.fields(importlib.import_module(n).Settings)
+    }
+    fields |= {option.lstrip("-").replace("-", "_") for action in get_args_parser()._actions
+               for option in action.option_strings}  # fmt: skip
+    fields |= {name.replace("-", "_") for name in
+               re.findall(r"--([a-z-]+)[=)|]", (HERE / "run.sh").read_text("utf-8"))}  # fmt: skip
+    for document in DOCUMENTS:
+        if document.name == "CHANGELOG.md":  # it names what is gone
+            continue
+        for span in code_of(document):
+            for name in re.findall(r"--([a-z][\w-]*)", span) if span.startswith("--") else ():
+                name = name.replace("-", "_")
+                assert {name, name.removeprefix("no_")} & fields, (document.name, span)
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    """A link to a file, a heading, or what a file defines: [`GPT` in common.py](common.py)."""
+    slugs = {}
+    for document in DOCUMENTS:
+        headings = re.findall(r"^#+ (.*)", document.read_text("utf-8"), re.MULTILINE)
+        slugs[document] = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    count = 0
+    for document in DOCUMENTS:
+        for words, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", document.read_text("utf-8")):
+            if target.startswith("https://"):
+                continue
+            path, _, heading = target.partition("#")
+            path = (document.parent / path).resolve() if path else document
+            assert path.is_file() and path.is_relative_to(HERE), (document.name, target)
+            assert not heading or heading in slugs[path], (document.name, target)
+            for name in re.findall("`(\\w+)`", words):
+                source = path.read_text("utf-8")
+                assert re.search(rf"^(class |def )?{name}\b", source, re.MULTILINE), (words, target)
+            count += 1
+    assert count >= 30
 
 
 # tokenizer.rs --------------------------------------------------------------------------------
 
 BYTES = [bytes([byte]) for byte in range(256)]
+PATTERN = nanochat_bpe.PATTERN
 
 
 def plain_bpe(texts, vocab_size):
     """Merges found the slow and obvious way: count all pairs, join the best, start over."""
-    words = [
-        list(piece.encode()) for t in texts for piece in regex.findall(nanochat_bpe.PATTERN, t)
-    ]
-    tokens, merges = list(BYTES), []
-    while len(tokens) < vocab_size:
+    words = [list(piece.encode()) for text in texts for piece in regex.findall(PATTERN, text)]
+    merges = []
+    while 256 + len(merges) < vocab_size:
         counts = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
         if not counts:
             break
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        words = [joined(word, best, len(tokens)) for word in words]
-        tokens.append(tokens[best[0]] + tokens[best[1]])
-        merges.append(best)
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        words = [joined(word, merges[-1], 255 + len(merges)) for word in words]
     return merges
 
 
@@ -564,12 +649,15 @@ def joined(word, pair, new_id):
 CHARACTERS = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
 
 
+def encoding_of(tokens, pattern=PATTERN):
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+
 @functools.cache
 def characters_by_tiktoken(pattern):
     """The characters that match a pattern of one character in tiktoken's regex engine."""
-    ranks = {token: rank for rank, token in enumerate(BYTES)}
-    engine = tiktoken.Encoding("x", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
-    found = set()
+    engine, found = encoding_of(BYTES, pattern), set()
     for i in range(0, len(CHARACTERS), 10_000):
         found |= set(bytes(engine.encode_ordinary("".join(CHARACTERS[i : i + 10_000]))).decode())
     return found
@@ -577,7 +665,7 @@ def characters_by_tiktoken(pattern):
 
 @functools.cache
 def characters_of_newer_unicode():
-    """Characters that `regex` and tiktoken put in different classes: their Unicode versions differ."""
+    """Characters that `regex` and tiktoken class differently: their Unicode versions differ."""
     differ = set()
     for pattern in (r"\p{L}", r"\p{N}", r"\s"):
         differ |= characters_by_tiktoken(pattern) ^ set(regex.findall(pattern, "".join(CHARACTERS)))
@@ -585,47 +673,43 @@ def characters_of_newer_unicode():
     return differ
 
 
-def tiktoken_split(text, pieces):
-    """How tiktoken splits `text`, in a vocabulary in which every candidate piece is one token.
+def check_split(text):
+    """Hold the split of a text to what regex and tiktoken make of the pattern.
 
-    tiktoken first looks a whole piece up. With `pieces` and each two neighbours of them in the
-    vocabulary, it returns exactly `pieces` only if it splits there and nowhere else.
+    tiktoken first looks a whole piece up. With the pieces and each two neighbours of them in the
+    vocabulary, it returns exactly the pieces only if it splits there and nowhere else.
     """
-    candidates = {piece.encode() for piece in pieces}
-    candidates |= {(one + other).encode() for one, other in itertools.pairwise(pieces)}
+    pieces = nanochat_bpe.split(text)
+    assert "".join(pieces) == text
+    encoded = [piece.encode() for piece in pieces]
+    candidates = {*encoded, *(one + other for one, other in itertools.pairwise(encoded))}
     tokens = BYTES + sorted(candidates - set(BYTES))
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding(
-        "x", pat_str=nanochat_bpe.PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    return [tokens[i] for i in encoding.encode_ordinary(text)]
+    assert [tokens[i] for i in encoding_of(tokens).encode_ordinary(text)] == encoded
+    text = "".join(c for c in text if c not in characters_of_newer_unicode())
+    assert nanochat_bpe.split(text) == regex.findall(PATTERN, text)
 
 
 def text_documents(size):
     """Up to `size` characters of every file of real text."""
     if not (SHARED / "text").is_dir():
-        pytest.skip(f"{(SHARED / 'text')} is not there")
+        pytest.skip(f"{SHARED / 'text'} is not there")
     for path in sorted((SHARED / "text").iterdir()):
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
-            if path.suffix == ".txt":
-                yield file.read(size)
-                continue
             left = size
-            for line in file:
-                document = json.loads(line)["text"][:left]
-                yield document
-                left -= len(document)
+            for line in [file.read(size)] if path.suffix == ".txt" else file:
+                text = (line if path.suffix == ".txt" else json.loads(line)["text"])[:left]
+                yield text
+                left -= len(text)
                 if left <= 0:
                     break
 
 
-NASTY = list(
-    "aZsſdmtlveréßñжΩ中の한'’\"!?.,-_/()0189٣Ⅷ½²  \t\n\r\v\f\x1c\x85\u00a0\u2009\u2028\u3000"
-    "\u200b\u200d\u0301\ufeff\ufffd😀🏽𝒜𝟘\U0001f1e6\U000e0041\U0010ffff\0"
-)
 TEXTS = st.lists(
     st.one_of(
-        st.sampled_from(NASTY),
+        st.sampled_from(
+            "aZsſdmtlveréßñжΩ中の한'’\"!?.,-_/()0189٣Ⅷ½²  \t\n\r\v\f\x1c\x85\u00a0\u2009\u2028\u3000"
+            "\u200b\u200d\u0301\ufeff\ufffd😀🏽𝒜𝟘\U0001f1e6\U000e0041\U0010ffff\0"
+        ),
         st.sampled_from(["'s", "'LL", "'Ve", "'rE", "'ſ", "'t", "  ", " \n", "\r\n", "12", " a"]),
         st.characters(codec="utf-8"),
         st.characters(codec="utf-8", categories=["L", "N", "Z", "M", "P"]),
@@ -634,24 +718,19 @@ TEXTS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=1500)
+@settings(max_examples=800)
 @given(TEXTS)
 @example("")
-@example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re")
+@example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re  ")
 @example("a  b   \n\n  c\r\n\t d    ")
 @example("12345 67٣٣٣ ½½½")
-def test_split_is_the_pattern_by_regex(text):
-    text = "".join(c for c in text if c not in characters_of_newer_unicode())
-    assert nanochat_bpe.split(text) == regex.findall(nanochat_bpe.PATTERN, text)
+def test_split_is_the_pattern_by_regex_and_tiktoken(text):
+    check_split(text)
 
 
-@settings(max_examples=300)
-@given(TEXTS)
-@example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re  ")
-def test_split_is_the_pattern_by_tiktoken(text):
-    pieces = nanochat_bpe.split(text)
-    assert "".join(pieces) == text
-    assert tiktoken_split(text, pieces) == [piece.encode() for piece in pieces]
+def test_split_of_real_text_is_the_pattern():
+    for document in text_documents(200_000):
+        check_split(document)
 
 
 def test_split_puts_every_character_in_the_class_that_tiktoken_does():
@@ -667,68 +746,34 @@ def test_split_puts_every_character_in_the_class_that_tiktoken_does():
     assert contracted == characters_by_tiktoken("(?i:[sdmt])")
 
 
-def test_split_of_real_text_is_the_pattern_by_regex_and_tiktoken():
-    for document in text_documents(200_000):
-        pieces = nanochat_bpe.split(document)
-        assert pieces == regex.findall(nanochat_bpe.PATTERN, document)
-        assert tiktoken_split(document, pieces) == [piece.encode() for piece in pieces]
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        ["low lower lowest newer newest wider widest low low"],
-        ["aaaa aaaaa aaaaaaa", "aaa", "a"],  # overlapping pairs
-        ["abababab babababa aabbaabb abcabcabc bcabcab"],
-        ["ab cd ef gh ij kl"],  # every count equal
-        ["Über Öl, naïve café — 東京都 東京 京都 Привет 😀😀😀", "'S 'll 12345 1 12 \n\n  x"],
-        ["the cat", " the", "cat", "", "\n"] * 3,
-        ["antidisestablishmentarianism", "antidisestablishmentarianism is long"],  # > 15 bytes
-    ],
-)
-def test_merges_are_those_of_plain_bpe(texts):
-    for threads in (1, 2):
-        assert nanochat_bpe.train(iter(texts), 400, threads) == plain_bpe(texts, 400)
-
-
 @settings(max_examples=200)
 @given(st.lists(st.text("abc é", max_size=60), max_size=5), st.integers(256, 330))
-def test_merges_are_those_of_plain_bpe_on_any_text(texts, vocab_size):
-    assert nanochat_bpe.train(texts, vocab_size, 2) == plain_bpe(texts, vocab_size)
+@example(["low lower lowest newer newest wider widest low low"], 400)
+@example(["aaaa aaaaa aaaaaaa", "aaa", "a"], 400)  # overlapping pairs
+@example(["abababab babababa aabbaabb abcabcabc bcabcab"], 400)
+@example(["ab cd ef gh ij kl"], 400)  # every count equal
+@example(["Über Öl, naïve café — 東京都 東京 京都 Привет 😀😀😀", "'S 'll 12345 1 \n\n  x"], 400)
+@example(["the cat", " the", "cat", "", "\n"] * 3, 400)
+@example(
+    ["antidisestablishmentarianism", "antidisestablishmentarianism is long"], 400
+)  # > 15 bytes
+@example(["a", "b"] * 9, 300)  # documents are boundaries
+@example(["ab"] * 9, 256)
+@example([], 300)
+def test_merges_are_those_of_plain_bpe(texts, vocab_size):
+    for threads in (1, 2):
+        assert nanochat_bpe.train(iter(texts), vocab_size, threads) == plain_bpe(texts, vocab_size)
 
 
 def test_merges_of_real_text_are_those_of_plain_bpe():
-    texts = list(itertools.islice(text_documents(4_000), 12))
+    texts = list(itertools.islice(text_documents(2_500), 12))
     assert nanochat_bpe.train(texts, 400) == plain_bpe(texts, 400)
 
 
-def test_tokens_make_a_tiktoken_encoding_that_round_trips():
-    text = (
-        "She sells sea shells by the sea shore; the shells she sells are sea shells, I'm sure. " * 3
-    )
-    merges = nanochat_bpe.train([text], 300)
-    tokens = nanochat_bpe.token_bytes(merges)
-    assert tokens[:256] == BYTES and len(tokens) == len(set(tokens)) == 256 + len(merges)
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    encoding = tiktoken.Encoding(
-        "x", pat_str=nanochat_bpe.PATTERN, mergeable_ranks=ranks, special_tokens={}
-    )
-    ids = encoding.encode_ordinary(text)
-    assert encoding.decode(ids) == text and len(ids) < len(text) / 2
-    words = [list(piece.encode()) for piece in nanochat_bpe.split(text)]
-    for i, pair in enumerate(merges):
-        words = [joined(word, pair, 256 + i) for word in words]
-    assert ids == list(itertools.chain(*words))
-
-
-def made_up_documents(n=300):
+def test_merges_do_not_depend_on_threads_or_the_order_of_documents():
     rng = random.Random(1)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 9))) for _ in range(2000)]
-    return [" ".join(rng.choices(words, k=rng.randint(0, 2000))) for _ in range(n)]
-
-
-def test_merges_do_not_depend_on_threads_or_the_order_of_documents():
-    documents = made_up_documents()
+    documents = [" ".join(rng.choices(words, k=rng.randint(0, 2000))) for _ in range(300)]
     merges = nanochat_bpe.train(documents, 3000, 1)
     assert len(merges) == 3000 - 256
     for threads in (0, 2, 3, 16):
@@ -745,31 +790,18 @@ def test_a_document_larger_than_a_batch_gives_the_merges_of_its_words(sample):
     assert nanochat_bpe.train([document], 300, 2) == nanochat_bpe.train(pieces.elements(), 300, 1)
 
 
-def test_documents_are_boundaries_and_short_text_gives_fewer_merges():
-    assert nanochat_bpe.train(["a", "b"] * 9, 300) == []
-    assert nanochat_bpe.train(["ab"] * 9, 300) == [(97, 98)]
-    assert nanochat_bpe.train(["ab"] * 9, 256) == []
-    assert nanochat_bpe.train([], 300) == nanochat_bpe.train(["", ""], 300, 3) == []
-
-
-PEAK = """
-import resource
-def peak():  # Linux's getrusage counts the process that started this one, too
-    try:
-        return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-"""
-
-
 def test_text_is_streamed():
     """200 MB pass through a generator and leave no trace in the memory of the process."""
     program = """if True:
-        import itertools, random, nanochat_bpe
-        letters = [*b"etaoinshrdlu    "] * 16
+        import itertools, random, resource, sys, nanochat_bpe
+        def peak():  # Linux's getrusage counts the process that started this one, too
+            if sys.platform == "linux":
+                return int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0])
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        letters = bytes([*b"etaoinshrdlu    "] * 16)
         def documents():
             for i in range(200):
-                yield random.Random(i % 3).randbytes(1_000_000).translate(bytes(letters)).decode()
+                yield random.Random(i % 3).randbytes(1_000_000).translate(letters).decode()
         nanochat_bpe.train(itertools.islice(documents(), 9), 300, 2)
         before = peak()
         nanochat_bpe.train(DOCUMENTS, 300, 2)
@@ -777,23 +809,13 @@ def test_text_is_streamed():
     """
 
     def growth(texts):
-        code = PEAK + program.replace("DOCUMENTS", texts)
-        output = subprocess.run(
-            [sys.executable, "-c", code], check=True, capture_output=True, text=True
-        ).stdout
-        return int(output) / (1024 if sys.platform == "darwin" else 1)
+        code = program.replace("DOCUMENTS", texts)
+        return int(
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+        )
 
     assert growth("documents()") < 30_000
     assert growth("[*documents()]") > 150_000, "it would be seen"
-
-
-def test_an_error_in_the_iterator_comes_out():
-    def documents():
-        yield "text " * 100_000
-        raise OSError("the disk is gone")
-
-    with pytest.raises(OSError, match="the disk is gone"):
-        nanochat_bpe.train(documents(), 300)
 
 
 @pytest.mark.parametrize(
@@ -806,7 +828,7 @@ def test_an_error_in_the_iterator_comes_out():
 )
 def test_ctrl_c_stops_training(documents):
     program = f"""if True:
-        import itertools, random, time, nanochat_bpe
+        import itertools, random, nanochat_bpe
         letters = bytes([*b"abcdefghijklmno "] * 16)
         noise = random.Random(0).randbytes(20_000_000).translate(letters).decode()
         def say():
@@ -822,88 +844,46 @@ def test_ctrl_c_stops_training(documents):
         for _ in range(2 if "say" in documents else 1):
             assert child.stdout.readline() == "go\n"
         time.sleep(1)
-        started = time.perf_counter()
         child.send_signal(signal.SIGINT)
+        watchdog = threading.Timer(60, child.kill)  # nothing else ends it
+        watchdog.start()
         try:
             assert child.stdout.read() == "stopped\n"
-            assert time.perf_counter() - started < 60  # nothing else ends it
         finally:
+            watchdog.cancel()
             child.kill()
 
 
+def broken_documents():
+    yield "text " * 100_000
+    raise ValueError("the disk is gone")
+
+
 @pytest.mark.parametrize(
-    "call, message",
+    ("name", "args", "message"),
     [
-        (lambda: nanochat_bpe.train([], 255), "vocab_size must be an integer from 256 .* not 255"),
-        (lambda: nanochat_bpe.train([], -1), "vocab_size must be"),
-        (lambda: nanochat_bpe.train([], 1 << 70), "vocab_size must be"),
-        (lambda: nanochat_bpe.train([], "1000"), "vocab_size must be .* not '1000'"),
-        (lambda: nanochat_bpe.train([], 300.0), "vocab_size must be"),
-        (lambda: nanochat_bpe.train([], 300, -1), "threads must be an integer from 0 .* not -1"),
-        (lambda: nanochat_bpe.train([], 300, 100_000), "threads must be"),
-        (lambda: nanochat_bpe.train(["one", 2], 300), "texts item 1 must be str, not int"),
-        (lambda: nanochat_bpe.train([b"one"], 300), "texts item 0 must be str, not bytes"),
-        (lambda: nanochat_bpe.train("one text", 300), "texts must be an iterable of strings"),
-        (lambda: nanochat_bpe.train(5, 300), "texts must be an iterable of strings"),
-        (lambda: nanochat_bpe.train(["a", "b\ud800c"], 300), "texts item 1 is not Unicode.*ud800"),
-        (lambda: nanochat_bpe.split("\udfff"), "text is not Unicode.*udfff"),
-        (lambda: nanochat_bpe.split(None), "text must be str, not NoneType"),
-        (lambda: nanochat_bpe.token_bytes([(97, 98), (257, 1)]), "merges item 1 joins a later id"),
+        *(("train", ([], n), "vocab_size must be an integer from 256") for n in (255, -1, 1 << 70,
+                                                                               "1000", 300.0)),
+        ("train", ([], "1000"), "vocab_size must be .* not '1000'"),
+        ("train", ([], 300, -1), "threads must be an integer from 0 .* not -1"),
+        ("train", ([], 300, 100_000), "threads must be"),
+        ("train", (["one", 2], 300), "texts item 1 must be str, not int"),
+        ("train", ([b"one"], 300), "texts item 0 must be str, not bytes"),
+        ("train", ("one text", 300), "texts must be an iterable of strings"),
+        ("train", (5, 300), "texts must be an iterable of strings"),
+        ("train", (["a", "b\ud800c"], 300), "texts item 1 is not Unicode.*ud800"),
+        ("train", (broken_documents(), 300), "the disk is gone"),
+        ("split", ("\udfff",), "text is not Unicode.*udfff"),
+        ("split", (None,), "text must be str, not NoneType"),
+        ("token_bytes", ([(97, 98), (257, 1)],), "merges item 1 joins a later id"),
     ],
-)
-def test_a_wrong_argument_is_named(call, message):
+)  # fmt: skip
+def test_a_wrong_argument_is_named(name, args, message):
     with pytest.raises(ValueError, match=message):
-        call()
+        getattr(nanochat_bpe, name)(*args)
 
 
-TRAINERS = {
-    "nanochat_bpe": "nanochat_bpe.train(texts, 32768, 2)",
-    "rustbpe": "rustbpe.Tokenizer().train_from_iterator(iter(texts), 32768, pattern=P)",
-    "tokenizers": "t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=32768,"
-    " show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))",
-}
-RACE = """
-import gzip, json, pathlib, sys, time
-import nanochat_bpe, {package}
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-P = nanochat_bpe.PATTERN
-t = Tokenizer(models.BPE())
-split = pre_tokenizers.Split(Regex(P.replace("?+", "?").replace("++", "+")), "isolated")
-byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-t.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-texts, size = [], 0
-while size < 1e8:
-    for path in sorted(pathlib.Path(sys.argv[1]).glob("*.jsonl.gz")):
-        for line in gzip.open(path, "rt"):
-            if size < 1e8:
-                texts.append(json.loads(line)["text"])
-                size += len(texts[-1])
-start = time.perf_counter()
-{call}
-print(time.perf_counter() - start, peak())
-"""
-
-
-@pytest.mark.slow
-def test_training_is_faster_than_other_packages_at_no_more_memory():
-    pytest.importorskip("rustbpe")
-    pytest.importorskip("tokenizers")
-    if not (SHARED / "text").is_dir():
-        pytest.skip(f"{SHARED} is not there")
-    runs = collections.defaultdict(list)
-    for package in [*TRAINERS] * 3:
-        code = PEAK + RACE.format(package=package, call=TRAINERS[package])
-        out = subprocess.run([sys.executable, "-c", code, str(SHARED / "text")], check=True,
-                             capture_output=True, env={**os.environ, "RAYON_NUM_THREADS": "2"})  # fmt: skip
-        runs[package].append([float(word) for word in out.stdout.split()])
-    seconds, memory = ({p: sorted(r[i] for r in runs[p])[1] for p in runs} for i in (0, 1))
-    print(seconds, memory)
-    assert seconds["rustbpe"] >= 4 * seconds["nanochat_bpe"]
-    assert seconds["tokenizers"] >= 8 * seconds["nanochat_bpe"]
-    assert memory["nanochat_bpe"] <= memory["rustbpe"]
-
-
-# 8. Settings, errors, log: formats ------------------------------------------------------------
+# 8. Settings, errors, log ----------------------------------------------------------------------
 
 
 def test_written_beside_leaves_the_old_file_when_the_writer_fails(tmp_path):
@@ -949,87 +929,55 @@ def test_a_log_line_has_one_form():
     assert line == expected
 
 
-def test_the_log_is_rewound_for_a_resumed_run(base_dir):
-    run = common.Run("base", "t", None, CPU, 0, 1, num_steps=9)
-    common.run_dir("t").mkdir(parents=True)
+@pytest.mark.parametrize("torn", [b"", b'{"stage": "base", "st', b"\0" * 40, b'{"stage": "b\xff"}'])
+def test_a_resumed_run_drops_later_lines_of_its_log_and_torn_ones(base_dir, torn):
+    run, path = common.Run("base", "t", None, CPU), common.run_dir("t") / "metrics.jsonl"
+    path.parent.mkdir(parents=True)
     for step in (1, 2, 3):
         run.log(step, loss=float(step))
-    common.Run("sft", "t", None, CPU, 0, 1).log(3, loss=9.0)
-    run.rewind_log(2)
-    path, left = common.run_dir("t") / "metrics.jsonl", [("base", 1), ("base", 2), ("sft", 3)]
-    lines = [json.loads(x) for x in path.open()]
-    assert [(x["stage"], x["step"]) for x in lines] == left
-
-
-@pytest.mark.parametrize("torn", [b'{"stage": "base", "st', b"\0" * 40, b'{"stage": "b\xff"}'])
-def test_a_torn_line_of_the_log_is_dropped(base_dir, torn):
-    run = common.Run("base", "t", None, CPU, 0, 1)
-    common.run_dir("t").mkdir(parents=True)
-    path = common.run_dir("t") / "metrics.jsonl"
-    for step in (1, 2):
-        run.log(step, loss=1.0)
         with path.open("ab") as file:
             file.write(torn + b"\n" * (step == 1))
-    assert [x["step"] for x in evaluate.training_log("t")] == [1, 2]
-    run.rewind_log(1)
+    common.Run("sft", "t", None, CPU).log(3, loss=9.0)
+    common.drop_replaced(run, 1)
     run.log(2, loss=0.5)
-    assert [json.loads(x)["step"] for x in path.open()] == [1, 2]
-
-
-# 2. Settings ---------------------------------------------------------------------------------
+    events = [(x["stage"], x["step"]) for x in map(json.loads, path.open())]
+    sft = [("sft", 3)] * (torn == b"")  # the line after a torn one without an end is lost with it
+    assert events == [("base", 1), *sft, ("base", 2)]
 
 
 @dataclass
 class ExampleSettings:
-    total_size: int = common.setting(8, "of it")
+    total_size: int = common.setting(8, "of it", group="data")
     rate: float = common.setting(0.5, "a second")
-    fast: bool = common.setting(False, "or slow")
+    fast: bool = common.setting(False, "or slow", group="device")
     at_once: bool = common.setting(True, "or never")
     stage: str = common.setting("base", "which", short="i", choices=("base", "sft"))
     derived: ClassVar = {"model_dim": "it follows from --depth"}
 
     def __post_init__(self):
-        if self.total_size < 0:
-            raise ValueError("--total-size must be 0 or more")
+        common.at_least(self, 0, "total_size")
 
 
-def test_settings_take_both_spellings_and_round_numbers():
+def test_settings_take_both_spellings_and_round_numbers(capsys):
     def parse(line):
         return common.parse_settings(ExampleSettings, "doc", line.split())
 
     assert parse("--total-size=3") == parse("--total_size 3") == ExampleSettings(total_size=3)
     assert parse("--total-size=2e9").total_size == 2_000_000_000
-    for word in ("inf", "nan", "1.5"):
-        with pytest.raises(SystemExit):
-            parse(f"--total-size={word}")
     assert parse("--fast -i sft --rate=1e-3") == ExampleSettings(fast=True, stage="sft", rate=1e-3)
     assert parse("--no-fast").fast is False
     assert not parse("--no_at_once").at_once and parse("--at_once").at_once
     assert not parse("--no-at-once").at_once
+    with pytest.raises(SystemExit):
+        parse("--help")
+    said = capsys.readouterr().out.split("options:")[1]
+    places = list(map(said.index, ("--rate", "data:", "--total-size", "device:", "--fast")))
+    assert places == sorted(places), "help is in groups"
 
 
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("--total-sise=3", "did you mean --total-size"),
-        ("--model-dim=3", "it follows from --depth"),
-        ("--total-size=1.5", "not a whole number"),
-        ("--total-size=-1", "must be 0 or more"),
-        ("--total-size=x", "invalid whole number value: 'x'"),
-        ("--stage=mid", "invalid choice"),
-        ("--total-siz=3", "did you mean"),
-    ],
-)
-def test_a_wrong_setting_gets_one_line_and_exit_2(line, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        common.parse_settings(ExampleSettings, "doc", line.split())
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and words in err and err.count("\n") == 1
-
-
-# Settings of which what they do, or what 0 stands for, differs by stage
+# settings of which what they do, or what 0 stands for, differs by stage
 DIFFERENT = """restart source seed stage num_iterations total_batch_size device_batch_size matrix_lr
-embed_lr head_lr weight_decay warm_start chats start_from epochs temperature slots run_code""".split()
+embed_lr head_lr weight_decay warm_start chats start_from epochs temperature slots run_code compile""".split()
 
 
 def test_one_name_is_one_setting_in_every_stage():
@@ -1037,13 +985,75 @@ def test_one_name_is_one_setting_in_every_stage():
     for stage in STAGES:
         cls = importlib.import_module(stage).Settings
         for f in dataclasses.fields(cls):
-            kind = (f.type, f.metadata["help"])
-            if f.name in DIFFERENT:
-                kind = f.type
-            assert seen.setdefault(f.name, kind) == kind, f"{stage}.{f.name}"
+            shared = issubclass(cls, common.RunSettings) and f.name not in DIFFERENT
+            kind = (f.type, f.metadata["help"]) if shared else f.type
+            assert seen.setdefault((f.name, shared), kind) == kind, f"{stage}.{f.name}"
+            assert seen.setdefault(f.name, f.type) == f.type and f.metadata["help"]
+    plain = dataclasses.asdict(sft.Settings())
+    assert (plain["lr_scale"], plain["warmup"], plain["warmdown"]) == (0.05, 0, 1.0)
+    assert (midtrain.Settings().lr_scale, rl.Settings().warm_start) == (0.7, False)
 
 
-# 3. Device, ranks, start_run -----------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("module", "words", "sentence"),
+    [
+        (sys.modules[__name__], "--total-sise=3", "did you mean --total-size"),
+        (sys.modules[__name__], "--model-dim=3", "it follows from --depth"),
+        (sys.modules[__name__], "--total-size=1.5", "not a whole number"),
+        (sys.modules[__name__], "--total-size=inf", "not a whole number"),
+        (sys.modules[__name__], "--total-size=nan", "not a whole number"),
+        (sys.modules[__name__], "--total-size=-1", "--total-size must be 0 or more"),
+        (sys.modules[__name__], "--total-size=x", "invalid whole number value: 'x'"),
+        (sys.modules[__name__], "--stage=mid", "invalid choice"),
+        (sys.modules[__name__], "--total-siz=3", "did you mean"),
+        (pretrain, "--total-batch-size=100", "2048 would"),
+        (pretrain, "--depth=0", "--depth=0 must be from 1 to 128"),
+        (pretrain, "--depth=999", "--depth=999 must be"),
+        (pretrain, "--head-dim=33", "must divide"),
+        (pretrain, "--n-kv-head=5", "must divide"),
+        (pretrain, "--n-kv-head=-1", "--n-kv-head must be 0 or more"),
+        (pretrain, "--max-seq-len=1", "--max-seq-len must be 2 or more"),
+        (pretrain, "--window-pattern=Q", "letters"),
+        (pretrain, "--tag=../x", "--tag"),
+        (pretrain, "--lr-scale=0", "--lr-scale must be above 0"),
+        (pretrain, "--warmdown=1.5", "--warmdown must be from 0 to 1"),
+        (pretrain, "--target-flops=-1", "--target-flops must be"),
+        (pretrain, "--target-flops=inf", "--target-flops must be"),
+        (pretrain, "--target-param-data-ratio=nan", "--target-param-data-ratio must be above 0"),
+        (pretrain, "--plan-count=0", "--plan-count must be 1 or more"),
+        (pretrain, "--muon-steps=4", "--muon-steps must be 3, 5 or 0"),
+        (pretrain, "--model-dim=256", "derived from --depth"),
+        (pretrain, "--seed=-1", "--seed must be 0 or more"),
+        (midtrain, "--seed=-1", "--seed must be 0 or more"),
+        (midtrain, "--text-share=1", "--text-share must be from 0"),
+        (sft, "--seed=-1", "--seed must be 0 or more"),
+        (sft, "--epochs=0", "--epochs must be 1 or more"),
+        (sft, "--total-batch-size=-1", "--total-batch-size must be 0 or more"),
+        (evaluate, "--seed=-1", "must be 0 or more"),
+        (rl, "--seed=-1", "--seed must be 0 or more"),
+        (rl, "--compile=yes", "is not a setting"),
+        (rl, "--num-iterations=-1", "--num-iterations must be 0 or more"),
+        (rl, "--warmup=-1", "--warmup must be 0 or more"),
+        (rl, "--keep=-1", "--keep must be 0 or more"),
+        (rl, "--top-k=-1", "top"),
+        (rl, "--num-samples=1", "--num-samples must be 2 or more"),
+        (rl, "--val-problems=-1", "--val-problems must be 0 or more"),
+        (rl, "--val-problems=129", "--val-problems must be 128 or less"),
+        (rl, "--temperature=0", "temperature"),
+        (rl, "--temperature=inf", "temperature"),
+        (rl, "--temperature=nan", "temperature"),
+    ],
+    ids=lambda x: "" if isinstance(x, type(sys)) else None,
+)
+def test_a_wrong_setting_gets_one_line_and_exit_2(module, words, sentence, capsys):
+    cls = ExampleSettings if module is sys.modules[__name__] else module.Settings
+    with pytest.raises(SystemExit) as stop:
+        common.parse_settings(cls, "doc", words.split())
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and sentence in err and err.count("\n") == 1
+
+
+# 9. Devices, ranks, start_run ------------------------------------------------------------------
 
 
 def test_bf16_is_chosen_only_where_it_is_fast(monkeypatch):
@@ -1075,55 +1085,27 @@ def test_an_absent_device_is_said(monkeypatch):
         common.pick_device("cuda")
 
 
-def test_an_xpu_is_chosen_before_the_cpu_and_every_rank_has_its_own(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.xpu, "is_available", lambda: True)
-    monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.xpu, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    device = common.pick_device()
-    assert (device.type, device.index, chosen) == ("xpu", 1, [1])
-    assert common.pick_dtype(device) is torch.bfloat16 and not common.can_compile(device)
-    monkeypatch.setattr(torch.xpu, "memory_reserved", lambda device: 30)
-    monkeypatch.setattr(torch.xpu, "memory_allocated", lambda device: 10)
-    monkeypatch.setattr(torch.xpu, "mem_get_info", lambda device: (100, 200))
-    assert common.free_bytes(device) == 120
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(common.MissingInput, match="--nproc_per_node=2"):
-        common.pick_device("xpu")
-
-
 def test_compilation_is_a_choice_that_is_said(monkeypatch, capsys):
-    def compiles(choice, seconds, saved=None):
-        run = common.Run("base", "t", SimpleNamespace(compile=choice), CPU, 0, 1)
-        return common.compile_or_not(common.compile_choice(run, saved or {}), seconds, CPU, run.say)
+    def compiles(choice, seconds, before=False):
+        return common.compile_or_not(choice, seconds, CPU, common.say, before)
 
     real = common.can_compile
-    assert not compiles("auto", 30)
-    assert not compiles("no", 1e6)
     monkeypatch.setattr(common, "can_compile", lambda device: False)
-    assert not compiles("auto", 1e6)
+    assert not any([compiles("auto", 30), compiles("no", 1e6), compiles("auto", 1e6)])
+    said = capsys.readouterr().out.splitlines()
+    assert "C++ compiler" in said[2] and "python3-dev" in said[2] and len(said) == 3
     assert not compiles("yes", 1)
     monkeypatch.setattr(common, "can_compile", lambda device: True)
-    assert compiles("auto", 1e6)
-    with monkeypatch.context() as patch:  # Triton builds what launches its programs
-        patch.setattr(importlib.util, "find_spec", lambda name: name)
-        patch.setattr(Path, "exists", lambda path: True)
-        patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-        for compilers in ((), ("clang",), ("my-cc",)):
-            patch.setattr(shutil, "which", lambda name, have=compilers: name in have or None)
-            patch.setenv("CC", "my-cc")
-            assert real(torch.device("cuda")) == bool(compilers)
-    said = capsys.readouterr().out.splitlines()
-    assert "C++ compiler" in said[2] and "python3-dev" in said[3] and len(said) == 5
-    # a run that goes on is compiled as it was, but for an explicit choice
-    assert compiles("auto", 1, {"compiled": True}) and not compiles("no", 1, {"compiled": True})
-    assert not compiles("auto", 1e6, {"compiled": False}) and compiles(
-        "yes", 1, {"compiled": False}
-    )
+    assert compiles("auto", 1e6) and compiles("yes", 1) and not compiles("no", 1e6)
     for seconds in (20, 100):  # where a former stage was compiled it costs less
-        assert common.compile_or_not("auto", seconds, CPU, print, before=True) == (seconds > 30)
+        assert compiles("auto", seconds, before=True) == (seconds > 30)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setenv("CC", "my-cc")  # Triton builds what launches its programs
+    for compilers in ((), ("clang",), ("my-cc",)):
+        monkeypatch.setattr(shutil, "which", lambda name, have=compilers: name in have or None)
+        assert real(torch.device("cuda")) == bool(compilers)
 
 
 def test_an_engine_compiles_for_much_work_alone_and_works_without(tokenizer, monkeypatch, capsys):
@@ -1153,7 +1135,7 @@ def test_an_engine_compiles_for_much_work_alone_and_works_without(tokenizer, mon
 def test_a_cards_peak_is_that_of_its_whole_name(monkeypatch, card, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {card}")
     monkeypatch.setattr(common, "measure_matmul", lambda *_: -1.0)
-    found = common.peak_flops(torch.device("cuda"), torch.bfloat16)
+    found = common.peak_flops.__wrapped__(torch.device("cuda"), torch.bfloat16)
     assert found == common.PEAK_FLOPS.get(peak, -1.0)
 
 
@@ -1167,23 +1149,24 @@ def test_a_containers_limit_is_the_memory_there_is(monkeypatch, tmp_path):
     assert common.free_bytes(CPU) == 1 << 27, "ranks share it"
 
 
+def begun():
+    return common.start_run("base", pretrain.Settings(tag="t", device="cpu"))
+
+
+BEGUN = "import common, pretrain\nwith common.start_run('base', pretrain.Settings()) as run:\n"
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_error_is_one_sentence(base_dir, number):
-    settings = SimpleNamespace(tag="t", device="cpu", seed=0)
-    with pytest.raises(common.Stop) as stop, common.start_run("base", settings):
+    with pytest.raises(common.Stop) as stop, begun():
         raise OSError(number, os.strerror(number), "/some/where")
     assert "/some/where" in str(stop.value) and "\n" not in str(stop.value)
 
 
 def test_a_reader_that_goes_away_ends_a_stage_by_one_sentence(base_dir):
-    code = """
-import common, types
-with common.start_run("base", types.SimpleNamespace(tag="t", device="cpu", seed=0)) as run:
-    while True:
-        run.say("step")
-"""
-    command = [sys.executable, "-c", code]
+    code = BEGUN + "    while True: run.say('step')"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=HERE, text=True, **pipes) as writer:
         assert writer.stdout.readline() == "step\n"
         writer.stdout.close()
@@ -1193,9 +1176,8 @@ with common.start_run("base", types.SimpleNamespace(tag="t", device="cpu", seed=
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the system's malloc is another")
 def test_a_stage_keeps_the_memory_it_frees(base_dir):
-    code = """
-import common, resource, torch, types
-with common.start_run("base", types.SimpleNamespace(tag="t", device="cpu", seed=0)) as run:
+    code = f"""import resource, torch
+{BEGUN}
     for i in range(60):
         if i == 10:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -1210,20 +1192,54 @@ def test_a_wandb_that_fails_is_one_line_and_left_out(base_dir, monkeypatch, caps
     def init(**options):
         raise ConnectionError("no way\nto api.wandb.ai")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__="here"))
-    with common.start_run("base", pretrain.Settings(tag="t", device="cpu", run="mine")) as run:
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    settings = pretrain.Settings(tag="t", device="cpu", run="mine")
+    with common.start_run("base", settings) as run:
         assert run.wandb is None
     said = capsys.readouterr().out
     assert "no way to api.wandb.ai" in said and said.count("\n") == 1
 
 
+def test_plain_switches_the_fast_paths_off_in_stages_and_for_answers(base_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(common, "use_plain", asked.append)
+    with common.start_run("base", pretrain.Settings(tag="t", device="cpu", plain=True)), begun():
+        pass
+    for changes in ({"plain": True}, {}):
+        with pytest.raises(common.MissingInput):
+            common.load_for_answers(common.ModelSettings(tag="t", **changes))
+    assert asked == [True, False, True, False]
+
+
 # 4. Tokenizer --------------------------------------------------------------------------------
 
 
-def test_text_never_becomes_a_special_token(tokenizer):
-    text = "a <|bos|> and <|assistant_end|> b"
+@pytest.mark.parametrize("item", [
+    common.Tokenizer, common.render_conversation, common.render_call, common.last_number,
+    common.pack_rows, train_tokenizer.fit_vocab_size,
+])  # fmt: skip
+def test_the_examples_of_docstrings_are_true(item):
+    tests = doctest.DocTestFinder(recurse=False).find(
+        item, globs=vars(common) | vars(train_tokenizer)
+    )
+    assert tests[0].examples and not any(doctest.DocTestRunner().run(one).failed for one in tests)
+
+
+@given(st.text())
+@example("a <|bos|> and <|assistant_end|> b")  # no special token is made from text
+@example("It's 1234 o'clock — naïve 北京 🙂\n\n\tx")
+@settings(max_examples=200)
+def test_encoding_loses_nothing_and_merges_as_trained(text):
+    tokenizer = TOKENIZER()
+    words = [list(piece.encode()) for piece in nanochat_bpe.split(text)]
+    for i, pair in enumerate(tokenizer.merges):
+        words = [joined(word, pair, 256 + i) for word in words]
     ids = tokenizer.encode(text)
-    assert max(ids) < tokenizer.bos and tokenizer.decode(ids) == text
+    assert ids == list(itertools.chain(*words)) and tokenizer.decode(ids) == text
+    tokens = nanochat_bpe.token_bytes(tokenizer.merges)
+    assert b"".join(tokens[i] for i in ids) == text.encode()
+    assert [len(token) for token in tokens] == tokenizer.token_bytes.tolist()[: tokenizer.bos]
+    assert not tokenizer.token_bytes[tokenizer.bos :].any()
 
 
 def test_a_run_at_which_tiktoken_panics_is_encoded(tokenizer):
@@ -1235,34 +1251,16 @@ def test_a_run_at_which_tiktoken_panics_is_encoded(tokenizer):
     assert tokenizer.encode_batch(["a b", text]) == [tokenizer.encode("a b"), ids]
 
 
-def test_the_tokenizer_file_is_readable_and_complete(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    again = common.Tokenizer.load(tmp_path)
-    saved = json.loads((tmp_path / "tokenizer.json").read_text("utf-8"))
-    assert len(saved["merges"]) == again.vocab_size - 256 - len(common.SPECIAL_TOKENS)
-    assert again.fingerprint == tokenizer.fingerprint and saved["pattern"] == tokenizer.pattern
-    text = "It's 1234 o'clock — naïve 北京 🙂\n\n\tx"
-    assert again.encode(text) == tokenizer.encode(text) and again.decode(again.encode(text)) == text
-
-
-def test_a_damaged_tokenizer_is_said(tokenizer, tmp_path):
+def test_the_tokenizer_file_is_complete_and_damage_is_said(tokenizer, tmp_path):
     with pytest.raises(common.MissingInput, match="train_tokenizer.py"):
         common.Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
-    path = tmp_path / "tokenizer.json"
+    again, path = common.Tokenizer.load(tmp_path), tmp_path / "tokenizer.json"
+    assert (again.fingerprint, again.merges) == (tokenizer.fingerprint, tokenizer.merges)
+    assert json.loads(path.read_text("utf-8"))["pattern"] == tokenizer.pattern
     path.write_text(path.read_text()[:-100])
     with pytest.raises(common.MissingInput, match="damaged"):
         common.Tokenizer.load(tmp_path)
-
-
-@given(st.text())
-@settings(max_examples=200)
-def test_encoding_loses_nothing_and_merges_as_trained(text):
-    tokenizer = TOKENIZER()
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    weights = tokenizer.token_bytes[torch.tensor(ids, dtype=torch.long)]
-    assert int(weights.sum()) == len(text.encode())
 
 
 @pytest.mark.parametrize(
@@ -1286,24 +1284,23 @@ def test_a_number_is_found_however_it_is_written(value, grouped):
     assert Decimal(found) == value and not re.search(r"^-?0[0-9]|\.[0-9]*0$|\.$|^-0$", found)
 
 
-def test_the_graders():
-    number = {"grade": "number", "answer": "1,234.50"}
-    assert common.grade(number, "First 5, then $1234.5.")
-    assert not common.grade(number, "1,234.50 or 6") and not common.grade(number, "none")
-    letter = {"grade": "letter", "answer": "B", "choices": ["Rome", "B", "a cow"]}
-    right = ("B", " B.", "B) Rome", "(B) Rome", "B: it is", "B\nRome", "Rome B", "B B", "a cow B.",
-             "It is Rome.\n- Rome B", "- Rome B\n")  # fmt: skip
-    assert all(common.grade(letter, reply) for reply in right)
-    wrong = ("Because", "A or B", "B or A", "B minor", "B's", "b", "", "Rome C", "B A", "Rome, B", "Oslo B", "Rome",
-             "It is Rome.\n- Rome C", "B\n- Rome C", "It is B.\n- Oslo B")  # fmt: skip
-    assert not any(common.grade(letter, reply) for reply in wrong)
-    text = {"grade": "text", "accept": ["New Mexico", "it's Cuba"], "reject": ["Mexico", "Ohio"]}
-    assert common.grade(text, "That is NEW  mexico!") and common.grade(text, "It\u2019s Cuba.")
-    assert not common.grade(text, "New Mexico, not Ohio") and not common.grade(text, "Mexico")
-    assert not common.grade(text, "New Mexicos") and common.grade(text, "New Mexico, not Ohioan")
-    spelled = {"grade": "text", "accept": ["c-a-t"], "reject": []}
-    assert common.grade(spelled, '"cat" is c-a-t.') and common.grade(spelled, "C-A-T")
-    assert not common.grade(spelled, "c-a-t-s") and not common.grade(spelled, "s-c-a-t")
+@pytest.mark.parametrize(("item", "right", "wrong"), [
+    ({"grade": "number", "answer": "1,234.50"},
+     ["First 5, then $1234.5."], ["1,234.50 or 6", "none"]),
+    ({"grade": "letter", "answer": "B", "choices": ["Rome", "B", "a cow"]},
+     ["B", " B.", "B) Rome", "(B) Rome", "B: it is", "B\nRome", "Rome B", "B B", "a cow B.",
+      "It is Rome.\n- Rome B", "- Rome B\n"],
+     ["Because", "A or B", "B or A", "B minor", "B's", "b", "", "Rome C", "B A", "Rome, B",
+      "Oslo B", "Rome", "It is Rome.\n- Rome C", "B\n- Rome C", "It is B.\n- Oslo B"]),
+    ({"grade": "text", "accept": ["New Mexico", "it's Cuba"], "reject": ["Mexico", "Ohio"]},
+     ["That is NEW  mexico!", "It\u2019s Cuba.", "New Mexico, not Ohioan"],
+     ["New Mexico, not Ohio", "Mexico", "New Mexicos"]),
+    ({"grade": "text", "accept": ["c-a-t"], "reject": []},
+     ['"cat" is c-a-t.', "C-A-T"], ["c-a-t-s", "s-c-a-t"]),
+])  # fmt: skip
+def test_the_graders(item, right, wrong):
+    assert [text for text in right if not common.grade(item, text)] == []
+    assert [text for text in wrong if common.grade(item, text)] == []
 
 
 def test_grading_makes_patterns_of_what_the_reply_has_alone(monkeypatch):
@@ -1475,106 +1472,46 @@ def test_later_tokens_and_other_rows_change_no_logit(changes):
     torch.testing.assert_close(model(ids[:1, :11]), logits[:1, :11])
 
 
-@pytest.fixture(params=[0, 5, 256], ids="spare{}".format)
-def spare(request, monkeypatch):
-    """Let windowed layers keep this many positions more than they see."""
-    monkeypatch.setattr(common.KVCache, "SPARE", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("split", [(1,) * 32, (32,), (7, 1, 1, 9, 3, 1, 10), (31, 1)])
-def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(spare, changes, split):
+def test_decoding_with_the_cache_gives_the_logits_of_a_full_pass(changes, split):
     model = random_model(**changes)
     ids = torch.randint(100, (2, 32))
     cache = common.KVCache(model.config, 2, CPU, torch.float32)
-    parts = []
-    for part in ids.split(split, dim=1):
-        parts.append(model.logits(model.hidden(part, cache)))
-        cache.lengths = [n + part.size(1) for n in cache.lengths]
+    parts = [model.logits(model.trunk(part, cache.extend(part))) for part in ids.split(split, 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=1e-4, atol=1e-4)
+    with pytest.raises(AssertionError):  # nothing is overwritten at the context's end
+        cache.extend(ids[:, :1])
 
 
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_rows_of_unequal_length_decode_as_each_alone(spare, changes):
-    model = random_model(**changes)
+def test_rows_of_unequal_length_decode_as_each_alone(changes):
+    model = random_model(**changes, max_seq_len=64)
     rows = [torch.randint(100, (n,)) for n in (3, 17, 1, 9)]
     cache = common.KVCache(model.config, 5, CPU, torch.float32)
     part = cache.part(0, 4)
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=99)
-    hidden = model.hidden(padded, part, list(map(len, rows)))
-    part.lengths = [len(row) for row in rows]
-    last = model.logits(hidden[torch.arange(4), torch.tensor(part.lengths) - 1])
     for step in range(12):
+        counts = [3, 17, 1, 9] if step == 0 else [(step + i) % 3 + 1 for i in range(4)]
+        new = rows if step == 0 else [torch.randint(100, (n,)) for n in counts]
+        rows = [torch.cat(pair) for pair in zip(rows, new)] if step else rows
+        padded = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=99)
+        h = model.trunk(padded, part.extend(padded, counts))
+        last = model.logits(h[torch.arange(4), torch.tensor(counts) - 1])
         for i, row in enumerate(rows):
             torch.testing.assert_close(last[i], model(row[None])[0, -1], rtol=1e-4, atol=1e-4)
-        new = torch.randint(100, (4, 1))
-        rows = [torch.cat([row, new[i]]) for i, row in enumerate(rows)]
-        last = model.logits(model.hidden(new, part))[:, -1]
-        part.lengths = [n + 1 for n in part.lengths]
-
-
-@pytest.mark.parametrize("rows", [1, 2, 5, common.FEW_ROWS + 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_few_rows_and_of_int8_equal_the_plain_ones(rows, dtype):
-    linear = common.Linear(96, 80)
-    with torch.no_grad():
-        linear.weight.normal_()
-    x = torch.randn(rows, 1, 96).to(dtype)
-    exact = x.double() @ linear.weight.to(dtype).double().t()
-    with torch.no_grad():
-        close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {}
-        torch.testing.assert_close(linear(x), exact.to(dtype), **close)
-        weight = linear.weight.clone()
-        linear.quantize()
-        y = linear(x)
-        assert linear.weight.dtype == torch.int8 and y.shape == (rows, 1, 80) and y.dtype == dtype
-        for i in range(rows):
-            assert torch.equal(linear(x[i : i + 1]), y[i : i + 1]), "a row depends on no other"
-    stepped = linear.weight * linear.scale[:, None]
-    assert ((stepped - weight).abs() <= linear.scale[:, None] * 0.5001).all()
-    step = x.float().abs().amax(-1, keepdim=True) / 127
-    rounded = (x.float() / step).round() * step
-    expected = rounded.double() @ stepped.double().t()
-    torch.testing.assert_close(y, expected.to(dtype), rtol=1e-2 if close == {} else 1e-5, atol=1e-3)
-    assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="weights are packed on x86 alone")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [1, 2, 17, 100])
-def test_products_of_packed_weights_are_the_plain_ones(dtype, rows, monkeypatch):
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this processor has no products in bf16")
-    weight, x = torch.randn(96, 80).to(dtype), torch.randn(rows, 1, 80).to(dtype)
-    assert common.pack(weight) is None, "small ones are not worth a call"
-    monkeypatch.setattr(common, "PACKED", 96 * 80)
-    packed, asked = common.pack(weight), []
-    linear_pointwise = torch.ops.mkldnn._linear_pointwise
-    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise",
-                        lambda x, *rest: asked.append(len(x)) or linear_pointwise(x, *rest))  # fmt: skip
-    with torch.no_grad():
-        y = common.product(x, weight, packed=packed)
-    exact = (x.double() @ weight.double().t()).to(dtype)
-    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    torch.testing.assert_close(y, exact, **close)
-    assert asked == ([] if rows == 1 and dtype == torch.bfloat16 else [rows])
-    trained = weight.float().requires_grad_()
-    common.product(x.float(), trained, packed=packed).sum().backward()
-    assert trained.grad.any(), "training goes on with the weight itself"
-
-
-def int8_linear(n_in, n_out):
-    linear = common.Linear(n_in, n_out)
-    torch.nn.init.normal_(linear.weight)
-    linear.quantize()
-    return linear
+    assert cache.lengths.tolist() == [*map(len, rows), 0], "rows of a part are those of the whole"
+    cache.copy_row(1, 4, 10)
+    cache.swap_rows(4, 2)
+    one = torch.randint(100, (1, 1))
+    logits = model.logits(model.trunk(one, cache.part(2, 3).extend(one)))[0, -1]
+    whole = model(torch.cat((rows[1][:10], one[0]))[None])[0, -1]
+    torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.skipif(not common.can_compile(CPU), reason="needs a C++ compiler")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_tables_gradient_is_the_sum_of_its_rows_and_the_same_each_time(compiled):
-    table = common.Embedding(256, 300)
+    table = common.Embedding(300, 256)
     torch.nn.init.normal_(table.weight)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 280, (8, 256), generator=draw)
@@ -1591,61 +1528,10 @@ def test_a_tables_gradient_is_the_sum_of_its_rows_and_the_same_each_time(compile
     assert not first[280:].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_products_of_8_bits_are_the_plain_ones_bit_for_bit(dtype, monkeypatch):
-    if not common.packs_int8():  # not asked at import: torch's threads do not live on in a fork
-        pytest.skip("8 bits are not packed on this machine")
-    linear = int8_linear(96, 80)
-    assert common.pack(linear.weight) is None, "small ones are not worth a call"
-    monkeypatch.setattr(common, "PACKED_INT8", 96 * 80)
-    packed = common.pack(linear.weight)
-    for rows in (1, 2, 17, 100):
-        x = torch.randn(rows, 1, 96).to(dtype)
-        x[0] = torch.where(x[0] > 0, 7.0, -7.0)  # each at an end of the range
-        with torch.no_grad():
-            assert torch.equal(common.product(x, linear.weight, linear.scale, packed), linear(x))
-
-
-def test_8_bits_are_not_packed_where_sums_clip(monkeypatch):
-    monkeypatch.setattr(common, "AMX", False)
-    clipped = torch.full((2, 16), 32767.0 * 32)  # of pairs of products in 16 bits
-    monkeypatch.setattr(torch.ops.nanochat, "packed_int8_product", lambda *args: clipped)
-    assert not common.packs_int8.__wrapped__()
-
-    def missing(*args):
-        raise RuntimeError("no such kernel")
-
-    monkeypatch.setattr(torch.ops.nanochat, "packed_int8_product", missing)
-    assert not common.packs_int8.__wrapped__()
-
-
-@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
-def test_a_compiled_product_of_one_row_is_the_plain_one(monkeypatch):
-    monkeypatch.setattr(common, "AMX", False)  # with it they are the library's
-    monkeypatch.setattr(common, "PACKED", 1)
-    monkeypatch.setattr(common, "PACKED_INT8", 1)
-    linear, x = common.Linear(common.EXACT, 48), torch.randn(1, 1, common.EXACT)
-    torch.nn.init.normal_(linear.weight)
-    ends = int8_linear(common.EXACT, 48)
-    with torch.no_grad():
-        ends.weight[:] = 127 * ends.weight.sign()
-
-    @torch.compile(dynamic=False)
-    def compiled(x, weight, scale):
-        return common.product(x * 2, weight, scale)
-
-    with torch.inference_mode():
-        for y in (x, x.sign()):  # at the ends of the range fp32's sums are still exact
-            plain = common.product(y * 2, ends.weight, ends.scale)
-            assert torch.equal(compiled(y, ends.weight, ends.scale), plain)
-        weight = linear.weight.bfloat16()
-        plain = (x.bfloat16() * 2).double() @ weight.double().t()
-        torch.testing.assert_close(compiled(x.bfloat16(), weight, None), plain.bfloat16())
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="weights are packed on x86 alone")
-def test_an_engine_packs_new_weights_and_not_what_leaves_no_memory(tokenizer, monkeypatch):
-    monkeypatch.setattr(common, "PACKED", 1)
+def test_an_engine_takes_over_new_weights_and_packs_none_where_memory_is_short(
+    tokenizer, monkeypatch
+):
+    monkeypatch.setattr(common, "LARGE", 1)
     shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 64}
     old, new = random_model(**shape), random_model(seed=1, **shape)
     engine, fresh = (common.Engine(copy.deepcopy(m), tokenizer, 2) for m in (old, new))
@@ -1654,14 +1540,10 @@ def test_an_engine_packs_new_weights_and_not_what_leaves_no_memory(tokenizer, mo
     engine.refresh(new)
     after = dict(engine.run(requests))
     assert after == dict(fresh.run(requests)) and after != before
-    attention = engine.model.blocks[0].attention
-    assert (
-        attention.packed is not None
-        and attention.q.packed is None
-        and attention.out.packed is not None
-    )
+    packed = isinstance(engine.model.head, common.PackedLinear)
+    assert packed == common.PackedLinear.pays(engine.model.head.weight)
     monkeypatch.setattr(common, "free_bytes", lambda device: 1000)
-    assert common.Engine(old, tokenizer, 1).model.head.packed is None
+    assert type(common.Engine(old, tokenizer, 1).model.head) is common.Linear
 
 
 def test_products_in_fp8_are_those_of_rounded_factors():
@@ -1695,8 +1577,8 @@ def test_a_model_trained_in_fp8_learns_as_one_in_bf16():
         torch.manual_seed(0)
         model = common.GPT.create(random_model(n_layer=2).config, CPU, torch.bfloat16)
         if fp8:
-            model.train_in_fp8()
-        eight = [name for name, m in model.named_modules() if getattr(m, "fp8", False)]
+            common.train_in_fp8(model)
+        eight = [name for name, m in model.named_modules() if isinstance(m, common.Float8Linear)]
         assert len(eight) == 12 * fp8 and not any("gate" in n or "head" in n for n in eight)
         optimizer = common.Optimizer(
             common.optimizer_groups(model, 0.02, 0.2, 0.004, 0), torch.float32
@@ -1708,296 +1590,161 @@ def test_a_model_trained_in_fp8_learns_as_one_in_bf16():
             optimizer.step()
         losses[fp8] = loss.item()
         with torch.no_grad():  # not while it answers
-            assert torch.equal(model(ids), model.cast_weights()(ids))
+            assert torch.equal(model(ids), common.for_decoding(model)(ids))
     assert losses[True] < 1 and losses[True] == pytest.approx(losses[False], abs=0.1)
 
 
-def test_weights_laid_side_by_side_and_in_8_bits_give_the_same_model():
-    for changes in CONFIGS.values():
-        model, cast = random_model(**changes), random_model(**changes).cast_weights()
-        ids = torch.randint(100, (2, 32))
-        with torch.no_grad():
-            torch.testing.assert_close(cast(ids), model(ids), rtol=1e-4, atol=1e-4)
-            assert model.state_dict().keys() == cast.state_dict().keys()
-            cast.load_state_dict(random_model(seed=1, **changes).state_dict())  # as RL does
-            other = random_model(seed=1, **changes)(ids)
-            torch.testing.assert_close(cast(ids), other, rtol=1e-4, atol=1e-4)
-            small = random_model(**changes).quantize().cast_weights()
-            error = (small(ids) - model(ids)).square().mean().sqrt()
-            assert 0 < error < 0.1 * model(ids).std()
-            kinds = {name: weight.dtype for name, weight in small.state_dict().items()}
-            assert {name for name, kind in kinds.items() if kind != torch.int8} == {
-                name for name in kinds if re.search("embed|bigrams|gate|mix", name)
-            }
-
-
-def test_a_layer_with_a_window_keeps_that_and_a_prefix_is_used_where_it_is_held(spare):
-    model = random_model(window_pattern="SL", max_seq_len=64)
-    cache = common.KVCache(model.config, 2, CPU, torch.float32)
-    kept = min(64, 16 + spare)
-    assert [x.size(1) for x in cache.k] == [x.size(1) for x in cache.v] == [kept, 64]
-    ids = torch.randint(100, (1, 50))
-    row = cache.part(0, 1)
-    model.hidden(ids, row)
-    cache.lengths[0] = 50
-    used = [n for n in range(1, 51) if cache.holds(0, n)]
-    assert used == list(range(1 if kept == 64 else 50 - spare, 51))
-    for n in used:
-        cache.copy_row(0, 1, n)
-        rest = torch.randint(100, (1, 9))
-        logits = model.logits(model.hidden(rest, cache.part(1, 2)))
-        whole = model(torch.cat((ids[:, :n], rest), 1))[:, n:]
-        torch.testing.assert_close(logits, whole, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("T", [7, 128, 300])
-def test_attention_in_products_is_torchs_own(T):
-    mine = [torch.randn(2, 3, T, 8, requires_grad=True) for _ in range(3)]
-    plain = [x.detach().clone().requires_grad_() for x in mine]
-    weights = torch.randn(2, 3, T, 8)
-    y = common.InProducts.apply(*mine)
-    expected = F.scaled_dot_product_attention(*plain, is_causal=True)
-    (y * weights).sum().backward()
-    (expected * weights).sum().backward()
-    torch.testing.assert_close(y, expected)
-    for a, b in zip(mine, plain):
-        torch.testing.assert_close(a.grad, b.grad)
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("T", "S", "heads"), [(2, 9, (3, 3)), (7, 7, (4, 2)), (24, 90, (6, 1))])
-def test_attention_by_heads_is_torchs_own(T, S, heads, masked):
-    q, (k, v) = torch.randn(2, T, heads[0], 8), torch.randn(2, 2, S, heads[1], 8)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    seen = torch.ones(2, T, S, dtype=torch.bool).tril(S - T)
-    if masked:
-        seen &= torch.rand(2, T, S) < 0.5
-        seen[..., 0] = True
-    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
-    y = common.attend_by_heads(q, k, v, seen if masked else None)
-    torch.testing.assert_close(y, expected)
-
-
-@pytest.mark.parametrize("window", ["L", "SL"])
-def test_bf16_attends_in_products_where_that_gains_and_means_the_same(monkeypatch, window):
-    monkeypatch.setattr(common, "AMX", False)
-    monkeypatch.setattr(common, "BY_HEADS", 200)
-    calls = {
-        name: unittest.mock.Mock(side_effect=getattr(common, name))
-        for name in ("attend_once", "attend_by_heads")
-    }
-    for name, counted in calls.items():
-        monkeypatch.setattr(common, name, counted)
-    model = random_model(torch.bfloat16, max_seq_len=64, window_pattern=window).cast_weights()
-    exact = random_model(max_seq_len=64, window_pattern=window)
-    ids = torch.randint(100, (2, 50))
-    with torch.no_grad():
-        expected = exact(ids)
-        cache = common.KVCache(model.config, 2, CPU, torch.bfloat16)
-        for start, end in ((0, 20), (20, 30), (30, 31), (31, 50)):
-            logits = model.logits(model.hidden(ids[:, start:end], cache))
-            cache.lengths = [end] * 2
-            error = (logits - expected[:, start:end]).square().mean().sqrt()
-            assert error < 0.05 * expected.std()
-    assert all(counted.called for counted in calls.values())
-    for x in (ids.float(), ids.bfloat16().requires_grad_()):  # torch's own stays
-        assert not common.by_parts(x)
-
-
-def test_rows_of_unequal_length_go_on_by_several_positions(spare):
-    model = random_model(window_pattern="SL", max_seq_len=64)
-    cache = common.KVCache(model.config, 2, CPU, torch.float32)
-    ids, lengths = torch.randint(100, (2, 40)), (3, 29)
-    for row, n in enumerate(lengths):
-        part = cache.part(row, row + 1)
-        model.hidden(ids[row : row + 1, :n], part)
-        cache.lengths[row] = n
-    more = torch.stack([ids[row, n : n + 9] for row, n in enumerate(lengths)])
-    logits = model.logits(model.hidden(more, cache, [9, 5]))
-    for row, (n, count) in enumerate(zip(lengths, (9, 5))):
-        whole = model(ids[row : row + 1, : n + count])[0, n:]
-        torch.testing.assert_close(logits[row, :count], whole, rtol=1e-4, atol=1e-4)
-
-
-def test_a_row_cut_short_remembers_what_it_has_lost(monkeypatch):
-    monkeypatch.setattr(common.KVCache, "SPARE", 5)
-    config = random_model(window_pattern="SL", max_seq_len=64).config
-    cache = common.KVCache(config, 3, CPU, torch.float32)
-    cache.lengths[0] = 50
-    cache.cut_row(0, 47)
-    assert cache.holds(0, 46) and not cache.holds(0, 44), "lost to what came up to 50"
-    cache.copy_row(0, 1, 46)
-    cache.swap_rows(1, 2)
-    assert cache.holds(2, 46) and not cache.holds(2, 44)
-    cache.cut_row(2, 0)
-    cache.lengths[2] = 21
-    assert cache.holds(2, 18)
-
-
-@pytest.mark.parametrize("window", [3, 7, 40])
-def test_a_long_prompt_after_a_prefix_attends_in_parts_as_at_once(monkeypatch, window):
-    q, k, v = torch.randn(2, 17, 4, 8), torch.randn(2, 29, 2, 8), torch.randn(2, 29, 2, 8)
-    whole, sizes, plain = common.attend(q, k, v, window), [], F.scaled_dot_product_attention
-
-    def watched(q, k, v, attn_mask, **options):
-        sizes.append(attn_mask.numel())
-        return plain(q, k, v, attn_mask, **options)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    monkeypatch.setattr(common, "QUERIES", 5)
-    torch.testing.assert_close(common.attend(q, k, v, window), whole)
-    assert len(sizes) == 4 and max(sizes) <= 5 * 29
-
-
-def test_the_cache_is_never_overwritten_at_the_contexts_end():
-    model = random_model()
-    cache = common.KVCache(model.config, 1, CPU, torch.float32)
-    model.hidden(torch.zeros(1, 32, dtype=torch.long), cache)
-    cache.lengths = [32]
-    with pytest.raises(AssertionError):
-        model.hidden(torch.zeros(1, 1, dtype=torch.long), cache)
-
-
-def test_a_window_matters_and_attention_equals_the_plain_formula():
-    q, k, v = (torch.randn(2, 9, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    back = torch.arange(9)[:, None] - torch.arange(9)
-    for window in (1, 2, 3, 5, 9):
-        mask = (back >= 0) & (back < window)
-        keys, values = (x.repeat_interleave(2, dim=2) for x in (k, v))
-        scores = torch.einsum("bthd,bshd->bhts", q, keys) / 8**0.5
-        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
-        expected = torch.einsum("bhts,bshd->bthd", weights, values)
-        y, d_y = common.attend(q, k, v, window), torch.randn(2, 9, 4, 8)
-        torch.testing.assert_close(y, expected)
-        for mine, plain in zip(*(torch.autograd.grad(x, (q, k, v), d_y) for x in (y, expected))):
-            torch.testing.assert_close(mine, plain)
-
-
-def rows_in_windows(q, k, v, starts, starts_k, T, S, *, window_size):
-    """Stand in for torch's kernel for rows of any length, as its documentation says it."""
-    assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and T == S
-    assert q.shape == k.shape == v.shape, "in torch 2.10 and 2.11 heads share no keys"
-    parts = []
-    for a, b in itertools.pairwise(starts.tolist()):
-        x, y, z = (p[None, a:b].transpose(1, 2) for p in (q, k, v))
-        back = torch.arange(b - a)[:, None] - torch.arange(b - a)
-        mask = (back <= window_size[0]) & (back >= -window_size[1])
-        y = F.scaled_dot_product_attention(x, y, z, attn_mask=mask)
-        parts.append(y.transpose(1, 2)[0])
-    return torch.cat(parts)
-
-
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_the_kernel_for_windows_gets_what_it_asks_for(monkeypatch, kv_heads):
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", rows_in_windows)
-    q, k, v = (torch.randn(3, 9, n, 8, requires_grad=True) for n in (4, kv_heads, kv_heads))
-    for window in (1, 3, 8):
-        d_y = torch.randn(3, 9, 4, 8)
-        made = common.attend(q, k, v, window, in_window=common.attend_in_flash)
-        plain = common.attend(q, k, v, window)
-        torch.testing.assert_close(made, plain)
-        for a, b in zip(*(torch.autograd.grad(x, (q, k, v), d_y) for x in (made, plain))):
-            torch.testing.assert_close(a, b)
-    model = random_model(window_pattern="SL", n_layer=3)
+@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
+def test_a_model_laid_out_for_decoding_or_in_8_bits_is_the_same_model(changes):
+    model, fast = random_model(**changes), common.for_decoding(random_model(**changes))
     ids = torch.randint(100, (2, 32))
-    plain, used = model(ids), []
-
-    def watched(q, k, v, window):
-        used.append(window)
-        return common.attend_in_flash(q, k, v, window)
-
-    monkeypatch.setattr(common, "window_kernel", lambda *_: watched)
-    torch.testing.assert_close(model.computing_in(torch.float32)(ids), plain)
-    assert used == [8], "the first of three layers has a window, the last never"
-
-
-def test_attention_kernels_are_ranked_and_wrong_and_absent_ones_left_out(monkeypatch):
-    plain, kinds, now = F.scaled_dot_product_attention, common.SDPBackend, []
-
-    @contextlib.contextmanager
-    def one(kind):
-        now.append(kind)
-        yield
-        now.pop()
-
-    def attention(q, k, v, is_causal):
-        if now[-1] is kinds.EFFICIENT_ATTENTION:
-            raise RuntimeError("no kernel")
-        time.sleep(0.3 * (now[-1] is kinds.MATH))
-        y = plain(q, k, v, is_causal=is_causal)
-        return y * 1.2 if now[-1] is wrong else y
-
-    monkeypatch.setattr(common, "sdpa_kernel", one)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
-    wrong, shape = None, (1, 2, 70, 16)
-    assert common.rank_attention(CPU, torch.float32, shape) == [kinds.FLASH_ATTENTION, kinds.MATH]
-    wrong = kinds.FLASH_ATTENTION
-    assert common.rank_attention(CPU, torch.float32, shape) == [kinds.MATH]
-    monkeypatch.undo()
-    ranked = common.rank_attention(CPU, torch.bfloat16, shape)
-    assert {kinds.MATH, kinds.FLASH_ATTENTION} == set(ranked), "what a CPU has"
-    with common.sdpa_kernel(ranked, set_priority=True):
-        q = torch.randn(1, 5, 2, 8)
-        assert torch.equal(common.attend(q, q, q, 5)[0, 0], q[0, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(fast(ids), model(ids), rtol=1e-4, atol=1e-4)
+        small = common.for_decoding(common.quantize(random_model(**changes)))
+        error = (small(ids) - model(ids)).square().mean().sqrt()
+        assert 0 < error < 0.1 * model(ids).std()
+    wide = {name for name, weight in small.state_dict().items() if weight.dtype != torch.int8}
+    assert wide == {
+        name for name in small.state_dict() if re.search("embed|bigrams|gate|mix", name)
+    }
 
 
-def test_a_kernel_that_plans_for_every_shape_is_for_equal_lengths_alone(monkeypatch):
-    kinds = common.SDPBackend
-    monkeypatch.setattr(common, "sdpa_kernel", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(common, "try_attention", lambda *_: (1.0, [torch.ones(1)]))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    for version, vary in ((91600, False), (91600, True), (91500, False), (None, False)):
-        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
-        ranked = common.rank_attention(torch.device("cuda"), torch.bfloat16, lengths_vary=vary)
-        good = version == 91600 and not vary
-        assert kinds.FLASH_ATTENTION in ranked and (kinds.CUDNN_ATTENTION in ranked) is good
+def attend_by_formula(q, k, v, mask):
+    """Attend as a textbook has it; mask (B, T, S)."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) / q.size(3) ** 0.5
+    weights = scores.masked_fill(~mask[:, None], -math.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", weights, v.double())
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_a_newer_flash_kernel_that_fails_gives_way_to_the_older(monkeypatch, works):
-    kind, active, tried = common.SDPBackend.FLASH_ATTENTION, ["FA2"], []
-
-    def one(asked):
-        tried.append(active[-1] if asked == kind else "")
-        return contextlib.nullcontext()
-
-    def attention(*_):
-        if tried[-1] == "FA3" and not works:
-            raise RuntimeError("it is for another torch")
-        return 1.0, [torch.ones(1)]
-
-    monkeypatch.setattr(common, "sdpa_kernel", one)
-    monkeypatch.setattr(common, "try_attention", attention)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: True)
-    for name, act in (("activate", active.append), ("restore", lambda: active.append("FA2"))):
-        change = f"{name}_flash_attention_impl"
-        monkeypatch.setattr(torch.nn.attention, change, act, raising=False)
-    assert kind in common.rank_attention(torch.device("cuda"), torch.bfloat16)
-    assert [name for name in tried if name] == (["FA3"] if works else ["FA3", "FA2"])
-    assert active[-1] == ("FA3" if works else "FA2")
+@contextlib.contextmanager
+def plain():
+    common.use_plain(True)
+    yield
+    common.use_plain(False)
 
 
-def test_windows_are_the_default_where_a_kernel_gains_by_them(monkeypatch):
-    took = {"whole": 1.0, "window": 0.5}
+# (T, S, heads, heads of keys, window, given mask) and the fast path of attention that is for it
+ATTENDED = {
+    "rows": (300, 300, 4, 4, 512, False, common.attend_short_row),
+    "short rows": (7, 7, 2, 2, 7, False, common.attend_short_row),
+    "windows": (9, 9, 4, 2, 3, False, None),
+    "a row that goes on": (5, 23, 4, 2, 7, False, None),
+    "a masked row": (5, 23, 4, 1, 23, True, None),
+    "one query": (1, 40, 4, 2, 64, False, common.attend_one_query),
+    "one masked query": (1, 40, 6, 3, 64, True, common.attend_one_query),
+}
 
-    def timed(attend, shape, device, dtype):
-        assert shape == (1, 2048, 6, 128)
-        return took["whole" if attend.func is common.attend else "window"], []
 
-    def choose(saved=(), **changes):
-        wanted = pretrain.Settings(depth=12, **changes)
-        return pretrain.choose_windows(CPU, torch.bfloat16, wanted, dict(saved))
+@pytest.mark.parametrize("case", ATTENDED.values(), ids=ATTENDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_and_its_fast_paths_equal_the_formula(case, dtype):
+    T, S, H, K, window, masked, path = case
+    q, k, v = (torch.randn(2, n, heads, 8, requires_grad=True) for n, heads in
+               ((T, H), (S, K), (S, K)))  # fmt: skip
+    back = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    rule = ((back >= 0) & (back < window)).expand(2, T, S)
+    mask = rule & (torch.rand(2, T, S) < 0.5) | (back == 0) if masked else None
+    d_y = torch.randn(2, T, H, 8)
+    expected = attend_by_formula(q, k, v, rule if mask is None else mask)
+    wanted = torch.autograd.grad(expected, (q, k, v), d_y.double())
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    ways = [common.attend] + ([] if path is None else [path])
+    for way in ways:
+        y = way(*(x.to(dtype) for x in (q, k, v)), window, mask)
+        torch.testing.assert_close(y.double(), expected, **close)
+        for a, b in zip(torch.autograd.grad(y, (q, k, v), d_y.to(dtype)), wanted):
+            torch.testing.assert_close(a, b.float(), **close)
 
-    assert choose() == "L"
-    monkeypatch.setattr(pretrain, "try_attention", timed)
-    monkeypatch.setattr(pretrain, "window_kernel", lambda *_: common.attend_in_flash)
-    assert choose() == "SSSL" and choose(window_pattern="LS") == "LS"
-    assert choose({"config": {"window_pattern": "SL"}}) == "SL", "as the run began"
-    took["window"] = 0.8
-    assert choose() == "L"
+
+def queries(T, S, dtype=torch.float32):
+    return torch.randn(2, T, 2, 8).to(dtype), *torch.randn(2, 2, S, 2, 8).to(dtype), S, None
+
+
+def product(*shape, dtype=torch.float32):
+    return torch.randn(*shape, 64).to(dtype), torch.randn(4096, 64).to(dtype)
+
+
+# A door, its inputs, and which entry of its table is taken: not compiled, compiled. The inputs are
+# made in the test, as threads that they start would be missing in a process that is forked later.
+DOORS = {
+    "one query": ("attend", lambda: queries(1, 20), (None, 0)),
+    "one query in bf16": ("attend", lambda: queries(1, 20, torch.bfloat16), (0, 0)),
+    "whole rows": ("attend", lambda: queries(20, 20), (None, 1)),
+    "long rows": ("attend", lambda: queries(513, 513), (None, None)),
+    "rows that go on": ("attend", lambda: queries(5, 20), (None, None)),
+    "one row": ("linear", lambda: product(1, 1), (None, 0)),
+    "one row in bf16": ("linear", lambda: product(1, dtype=torch.bfloat16), (None, 0)),
+    "few rows": ("linear", lambda: product(16, 4), (1, 1)),
+    "many rows": ("linear", lambda: product(13, 5), (None, None)),
+}
+
+
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+@pytest.mark.parametrize(("name", "make", "taken"), DOORS.values(), ids=DOORS)
+def test_a_door_takes_the_fast_path_for_its_inputs(name, make, taken, monkeypatch):
+    def marked(number):
+        return lambda x, *_: torch.full_like(x[..., :1], number)
+
+    def entry(y):
+        return next((i for i in range(len(paths)) if (y == i).all()), None)
+
+    inputs, door, table = make(), getattr(common, name), f"{name.upper()}_PATHS"
+    paths = [dataclasses.replace(path, compute=marked(i))
+             for i, path in enumerate(getattr(common, table))]  # fmt: skip
+    monkeypatch.setattr(common, "AMX", False)
+    monkeypatch.setattr(common, table, paths)
+    for way, number in zip((lambda f: f, lambda f: torch.compile(f, backend="eager")), taken):
+        torch.compiler.reset()
+        with torch.no_grad():
+            assert entry(way(door)(*inputs)) == number
+            common.use_plain(True)
+            assert entry(way(door)(*inputs)) is None
+            common.use_plain(False)
+    assert entry(door(*inputs)) is None, "not while training, uncompiled"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 17, 100])
+def test_products_for_decoding_equal_exact_ones(rows, dtype, monkeypatch):
+    monkeypatch.setattr(common, "LARGE", 16)
+    part, x = common.Linear(96, 80), torch.randn(rows, 1, 96).to(dtype)
+    torch.nn.init.normal_(part.weight)
+    weight = part.weight.detach().to(dtype)
+    exact = (x.double() @ weight.double().t()).to(dtype)
+    close = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 0.1}
+    ways = [lambda x: common.linear(x, weight), lambda x: common.multiply_few_rows(x, weight)]
+    ways += [lambda x: common.multiply_row(x, weight)] if rows == 1 else []
+    if common.PackedLinear.pays(weight):
+        ways.append(common.PackedLinear(weight))
+    with torch.no_grad():
+        for way in ways:
+            torch.testing.assert_close(way(x), exact, **close)
+        small = common.Int8Linear.rounded(part)
+        y = small(x)
+        assert small.weight.dtype == torch.int8 and y.shape == exact.shape and y.dtype == dtype
+        for i in range(rows):
+            assert torch.equal(small(x[i : i + 1]), y[i : i + 1]), "a row depends on no other"
+        small.packed = None
+        assert torch.equal(small(x), y), "packed or not, sums are exact"
+    stepped = small.weight * small.scale[:, None]
+    assert ((stepped - part.weight).abs() <= small.scale[:, None] * 0.5001).all()
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    rounded = (x.float() / step).round() * step
+    expected = (rounded.double() @ stepped.double().t()).to(dtype)
+    torch.testing.assert_close(y, expected, **close)
+    assert (y - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
+def test_a_compiled_int8_product_of_one_row_is_exact_to_the_ends_of_its_range(monkeypatch):
+    monkeypatch.setattr(common, "AMX", False)
+    monkeypatch.setattr(common, "LARGE", 1)
+    ends = torch.randn(48, 1024).sign() * 127
+    part = common.Int8Linear(ends.to(torch.int8), torch.rand(48))
+    with torch.inference_mode():
+        for x in (torch.randn(1, 1, 1024), torch.randn(1, 1, 1024).sign()):
+            assert torch.equal(torch.compile(part, dynamic=False)(x), part(x))
 
 
 @pytest.mark.parametrize("cap", [0.0, 15.0])
@@ -2017,14 +1764,6 @@ def test_the_chunked_loss_and_its_gradients_equal_the_plain_ones(cap):
         for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), want):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(common.token_losses(model, ids, targets).flatten(), nats.detach())
-
-
-def test_the_loss_is_the_same_in_one_chunk_and_in_many(monkeypatch):
-    model = random_model(vocab_size=1 << 14)  # 2^21 / 2^14 = 128 positions a chunk
-    ids, targets = torch.randint(1 << 14, (2, 8, 32))
-    loss = model(ids, targets)
-    parts = sum(model(ids[i : i + 1], targets[i : i + 1]) for i in range(8))
-    torch.testing.assert_close(loss, parts)
 
 
 def test_a_masked_target_changes_no_loss_and_none_at_all_gives_zero():
@@ -2156,133 +1895,169 @@ def test_recomputing_activations_gives_the_same_gradients():
 
 # 6. Optimizer --------------------------------------------------------------------------------
 
+KINDS = {"muon": [(8, 16)] * 5 + [(16, 8), (7, 7)], "adamw": [(13, 3), (1,), (5,)]}
 
-def test_muon_equals_torchs_own(monkeypatch):
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch.optim.Muon came with torch 2.9")
-    torch.manual_seed(0)
-    shapes = [(32, 64), (64, 32), (48, 48), (32, 64)]
-    real = torch.Tensor.to  # torch's works in bf16, whose rounding would hide errors: take fp32
 
-    def to(self, *args, **options):
-        if options.get("dtype") is torch.bfloat16:
-            options["dtype"] = torch.float32
-        return real(self, *args, **options)
+def optimizer_trace(world_size=1, num_steps=4, polynomials=5):
+    """Return an optimizer that has made updates, and (before, gradients, now) of each parameter.
 
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    group = {"kind": "muon", "params": ours, "lr": 0.02, "momentum": 0.9, "weight_decay": 0.1,
-             "coefficients": common.NEWTON_SCHULZ}  # fmt: skip
-    optimizer = common.Optimizer([group], torch.float32)
-    reference = torch.optim.Muon(theirs, lr=0.02, momentum=0.9, weight_decay=0.1, nesterov=True)
-    for _ in range(4):
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        optimizer.step()
-        reference.step()
-        for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    Every rank gives its part of the same gradients; the last parameter never has one.
+    """
+    torch.manual_seed(1)
+    coefficients = common.POLYNOMIALS[polynomials]
+    options = {"muon": {"momentum": 0.9, "weight_decay": 0.1, "coefficients": coefficients},
+               "adamw": {"betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}}  # fmt: skip
+    groups = [{"kind": kind, "params": [torch.nn.Parameter(torch.randn(s)) for s in shapes],
+               "lr": 0.02, **options[kind]} for kind, shapes in KINDS.items()]  # fmt: skip
+    params = [p for group in groups for p in group["params"]]
+    before = [p.detach().clone() for p in params]
+    grads = [[torch.randn(p.shape) for p in params[:-1]] for _ in range(num_steps)]
+    optimizer = common.Optimizer(groups, torch.float32)
+    for step, now in enumerate(grads):
+        for p, g in zip(params, now):
+            p.grad = g / world_size
+        optimizer.step(1 - step / 10)
+    assert all(p.grad is None for p in params)
+    grads = [*zip(*grads), [torch.zeros_like(params[-1])] * num_steps]
+    return optimizer, list(zip(before, grads, [p.detach() for p in params]))
+
+
+@pytest.mark.parametrize("polynomials", [3, 5])
+def test_muon_moves_along_the_singular_vectors_of_its_momentum(polynomials):
+    for p, grads, found in optimizer_trace(polynomials=polynomials)[1][: len(KINDS["muon"])]:
+        p, buf, (m, n) = p.double(), torch.zeros_like(p).double(), p.shape
+        for step, g in enumerate(grads):
+            lr, buf = 0.02 * (1 - step / 10), 0.9 * buf + 0.1 * g
+            u, s, v = torch.linalg.svd(0.1 * g + 0.9 * buf, full_matrices=False)
+            s = s / (1.02 * s.norm() + 1e-7)
+            for a, b, c in common.POLYNOMIALS[polynomials]:
+                s = a * s + b * s**3 + c * s**5
+            p = p * (1 - lr * 0.1) - lr * max(1, m / n) ** 0.5 * (u * s) @ v
+        torch.testing.assert_close(found.double(), p, rtol=0, atol=1e-5)
 
 
 def test_adamw_equals_torchs_own():
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(s)) for s in [(33, 5), (7,), (4, 4, 4)]]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    group = {"kind": "adamw", "params": ours, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-8,
-             "weight_decay": 0.1}  # fmt: skip
-    optimizer = common.Optimizer([group], torch.float32)
-    reference = torch.optim.AdamW(theirs, lr=0.01, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
-    for step in range(6):
-        scale = 1 - step / 10
-        reference.param_groups[0]["lr"] = 0.01 * scale
-        for a, b in zip(ours, theirs):
-            a.grad = torch.randn_like(a)
-            b.grad = a.grad.clone()
-        optimizer.step(scale)
-        reference.step()
-        for a, b in zip(ours, theirs):
-            torch.testing.assert_close(a, b)
+    for before, grads, found in optimizer_trace()[1][len(KINDS["muon"]) :]:
+        p = torch.nn.Parameter(before)
+        reference = torch.optim.AdamW([p], betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1)
+        for step, p.grad in enumerate(grads):
+            reference.param_groups[0]["lr"] = 0.02 * (1 - step / 10)
+            reference.step()
+        torch.testing.assert_close(found, p.detach())
 
 
-@pytest.mark.parametrize(
-    ("name", "most"), [("NEWTON_SCHULZ", 0.97), ("POLAR_EXPRESS", 0.97), ("SHORT_EXPRESS", 0.95)]
-)
+@pytest.mark.parametrize(("steps", "share"), [(5, 0.97), (3, 0.95)])
 @pytest.mark.parametrize("shape", [(64, 64), (3, 32, 128), (128, 32)])
-def test_orthogonalisation_brings_singular_values_near_one(name, most, shape):
+def test_orthogonalization_brings_singular_values_near_one(steps, share, shape):
     torch.manual_seed(0)
-    x = common.orthogonalize(torch.randn(shape), getattr(common, name), torch.float32)
+    g, coefficients = torch.randn(shape), common.POLYNOMIALS[steps]
+    x = common.orthogonalize(g, coefficients, torch.float32)
     values = torch.linalg.svdvals(x)
-    assert x.shape == shape and (values > 0.6).float().mean() > most and values.max() < 1.3
+    assert x.shape == shape and (values > 0.6).float().mean() > share and values.max() < 1.3
+    small = common.orthogonalize(1e-9 * g, coefficients, torch.float16)  # below its range
+    torch.testing.assert_close(small.float(), x, atol=0.03, rtol=0)
+    assert not common.orthogonalize(0 * g, coefficients, torch.float16).any()
 
 
-def test_narrow_models_take_fewer_steps_of_orthogonalisation():
+def test_narrow_models_take_fewer_polynomials():
     def polynomials(width, **options):
         model = random_model(n_embd=width, n_head=1, n_kv_head=1)
         groups = common.optimizer_groups(model, 0.02, 0.2, 0.004, 0, **options)
-        return groups[0]["coefficients"]
+        return len(groups[0]["coefficients"])
 
-    assert polynomials(384) == common.SHORT_EXPRESS
-    assert polynomials(512) == polynomials(384, muon_steps=5) == common.POLAR_EXPRESS
-    values = torch.linspace(0.01, 1, 1000, dtype=torch.float64)
-    for a, b, c in common.SHORT_EXPRESS:
-        low, high = values.min(), values.max()
-        assert low + high == pytest.approx(2 if high > 1 else 1.01, abs=0.01)
-        grid = torch.linspace(low, high, 100_000, dtype=torch.float64)
-        values = a * grid + b * grid**3 + c * grid**5
-        error = (1 - values).abs()
-        # the best polynomial errs equally much, in turn to both sides, at four points (Chebyshev)
-        peaks = values[(error > error.max() - 1e-4)] > 1
-        assert (peaks[1:] != peaks[:-1]).sum() == 3
-    assert error.max() < 0.27
-
-
-def optimizer_trace(rank=0, world_size=1, steps=3):
-    """Run a few updates of awkward shapes; every rank gives its part of the same gradient."""
-    torch.manual_seed(1)
-    matrices = [torch.nn.Parameter(torch.randn(s)) for s in [(8, 16)] * 5 + [(16, 8), (7, 7)]]
-    rest = [torch.nn.Parameter(torch.randn(s)) for s in [(13, 3), (1,), (5,)]]
-    groups = [
-        {"kind": "muon", "params": matrices, "lr": 0.02, "momentum": 0.95, "weight_decay": 0.01,
-         "coefficients": common.POLAR_EXPRESS},
-        {"kind": "adamw", "params": rest, "lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-10,
-         "weight_decay": 0.0},
-    ]  # fmt: skip
-    optimizer = common.Optimizer(groups, torch.float32)
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(steps):
-        for p in matrices + rest[:2]:  # rest[2] never has a gradient
-            p.grad = torch.randn(p.shape, generator=generator) / world_size
-        optimizer.step(0.7)
-    return matrices + rest, optimizer
+    assert (polynomials(384), polynomials(384, muon_steps=5), polynomials(512)) == (3, 5, 5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_many_ranks_update_as_one_does_and_their_state_is_cut_anew(world_size, tmp_path):
+def test_ranks_update_as_one_does_and_their_state_is_resharded(world_size, tmp_path):
     run_ranks(
         world_size,
         f"""
-        params, optimizer = test_all.optimizer_trace(rank, {world_size})
-        torch.save([p.data for p in params], r"{tmp_path}/params-%d.pt" % rank)
-        torch.save(optimizer.state_dict(), r"{tmp_path}/state-%d.pt" % rank)
+        optimizer, trace = test_all.optimizer_trace({world_size})
+        torch.save((trace, optimizer.state_dict()), r"{tmp_path}/%d.pt" % rank)
         """,
     )
-    expected, whole = optimizer_trace()
-    shards = [torch.load(tmp_path / f"state-{r}.pt") for r in range(world_size)]
-    for rank in range(world_size):
-        for a, b in zip(torch.load(tmp_path / f"params-{rank}.pt"), expected):
-            torch.testing.assert_close(a, b.data)
-    _, again = optimizer_trace(steps=1)
-    again.load_state_dicts(shards)
-    assert again.steps == whole.steps == 3
+    whole, expected = optimizer_trace()
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world_size)]
+    for trace, _ in found:
+        torch.testing.assert_close([x[2] for x in trace], [x[2] for x in expected])
+    again, _ = optimizer_trace(num_steps=1)
+    again.load_state_dicts([shard for _, shard in found])
+    assert again.steps == whole.steps == 4
     for a, b in zip(again.units, whole.units):
-        for name, value in a.state.items():
-            torch.testing.assert_close(value, b.state[name])
+        torch.testing.assert_close(a.state, b.state)
 
 
 # 7. Rows -------------------------------------------------------------------------------------
+
+
+def in_bytes(text):
+    """Return the ids of text in a vocabulary without merges: bytes, then the special tokens."""
+    specials = {name: [256 + i] for i, name in enumerate(common.SPECIAL_TOKENS)}
+    parts = re.split(r"(<\|\w+\|>)", text)
+    return [i for part in parts for i in specials.get(part, part.encode())]
+
+
+def test_the_rows_of_this_version_are_the_golden_ones():
+    """If it fails because format or packing were changed on purpose: raise ROWS_VERSION, edit this."""
+    assert common.ROWS_VERSION == 1
+    tokenizer = common.Tokenizer(nanochat_bpe.PATTERN, [])
+    ids, mask = common.render_conversation(tokenizer, common.PROBE[:3])
+    given = "<|bos|><|user_start|>Be brief.\n\n37*12?<|user_end|><|assistant_start|>"
+    pieces = [(given, 0), ("It is <|python_start|>37*12<|python_end|>", 1),
+              ("<|output_start|>444<|output_end|>", 0), (".<|assistant_end|>", 1)]  # fmt: skip
+    assert ids == [i for text, _ in pieces for i in in_bytes(text)]
+    assert mask == [own for text, own in pieces for _ in in_bytes(text)]
+    texts = ["abcdefghij", "", "klm", "nopq", "rs"]
+    rows = common.pack_rows(common.text_documents(texts, tokenizer), 7, buffer=3)
+    golden = ["<|bos|>nopq<|bos|>rs", "<|bos|>klm<|bos|>abc", "<|bos|>defghij"]
+    assert list(rows) == [in_bytes(row) for row in golden]
+
+
+def test_rows_are_made_anew_where_what_makes_them_does_something_else(
+    text_source, tokenizer, monkeypatch, capsys
+):
+    folder = common.data_dir(text_source)
+    path = write_lines(folder / "sft.jsonl", [one_turn(f"{i}?", "Yes.") for i in range(20)])
+    chat_format, pack_rows = common.chat_format, common.pack_rows
+
+    def names(**patches):
+        for name, value in ({"chat_format": chat_format, "pack_rows": pack_rows} | patches).items():
+            monkeypatch.setattr(common, name, value)
+        return [common.conversation_rows(path, tokenizer, 64, ALONE)[0].names,
+                common.token_rows(text_source, tokenizer, 64, 10**9, ALONE).names]  # fmt: skip
+
+    def formatted(change):
+        return lambda messages: (change(*piece) for piece in chat_format(messages))
+
+    before = names()
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("tokens/*/*")}
+    capsys.readouterr()
+    # other source text that does the same, as after a changed comment: nothing is made anew
+    same = names(
+        chat_format=formatted(lambda *piece: piece), pack_rows=lambda *a, **k: pack_rows(*a, **k)
+    )
+    assert same == before and not capsys.readouterr().out
+    assert all(path.stat().st_mtime_ns == time_ for path, time_ in made.items())
+    # whose each piece is, each special token, and what joins the system message
+    others = {"assistant": "user", "user": "assistant", "tool": "assistant"}
+    changes = [lambda text, special, author: (text.replace(".\n\n", ".\n"), special, author)]
+    for one in [*common.SPECIAL_TOKENS[1:], "444", "37*12", "It is "]:
+        changes.append(lambda text, special, author, one=one: (
+            text, special, others[author] if text == one else author))  # fmt: skip
+    for one in common.SPECIAL_TOKENS[1:]:
+        changes.append(lambda text, special, author, one=one: (
+            common.BOS if special and text == one else text, special, author))  # fmt: skip
+    seen = [before]
+    for change in changes:
+        after = names(chat_format=formatted(change))
+        assert after[1] == before[1] and after not in seen
+        seen.append(after)
+    for after in (
+        names(pack_rows=lambda *a, **k: reversed([*pack_rows(*a, **k)])),
+        names(ROWS_VERSION=2),
+    ):
+        assert after[0] != before[0] and after[1] != before[1]
 
 
 @given(st.lists(st.integers(1, 70), max_size=60), st.integers(1, 24), st.integers(1, 9))
@@ -2292,11 +2067,9 @@ def test_packing_loses_no_token_and_begins_every_row_with_bos(lengths, T, buffer
     documents = [[0, *itertools.islice(serial, n)] for n in lengths]  # every token is its own
     rows = list(common.pack_rows(documents, T, buffer))
     assert all(len(row) == T + 1 for row in rows[:-1]) and all(row[0] == 0 for row in rows)
-    tokens = [i for row in rows for i in row[1:] if i]
-    assert sorted(tokens) == list(range(1, sum(lengths) + 1))
+    assert sorted(i for row in rows for i in row[1:] if i) == list(range(1, sum(lengths) + 1))
     for row in rows:  # a piece is a run of its document
-        for a, b in itertools.pairwise(row):
-            assert b == a + 1 or b == 0 or a == 0
+        assert all(b == a + 1 or b == 0 or a == 0 for a, b in itertools.pairwise(row))
 
 
 def test_packing_prefers_whole_documents():
@@ -2304,16 +2077,26 @@ def test_packing_prefers_whole_documents():
     assert rows == [[0] + [1] * 9, [0] + [1] * 9, [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]]
 
 
-def test_all_text_is_trained_on_but_what_begins_a_row(text_source, tokenizer):
+def test_all_text_is_trained_on_but_what_begins_a_row_and_filling_never(text_source, tokenizer):
     rows = common.token_rows(text_source, tokenizer, 64, 10**9, ALONE)
-    targets = sum(int((rows.gather(np.array([i]))[1] >= 0).sum()) for i in range(len(rows)))
-    texts = [
-        t for path in common.list_shards(text_source, "train") for t in common.read_texts(path)
-    ]
-    tokens = sum(len(tokenizer.encode(t)) for t in texts)
+    ids, targets = rows.gather([*range(len(rows)), -1])
+    shards = common.list_shards(text_source, "train")
+    tokens = sum(len(tokenizer.encode(t)) for path in shards for t in common.read_texts(path))
     starts = sum(int((rows.row(i)[1:] == tokenizer.bos).sum()) for i in range(len(rows)))
-    assert targets - tokens in range(starts + 1), "of a <|bos|> in a row the end is learned"
-    assert len(rows) * 64 <= 1.05 * targets  # and few positions are spent on filling
+    count = int((targets != common.IGNORE).sum())
+    assert count - tokens in range(starts + 1), "of a <|bos|> in a row the end is learned"
+    assert len(rows) * 64 <= 1.05 * count  # and few positions are spent on filling
+    assert (ids[-1] == tokenizer.bos).all() and (targets[-1] == common.IGNORE).all()
+    assert (ids[:, 0] == tokenizer.bos).all() and (
+        ids[targets == common.IGNORE] == tokenizer.bos
+    ).all()
+    assert not ((ids == tokenizer.bos) & (targets == tokenizer.bos)).any()
+
+
+def second_shard():
+    """Return the paths of the source "tiny"'s first and second shard, and make that one."""
+    first = common.list_shards("tiny", "train")[0]
+    return first, shutil.copy(first, first.with_name("train-00001.parquet"))
 
 
 def test_the_token_cache_is_reused_and_follows_the_text(text_source, tokenizer, capsys):
@@ -2326,25 +2109,14 @@ def test_the_token_cache_is_reused_and_follows_the_text(text_source, tokenizer, 
     assert "tokenizing" in capsys.readouterr().out and len(other) != len(first)
     second_shard()
     assert len(common.token_rows(text_source, tokenizer, 32, 1, ALONE)) == len(other)
-    assert len(common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)) == 2 * len(other)
-
-
-def second_shard():
-    """Return the paths of the source "tiny"'s first and second shard, and make that one."""
-    first = common.list_shards("tiny", "train")[0]
-    return first, shutil.copy(first, first.with_name("train-00001.parquet"))
-
-
-def test_a_stop_while_tokenizing_ends_after_the_shard(text_source, tokenizer, capsys):
-    second_shard()
     run = common.Run("base", "t", None, CPU, 0, 1, stopping=True)
-    with pytest.raises(SystemExit) as ended:
-        common.token_rows(text_source, tokenizer, 32, 10**9, run)
+    with pytest.raises(SystemExit) as ended:  # after the next shard, whose rows stay
+        common.token_rows(text_source, tokenizer, 64, 10**9, run)
     assert ended.value.code == 0 and "run the same command again" in capsys.readouterr().out
-    assert len(list(common.data_dir(text_source).glob("tokens/*/*.npy"))) == 1
-    common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
+    common.token_rows(text_source, tokenizer, 64, 10**9, ALONE)
     said = capsys.readouterr().out
-    assert "train-00001" in said and "train-00000" not in said, "what is done is kept"
+    assert "train-00001" in said and "train-00000" not in said
+    assert len(common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)) == 2 * len(other)
 
 
 def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source, capfd):
@@ -2377,9 +2149,8 @@ def test_a_stop_or_a_fault_of_one_rank_while_rows_are_made_ends_all(text_source,
     assert not list(common.data_dir(text_source).glob("tokens/*/train-00001*"))
     second.write_bytes(second.read_bytes()[:-9])
     assert str(second) in ends(text) and "prepare.py" in ends(text)
-    assert "mid.jsonl:2: " in ends(
-        f"common.conversation_rows(common.Path({str(chats)!r}), tokenizer, 32, run)"
-    )
+    rows = f"common.conversation_rows(common.Path({str(chats)!r}), tokenizer, 32, run)"
+    assert "mid.jsonl:2: " in ends(rows)
 
 
 def test_rows_whose_end_finds_no_room_are_an_error(tmp_path):
@@ -2392,16 +2163,6 @@ def test_rows_whose_end_finds_no_room_are_an_error(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
-
-
-def test_filling_is_never_a_target(text_source, tokenizer):
-    rows = common.token_rows(text_source, tokenizer, 32, 10**9, ALONE)
-    ids, targets = rows.gather(np.array([len(rows) - 1, -1]))
-    assert (ids[1] == tokenizer.bos).all() and (targets[1] == common.IGNORE).all()
-    assert (ids[:, 0] == tokenizer.bos).all()
-    filled = (ids == tokenizer.bos) & (targets == common.IGNORE)
-    assert ((targets == common.IGNORE) == filled).all()
-    assert not ((ids == tokenizer.bos) & (targets == tokenizer.bos)).any()
 
 
 def test_rows_of_several_arrays_are_found_at_their_ends_too(tmp_path):
@@ -2425,32 +2186,23 @@ def test_more_documents_than_are_encoded_at_once_are_all_there(base_dir, tokeniz
     assert mixed.used == {"talk": 2100} and not mixed.cut and not mixed.left_out
     model = random_model(vocab_size=tokenizer.vocab_size)
     bpb, count = common.evaluate_bpb(model, tokenizer, ["a"] * 1030 + ["The cat. "] * 20, 512)
-    alone = {
-        text: common.evaluate_bpb(model, tokenizer, [text], 1)[0] for text in ("a", "The cat. ")
-    }
-    expected = (1030 * alone["a"] + 180 * alone["The cat. "]) / 1210
-    assert count == 1050 and bpb == pytest.approx(expected, rel=1e-5)
+    a, cat = (common.evaluate_bpb(model, tokenizer, [text], 1)[0] for text in ("a", "The cat. "))
+    assert count == 1050 and bpb == pytest.approx((1030 * a + 180 * cat) / 1210, rel=1e-5)
 
 
 def take_steps(rows, batch_rows, micro, steps, start=0, ranks=1):
-    """Return the rows' first real token ids, step by step, over all ranks."""
-    result = []
-    streams = []
+    """Return each step's rows, those of all ranks, sorted."""
+    result = [[] for _ in range(steps)]
     for rank in range(ranks):
         place = {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
         with unittest.mock.patch.dict(os.environ, place):
             accum = common.accum_steps(batch_rows, micro)
             stream = common.row_batches(rows, batch_rows, micro, 3, start, CPU)
-            got = list(itertools.islice(stream, accum * steps))
-        streams.append([got[i : i + accum] for i in range(0, len(got), accum)])
-    for step in range(steps):
-        batches = [b for stream in streams for b in stream[step]]
-        kept = [tuple(x.tolist()) for b in batches for x in b.ids[b.targets[:, 0] >= 0]]
-        assert sum(b.num_targets for b in batches) == sum(
-            int((b.targets >= 0).sum()) for b in batches
-        )
-        result.append(sorted(kept))
-    return result
+            for i, batch in enumerate(itertools.islice(stream, accum * steps)):
+                assert batch.num_targets == int((batch.targets >= 0).sum())
+                result[i // accum] += map(tuple, batch.ids[batch.targets[:, 0] >= 0].tolist())
+            stream.close()
+    return [sorted(step) for step in result]
 
 
 def test_a_steps_rows_depend_on_neither_ranks_nor_micro_batch_nor_resume(text_source, tokenizer):
@@ -2468,17 +2220,27 @@ def test_a_steps_rows_depend_on_neither_ranks_nor_micro_batch_nor_resume(text_so
     assert second[0] == second[1]
 
 
-def test_prefetch_keeps_order_raises_and_ends():
+def test_prefetch_keeps_order_works_ahead_raises_and_ends():
     assert list(common.prefetch(iter(range(100)), 3)) == list(range(100))
+    made = []
 
     def broken():
-        yield 1
+        for i in range(4):
+            made.append(i)
+            yield i
         raise MemoryError("gone")
 
+    threads = threading.active_count()
     stream = common.prefetch(broken(), 2)
-    assert next(stream) == 1
+    assert next(stream) == 0
+    until(lambda: made == [0, 1, 2])  # two ahead of what was taken
+    assert list(itertools.islice(stream, 3)) == [1, 2, 3]
     with pytest.raises(MemoryError, match="gone"):
         next(stream)
+    stream = common.prefetch(itertools.count(), 2)
+    assert next(stream) == 0
+    stream.close()
+    assert threading.active_count() == threads
 
 
 # 8. training_steps ---------------------------------------------------------------------------
@@ -2490,90 +2252,88 @@ def test_prefetch_keeps_order_raises_and_ends():
 def test_the_learning_rate_never_rises_after_the_warmup(num_steps, warmup, warmdown):
     rates = [common.trapezoid(s, num_steps, warmup, warmdown, 0.1) for s in range(num_steps)]
     assert all(0 < rate <= 1 for rate in rates)
-    later = rates[warmup:]
-    assert all(b <= a for a, b in itertools.pairwise(later))
+    assert all(b <= a for a, b in itertools.pairwise(rates[warmup:]))
     if num_steps == 100 and warmup <= 10:
-        assert len(later) >= 90 and max(rates) > 0.9
-        if warmdown == 1.0:
-            assert rates[-1] == pytest.approx(0.1, abs=0.02)
+        assert max(rates) > 0.9
         for final in (0.0, 0.1):
             end = common.trapezoid(num_steps, num_steps, warmup, warmdown, final)
             assert end == pytest.approx(final if warmdown else 1)
 
 
-class OneWeight:
-    """The smallest thing to train: a weight pulled to the mean of its targets."""
-
-    def __init__(self):
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        group = {"kind": "adamw", "params": [self.weight], "lr": 0.1, "betas": (0.9, 0.9),
-                 "eps": 1e-8, "weight_decay": 0.0}  # fmt: skip
-        self.optimizer = common.Optimizer([group], torch.float32)
-
-    def loss(self, batch):
-        used = batch.targets[batch.targets >= 0].float()
-        return (self.weight - used).square().sum()
+def pull(weight, batch):
+    """Return the loss of a weight that is pulled to the mean of the targets."""
+    return (weight - batch.targets[batch.targets >= 0]).square().sum()
 
 
-def make_batch(*targets):
-    values = torch.tensor([targets])
+def train_weight(batches, num_steps, loss=pull, schedule=lambda step: 1.0, scaler=None, **options):
+    """Yield the steps in which one weight is trained on batches, or on one again and again."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = common.Optimizer([{**common.ADAMW, "params": [weight], "lr": 0.1}], torch.float32)
+    optimizer.scaler = scaler
+    batches = iter(batches) if isinstance(batches, list) else itertools.repeat(batches)
+    loss = functools.partial(loss, weight)
+    for s in common.training_steps(batches, loss, optimizer, schedule, num_steps, **options):
+        copied = dataclasses.replace(s)  # the next step changes the one yielded
+        copied.weight, copied.scale = weight.item(), scaler and scaler.scale
+        yield copied
+
+
+def make_batch(*rows):
+    values = torch.tensor(rows)
     return common.Batch(values, values, int((values >= 0).sum()))
 
 
-def test_steps_are_yielded_before_each_update_and_after_the_last():
-    one = OneWeight()
-    batches = itertools.cycle([make_batch(1, 2)])
-    seen = []
-    for s in common.training_steps(batches, one.loss, one.optimizer, lambda step: 1.0, 5, start=2):
-        seen.append((s.step, s.due(2), s.due(3), s.due(0), s.due(100)))
-    assert [x[0] for x in seen] == [2, 3, 4, 5]
-    assert [x[1] for x in seen] == [True, False, True, True]
-    assert [x[4] for x in seen] == [False, False, False, True]
-    assert not any(x[3] for x in seen) and one.optimizer.steps == 3
-    first = common.Step(0, 10)
-    assert not first.due(5) and first.due(5, first=True)
+ONE = make_batch([1])
 
 
-def test_each_update_takes_the_schedules_rate_also_in_a_run_that_goes_on(monkeypatch):
+@pytest.mark.parametrize("start", [0, 5])
+def test_steps_are_yielded_before_each_update_and_after_the_last(monkeypatch, start):
     schedule = functools.partial(common.trapezoid, num_steps=9, warmup=2, warmdown=0.5, final=0.1)
-    for start in (0, 5):
-        one, taken = OneWeight(), []
-        monkeypatch.setattr(one.optimizer, "step", taken.append)
-        batches = itertools.repeat(make_batch(1))
-        steps = common.training_steps(batches, one.loss, one.optimizer, schedule, 9, start=start)
-        assert [s.lr for s in steps][1:] == taken == [schedule(i) for i in range(start, 9)]
+    taken = []
+    monkeypatch.setattr(common.Optimizer, "step", lambda self, lr: taken.append(lr))
+    steps = list(train_weight(ONE, 9, schedule=schedule, start=start))
+    assert [s.step for s in steps] == list(range(start, 10))
+    assert [s.lr for s in steps][1:] == taken == [schedule(i) for i in range(start, 9)]
+    assert [s.new for s in steps] == [False] + [True] * (9 - start)
+    assert len(list(itertools.islice(train_weight(ONE, 3, start=5), 9))) == 1, "past the last"
 
 
-def test_a_run_that_is_past_its_last_step_ends():
-    one, batches = OneWeight(), itertools.repeat(make_batch(1))
-    steps = common.training_steps(batches, one.loss, one.optimizer, lambda _: 1.0, 3, start=5)
-    assert len(list(itertools.islice(steps, 9))) == 1 and one.optimizer.steps == 0
+def test_when_an_event_is_due():
+    def fires(every, first=False, **state):
+        return [i for i in range(6) if common.Step(i, 5, **state).due(every, first)]
+
+    assert fires(2) == [2, 4, 5] and fires(2, first=True) == [0, 2, 4, 5] and fires(9) == [5]
+    assert fires(9, stopping=True) == [1, 2, 3, 4, 5] and fires(0, first=True, stopping=True) == []
+    assert fires(-1) == [] and fires(2, start=2) == [4, 5] and fires(2, True, start=2)[1] == 2
 
 
 def test_the_loss_divides_by_the_targets_of_the_whole_step():
-    split, whole = OneWeight(), OneWeight()
-    parts = iter([make_batch(1, -1, -1), make_batch(4, 5, 9), make_batch(-1, -1, -1)])
-    one = iter([make_batch(1, 4, 5, 9)])
-    a = list(common.training_steps(parts, split.loss, split.optimizer, lambda s: 1.0, 1, accum=3))
-    b = list(common.training_steps(one, whole.loss, whole.optimizer, lambda s: 1.0, 1))
-    assert a[-1].loss == pytest.approx(b[-1].loss) == pytest.approx((1 + 16 + 25 + 81) / 4)
-    torch.testing.assert_close(split.weight, whole.weight)
+    parts = [make_batch([1, -1, -1]), make_batch([4, 5, 9]), make_batch([-1, -1, -1])]
+    *_, split = train_weight(parts, 1, accum=3)
+    *_, whole = train_weight(make_batch([1, 4, 5, 9]), 1)
+    assert split.loss == pytest.approx(whole.loss) == pytest.approx((1 + 16 + 25 + 81) / 4)
+    assert split.weight == pytest.approx(whole.weight)
+    *_, none = train_weight(parts[2], 1)
+    assert none.loss == 0 and math.isfinite(none.weight)
 
 
-def test_a_step_without_targets_counts_zero():
-    one = OneWeight()
-    batches = iter([make_batch(-1, -1)])
-    last = list(common.training_steps(batches, one.loss, one.optimizer, lambda s: 1.0, 1))[-1]
-    assert last.loss == 0 and one.weight.isfinite().all()
+def test_rates_and_fractions_of_the_time_are_those_of_the_last_steps(monkeypatch):
+    clock = itertools.count()  # read four times a step: at its start, the batch, the loss, its end
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    for s in itertools.islice(train_weight(make_batch([1, 2, 3], [4, 5, -1]), 9), 1, None):
+        assert (s.tok_per_s, s.data, s.update) == pytest.approx((6 / 3, 1 / 3, 1 / 3))
+        assert s.left_s == pytest.approx(3 * (9 - s.step))
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_remedy():
-    one = OneWeight()
-    batches = itertools.repeat(make_batch(1))
     with pytest.raises(common.Stop, match="nan at step 1.*--dtype=float32.*--restart"):
-        list(common.training_steps(
-            batches, lambda b: one.loss(b) * math.nan, one.optimizer, lambda s: 1.0, 3
-        ))  # fmt: skip
+        list(train_weight(ONE, 3, lambda *args: pull(*args) * math.nan))
+
+
+def test_a_request_to_stop_ends_after_the_step():
+    asked = itertools.count()  # before the first step, and in each
+    steps = list(train_weight(ONE, 99, stop=lambda: next(asked) == 4))
+    assert [s.stopping for s in steps] == [False] * 4 + [True]
 
 
 def scarce(function, rows, first=0):
@@ -2588,42 +2348,53 @@ def scarce(function, rows, first=0):
     return limited
 
 
-def test_the_rows_that_fit_are_estimated(monkeypatch):
-    config = random_model(n_layer=3).config
+def test_the_rows_of_a_pass_are_as_asked_as_saved_or_as_estimated(monkeypatch):
+    config = common.GPTConfig(512, 3, 64, 2, 2, 256)
+    need = [sum(common.memory_bytes(config, rows, 4, CPU).values()) for rows in range(17)]
 
-    def need(rows):
-        return sum(common.memory_bytes(config, rows, 4, CPU).values())
+    def choose(room, asked=0, saved=None, share=16):
+        monkeypatch.setattr(common, "free_bytes", lambda device: room / 0.9)
+        settings = SimpleNamespace(device_batch_size=asked, recompute=False)
+        run = SimpleNamespace(settings=settings, stage="base", device=CPU)
+        return common.choose_micro_batch(run, config, saved or {}, share, 16, 4)
 
-    for rows, room in ((16, 1.01 * need(16)), (8, 0.99 * need(16)), (4, 1.01 * need(4))):
-        monkeypatch.setattr(common, "free_bytes", lambda device, room=room: room / 0.9)
-        assert common.fit_micro_batch(config, 16, CPU, 4, False) == rows
-    monkeypatch.setattr(common, "free_bytes", lambda device: need(1))
-    with pytest.raises(common.MissingInput, match="--recompute"):
-        common.fit_micro_batch(config, 16, CPU, 4, False)
+    rooms = (1.01 * need[16], 0.99 * need[16], 1.01 * need[3], 1.01 * need[1])
+    assert [choose(room) for room in rooms] == [16, 8, 2, 1]
+    assert choose(1.01 * need[16], share=5) == 5 and choose(0.99 * need[5], share=5) == 3
+    saved = {"micro_batch": 2, "settings": {"device_batch_size": 0}}
+    assert choose(0, saved=saved) == 2 and choose(0, saved=saved, share=1) == 1
+    assert choose(0, asked=7, saved=saved) == choose(0, asked=7) == 7 and choose(0, asked=99) == 16
+    with pytest.raises(common.Stop, match="not even one row.*--recompute"):
+        choose(0.99 * need[1])
 
 
-def test_a_trial_step_halves_the_rows_and_changes_nothing(monkeypatch):
-    model = random_model()
-    optimizer = common.Optimizer(common.optimizer_groups(model, 1, 1, 1, 0), torch.float32)
-    before = {name: x.clone() for name, x in model.state_dict().items()}
-    rng = torch.get_rng_state()
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("limit", "rows"), [(99, 9), (5, 5), (4, 3), (1, 1)])
+def test_passes_are_halved_until_they_fit_and_change_nothing(limit, rows, backward, capsys):
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory: tried to allocate")
 
-    def rows_that_fit(rows, limit):
-        monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, limit))
-        return common.try_micro_batch(
-            rows, lambda b: model(b.ids, b.targets), optimizer,
-            lambda n: common.blank_batch(n, model.config, CPU),
-        )  # fmt: skip
+    def loss(weight, batch):
+        assert not any(graph() for graph in failed), "a pass that failed still holds its memory"
+        node = weight + 0
+        total = pull(node, batch)
+        if len(batch.ids) > limit:
+            failed.append(weakref.ref(total))
+            node.register_hook(run_out) if backward else run_out()
+        return total
 
-    assert [rows_that_fit(*x) for x in ((16, 99), (16, 5), (9, 4), (7, 6))] == [16, 4, 3, 1]
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters()) and optimizer.steps == 0
-    assert torch.equal(torch.get_rng_state(), rng)
+    failed, batches = [], [make_batch(*([i + j] for i in range(9))) for j in range(2)]
+    *_, halved = train_weight(batches, 1, loss, accum=2)
+    *_, plain = train_weight(batches, 1, accum=2)
+    assert (halved.loss, halved.weight) == pytest.approx((plain.loss, plain.weight))
+    said = f"memory ran out in step 1: on in passes of {rows} rows"
+    assert halved.micro == rows and capsys.readouterr().out.count(said) == (limit < 9)
+    limit = 0
     with pytest.raises(common.Stop, match="not even one row"):
-        rows_that_fit(4, 0)
+        list(train_weight(batches, 1, loss))
 
 
-FORWARD, HIDDEN = common.GPT.forward, common.GPT.hidden
+FORWARD, HIDDEN = common.GPT.forward, common.GPT.trunk
 
 
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])  # the latter a CPU's
@@ -2631,25 +2402,21 @@ def test_memory_that_runs_out_in_an_update_is_one_sentence(base_dir, monkeypatch
     def full(*args):
         raise kind("out of memory")
 
-    one = OneWeight()
-    monkeypatch.setattr(one.optimizer, "step", full)
-    steps = common.training_steps(iter([make_batch(1)]), one.loss, one.optimizer, lambda s: 1.0, 1)
+    monkeypatch.setattr(common.Optimizer, "step", full)
     words = "smaller --device-batch-size"
     with pytest.raises(common.Stop, match=words), common.start_run("base", tiny_pretrain()):
-        list(steps)
+        list(train_weight(ONE, 1))
 
 
 def test_another_error_than_of_memory_is_passed_on():
-    one = OneWeight()
-
-    def broken(batch):
+    def broken(*args):
         raise RuntimeError("shapes do not fit")
 
     for error in ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory",
                   "DefaultCPUAllocator: not enough memory: you tried"):  # fmt: skip
         assert common.out_of_memory(RuntimeError(error))
     with pytest.raises(RuntimeError, match="shapes"):
-        list(common.training_steps(iter([make_batch(1)]), broken, one.optimizer, lambda s: 1.0, 1))
+        list(train_weight(ONE, 1, broken))
 
 
 def test_evaluation_and_the_engine_go_in_parts_where_memory_asks_for_it(monkeypatch, tokenizer):
@@ -2659,7 +2426,7 @@ def test_evaluation_and_the_engine_go_in_parts_where_memory_asks_for_it(monkeypa
                 for i, row in enumerate(ids.tolist())]  # fmt: skip
     expected = common.token_losses(model, ids, ids)
     replies = sorted((i, r.ids) for i, r in common.Engine(model, tokenizer).run(requests))
-    monkeypatch.setattr(common.GPT, "hidden", scarce(HIDDEN, 2))
+    monkeypatch.setattr(common.GPT, "trunk", scarce(HIDDEN, 2))
     torch.testing.assert_close(common.token_losses(model, ids, ids), expected)
     engine = common.Engine(model, tokenizer, 2)
     engine.budget = 16384
@@ -2670,7 +2437,7 @@ def test_evaluation_and_the_engine_go_in_parts_where_memory_asks_for_it(monkeypa
             raise torch.OutOfMemoryError("CUDA out of memory")
         return HIDDEN(model, ids, *args)
 
-    monkeypatch.setattr(common.GPT, "hidden", small)
+    monkeypatch.setattr(common.GPT, "trunk", small)
     monkeypatch.setattr(common, "SMALLEST_BUDGET", 4)
     assert sorted((i, r.ids) for i, r in common.Engine(model, tokenizer).run(requests)) == replies
     slot = model.config.cache_bytes(4)
@@ -2678,137 +2445,85 @@ def test_evaluation_and_the_engine_go_in_parts_where_memory_asks_for_it(monkeypa
     assert len(common.Engine(model, tokenizer, 64).rows) == 4
 
 
-def test_the_collector_rests_in_steps_alone():
-    one = OneWeight()
-    seen = []
-
-    def loss(batch):
-        seen.append(gc.isenabled())
-        if len(seen) == 3:
-            raise RuntimeError("broken")
-        return one.loss(batch)
-
-    batches = itertools.repeat(make_batch(1))
-    steps = common.training_steps(batches, loss, one.optimizer, lambda s: 1.0, 9)
-    with pytest.raises(RuntimeError, match="broken"):
-        for _ in steps:
-            assert gc.isenabled()
-    assert seen == [False] * 3 and gc.isenabled()
-
-
-def fp16_steps(broken=(), num_steps=6, one=None):
-    """Train with a loss scale; return (loss, weight, scale) after steps, in `broken` with an inf."""
-    one = one or OneWeight()
-    one.optimizer.scaler = common.LossScaler()
+def fp16_steps(broken=(), num_steps=6):
+    """Train with a loss scale, whose gradients overflow in steps `broken`."""
     calls = itertools.count(1)
 
-    def loss(batch):
-        overflow = math.inf if next(calls) in broken else 1.0
-        one.weight.grad = torch.full_like(one.weight, overflow - 1.0)
-        return one.loss(batch)
+    def loss(weight, batch):
+        weight.grad = torch.full_like(weight, math.inf if next(calls) in broken else 0.0)
+        return pull(weight, batch)
 
-    steps = common.training_steps(
-        itertools.repeat(make_batch(1, 3)), loss, one.optimizer, lambda s: 1.0, num_steps
-    )
-    return [(s.loss, one.weight.item(), one.optimizer.scaler.scale) for s in steps]
+    return list(train_weight(make_batch([1, 3]), num_steps, loss, scaler=common.LossScaler()))
 
 
-def test_a_step_whose_gradients_overflow_fp16_is_skipped_and_the_scale_adapts(monkeypatch, capsys):
-    plain = OneWeight()
-    batches = itertools.repeat(make_batch(1, 3))
-    expected = [
-        (s.loss, plain.weight.item())
-        for s in common.training_steps(batches, plain.loss, plain.optimizer, lambda s: 1.0, 5)
-    ]
-    got = fp16_steps(broken={3})
-    assert got[3][1] == got[2][1] and got[3][0] == pytest.approx(expected[3][0]), "loss is logged"
-    assert [x[1] for x in got[:3] + got[4:]] == pytest.approx([x[1] for x in expected])
-    assert [x[2] for x in got[1:]] == [2.0**16] * 2 + [2.0**15] * 4
-    assert "overflowed in step 3: no update" in capsys.readouterr().out
-    monkeypatch.setattr(common, "GROW_AFTER", 3)
-    got = fp16_steps(broken={1}, num_steps=5)
-    assert [x[2] for x in got[1:]] == [2.0**15] * 3 + [2.0**16] * 2
+def test_a_step_whose_gradients_overflow_fp16_is_skipped(capsys):
+    plain = [(s.loss, s.weight) for s in train_weight(make_batch([1, 3]), 5)]
+    got = [(s.loss, s.weight) for s in fp16_steps(broken={3})]
+    assert got[3] == pytest.approx((plain[3][0], got[2][1])), "its loss is logged all the same"
+    assert [x[1] for x in got[:3] + got[4:]] == pytest.approx([x[1] for x in plain])
+    assert "overflowed in step 3: no update, scale 32768" in capsys.readouterr().out
     with pytest.raises(common.Stop, match="--dtype=float32"):
         fp16_steps(broken=range(99), num_steps=99)
+
+
+def test_the_loss_scale_adapts_as_torchs_does():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = common.Optimizer([{**common.ADAMW, "params": [weight], "lr": 0.1}], torch.float32)
+    sgd, ours, theirs = torch.optim.SGD([weight]), common.LossScaler(), torch.amp.GradScaler("cpu")
+    theirs.scale(torch.zeros(()))  # makes its tensors
+    for grad in (math.inf, 0.0, math.nan, *[0.0] * 2001, math.inf, 0.0):
+        weight.grad = torch.full_like(weight, grad)
+        assert ours.unscale(optimizer) == (grad != 0)
+        theirs.step(sgd)
+        theirs.update()
+        assert ours.scale == theirs.get_scale()
 
 
 def test_ranks_skip_a_step_together(tmp_path):
     run_ranks(
         2,
         f"""
-    got = test_all.fp16_steps(broken={{3}} if rank == 1 else ())
-    torch.save(got, {str(tmp_path)!r} + f"/{{rank}}.pt")
-    """,
+        steps = test_all.fp16_steps(broken={{3}} if rank == 1 else ())
+        found = [(s.loss, s.weight, s.scale) for s in steps[1:]]
+        torch.save(found, r"{tmp_path}/%d.pt" % rank)
+        """,
     )
     a, b = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    assert a[1:] == b[1:] and a[3][1] == a[2][1] and a[4][1] != a[3][1] and a[3][2] == 2.0**15
+    assert a == b and a[2][1] == a[1][1] != a[3][1] and a[2][2] == 2.0**15
 
 
 def test_gradients_of_fp16_are_near_those_of_fp32():
-    ids = torch.randint(0, 100, (4, 32))
-    grads = []
+    ids, grads = torch.randint(0, 100, (4, 32)), []
     for dtype in (torch.float32, torch.float16):
-        model = random_model(dtype)
+        model, scaler = random_model(dtype), common.LossScaler()
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(0.5)
         optimizer = common.Optimizer(common.optimizer_groups(model, 1, 1, 1, 0), torch.float32)
-        scaler = common.LossScaler()
-        loss = model(ids, ids.roll(1)) / 1e6  # gradients below fp16's range
-        (loss * scaler.scale).backward()
+        (model(ids, ids.roll(1)) / 1e6 * scaler.scale).backward()  # alone below fp16's range
         assert not scaler.unscale(optimizer)
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert (grads[0] - grads[1]).norm() < 0.02 * grads[0].norm()
-    plain = torch.randn(8, 16)
-    small = 1e-9 * plain
-    want = common.orthogonalize(plain, common.NEWTON_SCHULZ, torch.float32)
-    got = common.orthogonalize(small, common.NEWTON_SCHULZ, torch.float16)
-    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0)
-    assert not common.orthogonalize(0 * small, common.NEWTON_SCHULZ, torch.float16).any()
-
-
-def test_a_request_to_stop_ends_after_the_step():
-    one = OneWeight()
-    asked = []
-    batches = itertools.repeat(make_batch(1))
-    seen = []
-    for s in common.training_steps(
-        batches, one.loss, one.optimizer, lambda s: 1.0, 99, stop=lambda: bool(asked)
-    ):
-        seen.append((s.step, s.stopping))
-        if s.step == 3:
-            asked.append(1)
-    assert seen[-1] == (4, True) and not any(x[1] for x in seen[:-1])
 
 
 # 9. Checkpoints, bits per byte ---------------------------------------------------------------
 
 
-def test_never_is_written_as_0_or_less():
-    for every, fires in ((0, []), (-1, []), (2, [2, 4, 5]), (9, [5])):
-        assert [i for i in range(6) if common.Step(i, 5).due(every)] == fires
-
-
-def test_steps_beyond_a_million_are_newer(base_dir):
-    saved_run(keep=2, steps=(999_000, 999_500, 1_000_000))
-    names = [path.name for path in common.list_checkpoints("t", "base")]
-    assert names == ["step-999500", "step-1000000"]
-
-
 def saved_run(keep=2, steps=(1,)):
-    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+    run = common.Run("base", "t", tiny_pretrain(keep=keep), CPU)
     common.run_dir("t").mkdir(parents=True, exist_ok=True)
     model = random_model()
     optimizer = common.Optimizer(common.optimizer_groups(model, 0.1, 0.1, 0.1, 0.0), torch.float32)
     for step in steps:
-        folder = common.save_checkpoint(run, step, model, optimizer, {"metrics": {}}, keep)
-    run.wait_for_save()
-    return model, optimizer, folder
+        folder = common.save_checkpoint(run, common.Step(step, 9), model, optimizer, {})
+    common.finish_save(run)
+    return run, model, optimizer, folder
 
 
 def test_a_checkpoint_comes_back_whole_and_old_ones_go(base_dir):
-    model, _, folder = saved_run(keep=2, steps=(1, 2, 10))
-    assert [p.name for p in common.list_checkpoints("t", "base")] == ["step-000002", "step-000010"]
+    _, model, _, folder = saved_run(keep=2, steps=(1, 999_999, 1_000_000))
+    names = [path.name for path in common.list_checkpoints("t", "base")]
+    assert names == ["step-999999", "step-1000000"], "a million is newer"
     assert common.find_checkpoint("t", "base") == folder
     again = common.load_model(folder, CPU, torch.float32)
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters()):
@@ -2816,22 +2531,20 @@ def test_a_checkpoint_comes_back_whole_and_old_ones_go(base_dir):
     ids = torch.randint(100, (1, 8))
     assert torch.equal(model(ids), again(ids))
     meta = json.loads((folder / "meta.json").read_text())
-    assert meta["step"] == 10 and meta["settings"]["total_size"] == 8
+    assert meta["step"] == 1_000_000 and meta["settings"]["depth"] == 1
+    assert meta["version"] == common.CHECKPOINT_VERSION
 
 
 @pytest.mark.parametrize("harm", ["cut", "flip", "lose"])
 @pytest.mark.parametrize("name", ["model.pt", "meta.json"])
 def test_a_damaged_checkpoint_is_said(base_dir, harm, name):
-    _, _, folder = saved_run(steps=(1, 2))
+    *_, folder = saved_run(steps=(1, 2))
     path = folder / name
     data = bytearray(path.read_bytes())
-    if harm == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif harm == "lose":
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
+    if harm == "lose":
         path.unlink()
-    else:
-        data[len(data) // 2] ^= 0xFF
-        path.write_bytes(data)
     with pytest.raises(common.MissingInput, match=r"damaged.*step-000001 is then taken"):
         common.load_model(folder, CPU, torch.float32)
     for step in (999_999, 1_000_000):
@@ -2844,17 +2557,16 @@ def test_a_missing_stage_or_tag_is_said(base_dir):
     with pytest.raises(common.MissingInput, match="bash run.sh"):
         common.find_checkpoint("t", "base")
     saved_run()
-    with pytest.raises(common.MissingInput, match="there are t"):
-        common.find_checkpoint("other", "base")
-    with pytest.raises(common.MissingInput, match="python midtrain.py --tag=t"):
-        common.find_checkpoint("t", "mid")
-    with pytest.raises(common.MissingInput, match="step 7"):
-        common.find_checkpoint("t", "base", 7)
+    for asked, sentence in (
+        (("other", "base"), "there are t"), (("t", "base", 7), "step 7"),
+        (("t", "mid"), "python midtrain.py --tag=t"),
+    ):  # fmt: skip
+        with pytest.raises(common.MissingInput, match=sentence):
+            common.find_checkpoint(*asked)
 
 
 def test_training_goes_on_while_a_step_is_written_and_the_step_is_saved(base_dir, monkeypatch):
-    model, optimizer, _ = saved_run()
-    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+    run, model, optimizer, _ = saved_run()
     real, go, began = torch.save, threading.Event(), threading.Event()
 
     def slow(value, file):
@@ -2863,20 +2575,20 @@ def test_training_goes_on_while_a_step_is_written_and_the_step_is_saved(base_dir
         real(value, file)
 
     monkeypatch.setattr(torch, "save", slow)
-    metrics = {"loss": 2.0}
+    run.metrics["loss"] = 2.0
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     moments = [{k: v.clone() for k, v in unit.state.items()} for unit in optimizer.units]
-    folder = common.save_checkpoint(run, 2, model, optimizer, {"metrics": metrics})
+    folder = common.save_checkpoint(run, common.Step(2, 9), model, optimizer, {})
     assert began.wait(20) and not folder.exists()
-    metrics["loss"] = 1.0
+    run.metrics["loss"] = 1.0
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
     go.set()
-    later = common.save_checkpoint(run, 4, model, optimizer, {"metrics": metrics})
+    later = common.save_checkpoint(run, common.Step(4, 9), model, optimizer, {})
     assert folder.exists(), "a save waits for the one before"
-    run.wait_for_save()
+    common.finish_save(run)
     for step, same in ((folder, True), (later, False)):
         loaded = common.load_file(step, "model.pt", CPU)
         assert loaded.keys() == weights.keys()
@@ -2887,42 +2599,34 @@ def test_training_goes_on_while_a_step_is_written_and_the_step_is_saved(base_dir
         assert all(torch.equal(a[k], b[k]) for k in b)
 
 
-def test_a_full_disk_while_saving_leaves_the_last_checkpoint(base_dir, monkeypatch):
-    model, optimizer, folder = saved_run()
-    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
+def test_a_full_disk_or_a_lost_mount_while_saving_leaves_the_last_checkpoint(base_dir, monkeypatch):
+    run, model, optimizer, folder = saved_run(keep=1)
     real = open
 
     def full(path, *args, **options):
         return real("/dev/full" if Path(path).name == "model.pt" else path, *args, **options)
 
-    monkeypatch.setattr(common, "open", full, raising=False)
-    common.save_checkpoint(run, 5, model, optimizer, {}, 1)
-    with pytest.raises(common.Stop, match="the disk is full .*free some space"):
-        run.wait_for_save()
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "open", full, raising=False)
+        common.save_checkpoint(run, common.Step(5, 9), model, optimizer, {})
+        with pytest.raises(common.Stop, match="the disk is full .*free some space"):
+            common.finish_save(run)
     assert run.stopping, "training ends after the step"
-    run.wait_for_save()  # said once
-    monkeypatch.undo()
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base_dir))
-    assert common.list_checkpoints("t", "base") == [folder]
+    common.finish_save(run)  # said once
     assert [p.name for p in folder.parent.iterdir()] == [folder.name], "and gives the room back"
-    common.load_model(folder, CPU, torch.float32)
-
-
-def test_a_mount_that_is_gone_is_said_and_not_written_under(base_dir):
-    model, optimizer, folder = saved_run()
-    run = common.Run("base", "t", ExampleSettings(), CPU, 0, 1)
     base_dir.rename(base_dir.with_name("elsewhere"))
-    common.save_checkpoint(run, 5, model, optimizer, {}, 1)
+    common.save_checkpoint(run, common.Step(6, 9), model, optimizer, {})
     with pytest.raises(common.Stop, match="runs/t/base: No such file"):
-        run.wait_for_save()
-    assert not base_dir.exists()
+        common.finish_save(run)
+    assert not base_dir.exists(), "nothing is written where the mount was"
     base_dir.with_name("elsewhere").rename(base_dir)
     assert common.list_checkpoints("t", "base") == [folder]
+    common.load_model(folder, CPU, torch.float32)
 
 
 def test_bits_per_byte_by_documents_equal_one_document_at_a_time(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size)
-    texts = ["Hello.", "The cat sat on the mat. " * 9, "é北京🙂", "a"]
+    texts = ["Hello.", "The cat sat on the mat. " * 9, "é北京🙂", "", "a"]
     nats = 0.0
     for text in texts:
         ids = tokenizer.encode(text)
@@ -2933,12 +2637,8 @@ def test_bits_per_byte_by_documents_equal_one_document_at_a_time(tokenizer):
     expected = nats / math.log(2) / sum(len(t.encode()) for t in texts)
     for rows in (1, 2, 16):
         bpb, count = common.evaluate_bpb(model, tokenizer, texts, rows)
-        assert bpb == pytest.approx(expected, rel=1e-5) and count == 4
-
-
-def test_bits_per_byte_of_a_uniform_model_are_known(tokenizer):
-    model = random_model(vocab_size=tokenizer.vocab_size)
-    torch.nn.init.zeros_(model.head.weight)
+        assert bpb == pytest.approx(expected, rel=1e-5) and count == 5
+    torch.nn.init.zeros_(model.head.weight)  # a uniform model's are known
     text = "Some words, and more of them."
     bpb, _ = common.evaluate_bpb(model, tokenizer, [text], 4)
     expected = len(tokenizer.encode(text)) * math.log2(tokenizer.vocab_size) / len(text)
@@ -3016,14 +2716,6 @@ def test_a_uniform_at_the_edge_never_picks_what_has_no_probability():
             assert common.sample(logits, [common.Sampling(**options)], [uniform])[0] in (1, 2)
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"max_tokens": 0}]
-)
-def test_sampling_out_of_range_is_a_value_error(wrong):
-    with pytest.raises(ValueError):
-        common.Sampling(**wrong)
-
-
 def greedy(prompt, max_tokens, tool=False):
     return common.Request(prompt, common.Sampling(max_tokens, temperature=0), tool)
 
@@ -3054,15 +2746,8 @@ def test_a_seed_decides_the_samples(tokenizer):
     assert len(firsts) > 1, "samples of one prompt must not share their first token"
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_and_long_texts_keep_their_end(tokenizer):
-    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer)
-    with pytest.raises(ValueError, match="takes 1 to 31"):
-        list(engine.generate(common.Request([0] * 32, common.Sampling())))
-    assert "".join(engine.complete("word " * 500, common.Sampling(max_tokens=4)))
-
-
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots, spare):
+def test_requests_in_company_get_the_replies_they_get_alone(tokenizer, slots):
     model = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL")
     engine, alone = common.Engine(model, tokenizer, slots), common.Engine(model, tokenizer, 1)
     rng = random.Random(0)
@@ -3101,11 +2786,10 @@ def check_rows(engine):
     [(1, 512, "L", 0), (3, 3, "SL", 0), (8, 5, "L", 0), (8, 512, "SL", 1)],
 )
 def test_jobs_that_come_and_go_get_the_replies_they_get_alone(
-    tokenizer, slots, chunk, window, int8, monkeypatch
+    tokenizer, slots, chunk, window, int8
 ):
-    monkeypatch.setattr(common.KVCache, "SPARE", 9)
     model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
-    model = model.quantize() if int8 else model
+    model = common.quantize(model) if int8 else model
     engine = common.Engine(model, tokenizer, slots, chunk)
     rng, jobs = random.Random(slots), []
     for _ in range(600):
@@ -3152,12 +2836,10 @@ def test_a_common_prefix_is_counted(both, a, b):
     [(False, True), *(pytest.param(i, i, marks=pytest.mark.slow) for i in (False, True))],
 )
 def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, packed, monkeypatch):
-    for name in ("PACKED", "PACKED_INT8"):
-        monkeypatch.setattr(common, name, 1 if packed else 1 << 40)
-    monkeypatch.setattr(common.KVCache, "SPARE", 9)
+    monkeypatch.setattr(common, "LARGE", 1 if packed else 1 << 40)
     shape = {"vocab_size": tokenizer.vocab_size, "n_kv_head": 2, "window_pattern": "SL"}
     shape |= {"max_seq_len": 64}
-    fast, plain = (common.Engine(m.quantize() if int8 else m, tokenizer, 3)
+    fast, plain = (common.Engine(common.quantize(m) if int8 else m, tokenizer, 3)
                    for m in (random_model(**shape), random_model(**shape)))  # fmt: skip
     torch.compiler.reset()
     counters = torch._dynamo.utils.counters
@@ -3173,70 +2855,6 @@ def test_the_compiled_step_says_what_the_plain_one_says(tokenizer, int8, packed,
     assert set(rows) == {1, 2, 3}, "it was asked"
     assert counters["frames"]["total"] == frames, "no length compiles anew"
     assert not counters["graph_break"]
-
-
-@pytest.mark.parametrize("window", ["L", "SL"])
-def test_recorded_steps_say_what_plain_ones_say(tokenizer, window, monkeypatch):
-    def record(step, device, pool):
-        """Stand in for a GPU's recorder: the step runs on the tensors that it was recorded with."""
-        output, steps = step(), []
-        recorded.append((step, steps))
-
-        def replay():
-            steps.append(1)
-            output.copy_(step())
-
-        return replay, output
-
-    recorded = []
-    monkeypatch.setattr(common, "record", record)
-    monkeypatch.setattr(common, "GRAPH_KEYS", 16)
-    monkeypatch.setattr(common.KVCache, "SPARE", 9)
-    model = random_model(vocab_size=tokenizer.vocab_size, window_pattern=window, max_seq_len=64)
-    engine, alone = common.Engine(model, tokenizer, 5), common.Engine(model, tokenizer, 1)
-    engine.graphs = {}
-    rng, requests = random.Random(0), []
-    for _ in range(40):  # new conversations, and those that go on from what a row holds
-        before = rng.choice(requests).prompt_ids if requests and rng.random() < 0.7 else ()
-        prompt = [*before, *(rng.randrange(300) for _ in range(rng.randrange(1, 30)))][:63]
-        requests.append(greedy(prompt, rng.choice((2, 9, 64))))
-    jobs = []
-    for request in requests:
-        jobs.append(engine.submit(request))
-        for _ in range(rng.randrange(8)):
-            engine.step()
-            check_rows(engine)
-    while engine.load:
-        engine.step()
-    assert sum(job.reused > 0 for job in jobs) > 2
-    for job in jobs:
-        alone.clear()
-        assert list(alone.generate(job.request)) == job.reply.ids
-    assert {rows for rows, _ in engine.graphs} == {1, 2, 4, 5}
-    assert {end for _, end in engine.graphs} == {16, 32, 48, 64}
-    assert len(recorded) == len(engine.graphs) < sum(len(steps) for _, steps in recorded) / 5
-
-
-def test_a_step_that_cannot_be_recorded_is_computed_plainly_and_so_are_all_after_it(
-    tokenizer, monkeypatch
-):
-    def record(step, device, pool):
-        if engine.graphs:
-            raise RuntimeError("CUDA out of memory")
-        output = step()
-        return lambda: output.copy_(step()), output
-
-    monkeypatch.setattr(common, "record", record)
-    monkeypatch.setattr(common, "GRAPH_KEYS", 16)
-    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
-    engine, alone = common.Engine(model, tokenizer, 3), common.Engine(model, tokenizer, 1)
-    engine.graphs = {}
-    requests = [greedy([tokenizer.bos, *range(n)], 30) for n in (3, 9, 20)]
-    with pytest.warns(UserWarning, match="not recorded, so slower: CUDA out of memory"):
-        replies = dict(engine.run(requests))
-    assert engine.graphs is None
-    for i, request in enumerate(requests):
-        assert list(alone.generate(request)) == replies[i].ids
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -3265,28 +2883,6 @@ def test_products_in_fp8_on_a_gpu_are_those_of_the_rounded_factors():
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_kernel_for_windows_on_a_gpu_says_what_blocks_say(compiled):
-    if torch.cuda.get_device_capability() < (8, 0):
-        pytest.skip("no flash kernel")
-    pytest.importorskip("torch.nn.attention.varlen")
-    assert common.window_kernel(CUDA, torch.bfloat16, 64) is common.attend_in_flash
-    kernel = torch.compile(common.attend_in_flash) if compiled else common.attend_in_flash
-    for heads in (4, 2):
-        q, k, v = (torch.randn(3, 300, n, 64, device=CUDA, dtype=torch.bfloat16)
-                   for n in (4, heads, heads))  # fmt: skip
-        made, plain = [], []
-        for kind, found in ((kernel, made), (common.attend_in_blocks, plain)):
-            inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-            y = kind(*inputs, 64)
-            found += [y, *torch.autograd.grad(y, inputs, q)]
-        assert common.is_close(made, plain)
-    ranked = common.rank_attention(CUDA, torch.bfloat16)
-    assert common.SDPBackend.FLASH_ATTENTION in ranked, ranked
-
-
-@pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimated_memory_is_a_gpus(recompute):
     config = common.GPTConfig(32768, 6, 384, 3, 3, 1024)
@@ -3297,10 +2893,10 @@ def test_the_estimated_memory_is_a_gpus(recompute):
     optimizer = common.Optimizer(
         common.optimizer_groups(model, 0.02, 0.2, 0.004, 0), torch.bfloat16
     )
-    batch = common.blank_batch(16, config, CUDA)
+    ids = torch.zeros(16, config.max_seq_len, dtype=torch.long, device=CUDA)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
-        (model(batch.ids, batch.targets) / batch.num_targets).backward()
+        (model(ids, ids) / ids.numel()).backward()
         optimizer.step()
     peak = torch.cuda.max_memory_allocated() - before
     estimate = sum(common.memory_bytes(config, 16, 2, CUDA, recompute=recompute).values())
@@ -3339,13 +2935,13 @@ def test_a_gpu_that_is_too_small_takes_fewer_rows(tiny_run, capsys):
         pretrain.main(tiny_pretrain(device="cuda", dtype="bfloat16", depth=6, **flags))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert "memory ran out in a trial step" in capsys.readouterr().out
+    assert "memory ran out in step 1: on in passes" in capsys.readouterr().out
     assert len(base_losses("t")) == 6
 
 
 @pytest.mark.gpu
 @needs_gpu
-def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
+def test_steps_compiled_on_a_gpu_say_what_plain_ones_say(tokenizer):
     cuda = torch.device("cuda")
     config = random_model(vocab_size=tokenizer.vocab_size, window_pattern="SL").config
     model = common.GPT.create(config, cuda, torch.float32)  # in bf16 two may be equally likely
@@ -3353,10 +2949,9 @@ def test_steps_recorded_on_a_gpu_say_what_plain_ones_say(tokenizer):
         for weight in model.parameters():
             weight.normal_(0, 0.1)
     fast, plain = common.Engine(model, tokenizer, 5), common.Engine(model, tokenizer, 5)
-    plain.graphs = None
+    fast.compile()
     requests = [greedy([tokenizer.bos, *range(n)], 20) for n in (3, 9, 1, 12, 7, 2, 5)]
     assert dict(fast.run(requests)) == dict(plain.run(requests))
-    assert fast.graphs
 
 
 @pytest.mark.slow
@@ -3391,7 +2986,9 @@ def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
         return sorted(taken)[16]
 
     config = common.GPTConfig(32768, 12, 768, 6, 6, 256)
-    engine = common.Engine(common.GPT.create(config, CPU, torch.float32).quantize(), tokenizer, 16)
+    engine = common.Engine(
+        common.quantize(common.GPT.create(config, CPU, torch.float32)), tokenizer, 16
+    )
     engine.stops.clear()
     torch.compiler.reset()
     engine.compile()
@@ -3403,8 +3000,8 @@ def test_decoding_is_twice_as_fast_as_transformers(tokenizer, capsys):
 
 def test_prompts_of_unequal_length_are_computed_without_much_padding(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=512)
-    hidden, shapes = model.hidden, []
-    model.hidden = lambda ids, *rest: shapes.append(ids.shape) or hidden(ids, *rest)
+    trunk, shapes = model.trunk, []
+    model.trunk = lambda ids, *rest: shapes.append(ids.shape) or trunk(ids, *rest)
     lengths = [400, 7, 30, 15, 10, 300]
     engine = common.Engine(model, tokenizer, 8)
     replies = dict(engine.run([greedy([tokenizer.bos] * n, 1) for n in lengths]))
@@ -3415,12 +3012,12 @@ def test_prompts_of_unequal_length_are_computed_without_much_padding(tokenizer):
 
 def test_prompts_that_wait_join_together(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
-    hidden, prefills = model.hidden, []
-    model.hidden = lambda ids, *rest: prefills.append(ids) or hidden(ids, *rest)
+    trunk, prefills = model.trunk, []
+    model.trunk = lambda ids, *rest: prefills.append(ids) or trunk(ids, *rest)
     engine = common.Engine(model, tokenizer, 8)
     compute, model.logits = model.logits, lambda x: compute(x).index_fill(1, ends, -99.0)
     ends = torch.tensor(sorted(engine.stops))  # none ends before its time
-    engine.next_logits = model.next_logits
+    engine.next_logits = lambda ids, past: model.logits(trunk(ids, past)[:, -1])
     requests = [greedy([tokenizer.bos, i], 3 + i % 7) for i in range(40)]
     replies = dict(engine.run(requests))
     assert [len(replies[i].ids) for i in range(40)] == [3 + i % 7 for i in range(40)]
@@ -3431,8 +3028,8 @@ def test_a_conversation_that_goes_on_computes_its_new_turn_alone(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=256)
     engine, counts = common.Engine(model, tokenizer, 2), []
     engine.stops.clear()
-    hidden = model.hidden
-    model.hidden = lambda ids, *rest: counts.append(ids.numel()) or hidden(ids, *rest)
+    trunk = model.trunk
+    model.trunk = lambda ids, *rest: counts.append(ids.numel()) or trunk(ids, *rest)
     prompt = [tokenizer.bos, *range(100)]
     for turn in range(5):
         job = engine.submit(greedy(prompt, 10))
@@ -3483,8 +3080,8 @@ def test_an_engine_takes_fewer_slots_where_memory_has_no_room(tokenizer, monkeyp
 def test_equal_prompts_are_computed_once(tokenizer):
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
     engine, widths = common.Engine(model, tokenizer, 6), []
-    hidden = model.hidden
-    model.hidden = lambda ids, *rest: widths.append(list(ids.shape)) or hidden(ids, *rest)
+    trunk = model.trunk
+    model.trunk = lambda ids, *rest: widths.append(list(ids.shape)) or trunk(ids, *rest)
     prompt = [tokenizer.bos, *range(40)]
     jobs = [engine.submit(common.Request(prompt, common.Sampling(9, seed=i))) for i in range(5)]
     engine.step()
@@ -3558,15 +3155,11 @@ class Scripted(torch.nn.Module):
     def __init__(self, tokenizer, script, prompt_length, context=200):
         super().__init__()
         self.config = common.GPTConfig(tokenizer.vocab_size, 1, 8, 1, 1, context)
-        self.embed = torch.nn.Embedding(1, 1)
+        self.embed, self.blocks = torch.nn.Embedding(1, 1), torch.nn.ModuleList()
         self.script, self.start, self.dtype = script, prompt_length, torch.float32
         self.read = []
 
-    def cast_weights(self):
-        return self
-
-    def hidden(self, ids, cache, counts=None):
-        cache.begin(ids)
+    def trunk(self, ids, past):
         self.read += ids[0].tolist()
         return torch.zeros(*ids.shape, 1)
 
@@ -3647,10 +3240,6 @@ def test_streamed_pieces_are_whole_characters_and_add_up(text):
         )
 
 
-def test_a_broken_character_at_the_end_is_shown_as_such(tokenizer):
-    assert list(common.decoded(tokenizer, "é".encode()[:1])) == [("text", "\ufffd")]
-
-
 @pytest.mark.parametrize(
     ("expression", "result"),
     [
@@ -3709,7 +3298,7 @@ def test_the_calculator_takes_any_text_and_is_soon_done(text):
     assert time.thread_time() - began < 2
 
 
-# prepare.py: own files and hub ----------------------------------------------------------------
+# prepare.py: text -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -3728,18 +3317,27 @@ def words(seed: int, count: int) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=count))
 
 
+def paragraphs(count: int) -> str:
+    return "\n\n".join(words(i, 140) for i in range(count))
+
+
 def texts_of(folder: Path) -> tuple[list[str], list[str]]:
     train = [t for p in sorted(folder.glob("train-*.parquet")) for t in common.read_texts(p)]
     return train, list(common.read_texts(folder / "val.parquet"))
 
 
-def table_bytes(column: str, values: list) -> bytes:
+def table_bytes(rows: list[dict]) -> bytes:
     out = io.BytesIO()
-    pq.write_table(pa.table({column: values}), out)
+    pq.write_table(pa.Table.from_pylist(rows), out)
     return out.getvalue()
 
 
-# Documents -----------------------------------------------------------------------------------
+def prepared(data="world", net=None, **options):
+    """Run prepare.py with settings; return the manifest."""
+    return prepare.main(prepare.Settings(str(data), **options), net)
+
+
+TINY_WORLD = {"num_conversations": 60, "documents": 100}
 
 
 @given(st.lists(st.text(max_size=80), max_size=20), st.integers(1, 50))
@@ -3749,24 +3347,20 @@ def test_cut_pieces_keeps_every_character(chunks, limit):
     assert all(0 < len(piece) <= limit for piece in pieces)
 
 
-def test_cut_pieces_ends_at_paragraphs_and_headings():
-    paragraphs = [words(i, 60) + "." for i in range(100)]
-    pieces = list(prepare.cut_pieces(["\n\n".join(paragraphs)], 2000))
+def test_cut_pieces_ends_at_paragraphs_and_headings_in_little_memory():
+    pieces = list(prepare.cut_pieces([paragraphs(100)], 2000))
     assert all(piece.endswith("\n\n") for piece in pieces[:-1])
     assert min(len(piece) for piece in pieces) > 500
     chapters = "".join(f"CHAPTER {i}\n{words(i, 100)}\n\n{words(-i, 90)}\n" for i in range(9))
     assert all(p.startswith("CHAPTER") for p in prepare.cut_pieces([chapters], 1500))
     accents = "e\u0301" * 500  # an accent stays with its letter
     assert all(len(p) % 2 == 0 for p in prepare.cut_pieces([accents], 301))
-
-
-def test_endless_line_needs_little_memory():
     line = words(1, 300_000)[: 1 << 20]
     tracemalloc.start()
-    count = sum(len(p) for p in prepare.cut_pieces((line for _ in range(100)), 20_000))
+    count = sum(len(p) for p in prepare.cut_pieces((line for _ in range(30)), 20_000))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert count == 100 << 20 and peak < 8 << 20, peak
+    assert count == 30 << 20 and peak < 8 << 20, peak
 
 
 def test_sorter_shuffles_the_same_way_with_any_number_of_buckets(tmp_path, monkeypatch):
@@ -3782,84 +3376,57 @@ def test_sorter_shuffles_the_same_way_with_any_number_of_buckets(tmp_path, monke
     assert orders[0] == orders[1] and orders[0] != texts and sorted(orders[0]) == sorted(texts)
 
 
-def test_shards_and_manifest(base, tmp_path):
+def test_shards_hold_the_text_and_the_manifest_describes_them(base, tmp_path):
     source = tmp_path / "big.txt"
-    source.write_text("\n\n".join(words(i, 140) for i in range(5000)))
-    manifest = prepare.main(
-        prepare.Settings(str(source), shard_mb=1, doc_chars=1000, val_percent=10)
-    )
+    source.write_text(paragraphs(5000))
+    files = prepared(source, shard_mb=1, doc_chars=1000, val_percent=10)["files"]
     folder = base / "data" / "big"
     train, val = texts_of(folder)
     assert len(list(folder.glob("train-*.parquet"))) == 3
     assert not set(train) & set(val) and 0.07 < len(val) / len(train) < 0.15
-    assert collections.Counter(" ".join(train + val).split()) == collections.Counter(
-        source.read_text().split()
-    )
-    for name, entry in manifest["files"].items():
+    count = collections.Counter
+    assert count(" ".join(train + val).split()) == count(source.read_text().split())
+    for name, entry in files.items():
         data, texts = (folder / name).read_bytes(), list(common.read_texts(folder / name))
-        assert entry == {
-            "documents": len(texts),
-            "characters": sum(map(len, texts)),
-            "bytes": sum(len(t.encode()) for t in texts),
-            "size": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
-    metadata = pq.ParquetFile(folder / "train-00000.parquet").metadata
-    assert metadata.row_group(0).num_rows == 1000
-    assert metadata.row_group(0).column(0).compression == "ZSTD"
+        sizes = {"characters": sum(map(len, texts)), "bytes": sum(len(t.encode()) for t in texts)}
+        file = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        assert entry == {"documents": len(texts), **sizes, **file}
+    assert pq.ParquetFile(folder / "val.parquet").metadata.row_group(0).column(0).compression == (
+        "ZSTD"
+    )
     assert sorted(p.name for p in base.glob("data/*")) == ["big"]  # nothing left beside
-
-
-def test_validation_text_has_an_upper_bound(base, tmp_path):
-    (tmp_path / "a.txt").write_text("\n\n".join(words(i, 140) for i in range(5000)))
-    settings = prepare.Settings(str(tmp_path / "a.txt"), val_mb=1, val_percent=50)
-    files = prepare.main(settings)["files"]
+    files = prepared(source, val_mb=1, val_percent=50)["files"]
     assert 1e6 <= files["val.parquet"]["bytes"] < 1.03e6
-
-
-# Own files -----------------------------------------------------------------------------------
 
 
 def make_folder(root: Path) -> None:
     """A folder with every kind of file, good and bad; the documents say where they are from."""
-    root.mkdir()
+    noise = random.Random(0)
     record = [json.dumps({"text": f"jsonl {i} " + words(i, 50)}) for i in range(30)]
-    record[3:3] = [
-        "{broken",
-        "[" * 100_000,
-        "",
-        '{"other": 1}',
-        '{"text": null}',
-        '"a bare string"',
-    ]
-    (root / "a.jsonl").write_text("\n".join(record) + "\n")
-    (root / "b.jsonl.gz").write_bytes(gzip.compress(("\r\n".join(record[9:])).encode()))
-    (root / "c.parquet").write_bytes(table_bytes("content", ["parquet " + words(99, 50), None]))
-    (root / "d.md").write_bytes(b"\xef\xbb\xbf# Title\r\n\r\nmarkdown\r\ntext\r")
-    (root / "e.txt").write_bytes("Grüße utf-16 日本語".encode("utf-16"))
-    (root / "f.py").write_text("def python():\n    return 1\n")
-    (root / "g.txt").write_bytes(b"caf\xe9 is not valid here, nor is this: \xff " + b"x" * 100)
-    (root / "h.txt").write_bytes(b"a NUL \0 inside of a longer text that goes on")
-    (root / "i.txt").write_bytes(b"")
-    (root / "j.txt").write_text(" \n\n ")
-    (root / "k.txt").write_bytes(random.Random(0).randbytes(5000))
-    (root / "l.png").write_bytes(b"\x89PNG")
-    damaged = "".join(f'{{"text": "damaged {os.urandom(40).hex()}"}}\n' for i in range(500))
-    (root / "m.jsonl.gz").write_bytes(gzip.compress(damaged.encode())[:-20])
-    (root / "n.parquet").write_bytes(b"PAR1 no parquet")
-    (root / "o.parquet").write_bytes(table_bytes("title", ["x"]))
-    (root / "q.csv").write_text("id,value\n1,2\n")
-    (root / "s.json").write_text('{"name": "settings"}')
-    (root / "t.jsonl").write_text('{"text": "a half \\ud83d of an emoji, whole \\ud83d\\ude00"}\n')
-    (root / "u.TXT.GZ").write_bytes(gzip.compress("русский текст".encode()))
-    (root / "v.parquet").write_bytes(table_bytes("text", [1, 2]))
-    (root / "README").write_text("readme without a suffix")
-    (root / ".hidden.txt").write_text("hidden file")
-    (root / ".git").mkdir()
-    (root / ".git" / "x.txt").write_text("hidden folder")
+    record[3:3] = ["{broken", "[" * 100_000, "", '{"other": 1}', '{"text": null}', '"bare text"']
+    damaged = "".join(f'{{"text": "damaged {noise.randbytes(40).hex()}"}}\n' for _ in range(500))
+    files: dict[str, str | bytes] = {
+        "a.jsonl": "\n".join(record) + "\n",
+        "b.jsonl.gz": gzip.compress(("\r\n".join(record[9:])).encode()),
+        "c.parquet": table_bytes([{"content": "parquet " + words(99, 50)}, {"content": None}]),
+        "d.md": b"\xef\xbb\xbf# Title\r\n\r\nmarkdown\r\ntext\r",
+        "e.txt": "Grüße utf-16 日本語".encode("utf-16"),
+        "f.py": "def python():\n    return 1\n",
+        "deep/er/copy.py": "def python():\n    return 1\n",
+        "g.txt": b"caf\xe9 is not valid here, nor is this: \xff " + b"x" * 100,
+        "h.txt": b"a NUL \0 inside of a longer text that goes on",
+        "i.txt": b"", "j.txt": " \n\n ", "k.txt": noise.randbytes(5000), "l.png": b"\x89PNG",
+        "m.jsonl.gz": gzip.compress(damaged.encode())[:-20], "n.parquet": b"PAR1 no parquet",
+        "o.parquet": table_bytes([{"title": "x"}]), "v.parquet": table_bytes([{"text": 1}]),
+        "q.csv": "id,value\n1,2\n", "s.json": '{"name": "settings"}',
+        "t.jsonl": '{"text": "a half \\ud83d of an emoji, whole \\ud83d\\ude00"}\n',
+        "u.TXT.GZ": gzip.compress("русский текст".encode()),
+        "README": "readme without a suffix", ".hidden.txt": "hidden", ".git/x.txt": "hidden",
+    }  # fmt: skip
+    for name, data in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data if isinstance(data, bytes) else data.encode())
     deep = root / "deep" / "er"
-    deep.mkdir(parents=True)
-    (deep / "copy.py").write_text("def python():\n    return 1\n")
     (deep / "loop").symlink_to(root)
     (deep / "self").symlink_to(deep / "self")
     (deep / "gone.txt").symlink_to(root / "nowhere.txt")
@@ -3869,31 +3436,25 @@ def make_folder(root: Path) -> None:
 
 def test_every_kind_of_file(base, tmp_path, capsys):
     make_folder(tmp_path / "mine")
-    manifest = prepare.main(prepare.Settings(str(tmp_path / "mine")))
+    dropped = prepared(tmp_path / "mine")["dropped"]
     train, val = texts_of(base / "data" / "mine")
     texts = train + val
     joined = "\n".join(texts)
     assert len(set(texts)) == len(texts) and not set(train) & set(val) and val
-    for part in ("jsonl 29", "parquet ", "Grüße utf-16 日本語", "a bare string", "readme without",
+    for part in ("jsonl 29", "parquet ", "Grüße utf-16 日本語", "bare text", "readme without",
                  "# Title\n\nmarkdown\ntext", "caf\ufffd is", "a NUL  inside",
                  "id,value\n1,2", '{"name": "settings"}',
                  "русский текст", "a half \ufffd of an emoji, whole 😀", "damaged"):  # fmt: skip
         assert part in joined, part
     assert "hidden" not in joined and "\r" not in joined and "\ufeff" not in joined
-    dropped = manifest["dropped"]
-    assert dropped.pop("duplicates") > 27
-    assert dropped == {
-        "hidden files and folders": 2,
-        "broken links and special files": 4,
-        "files of other kinds": 1,
-        "lines of broken JSON": 2,
-        "records without `text` or `content`": 2 + 1,
-        "empty files": 1,
-        "empty documents": 1,
-        "binary files": 1,
-        "damaged or unreadable files": 3,
+    assert dropped.pop("duplicates")[0] > 27
+    assert {reason: count for reason, (count, _) in dropped.items()} == {
+        "hidden files and folders": 2, "broken links and special files": 4,
+        "files of other kinds": 1, "lines of broken JSON": 2, "empty files": 1,
+        "records without `text` or `content`": 2 + 1, "empty documents": 1, "binary files": 1,
+        "damaged or unreadable files": 3, "documents with invalid characters replaced": 2,
         "tables without `text` or `content` (has title)": 1,
-    }
+    }  # fmt: skip
     out = capsys.readouterr().out
     assert "broken JSON (mine/a.jsonl:4)" in out and "binary files (mine/k.txt)" in out
     assert out.count("\n") <= 6
@@ -3905,206 +3466,236 @@ def test_order_depends_on_content_and_seed_alone(base, tmp_path):
     for folder, order in ((one, texts), (two, texts[::-1])):
         folder.mkdir()
         for i in range(0, 200, 20):
-            lines = [json.dumps({"text": t}) + "\n" for t in order[i : i + 20]]
-            (folder / f"{i}.jsonl").write_text("".join(lines))
-    first, second = (prepare.main(prepare.Settings(str(p)))["files"] for p in (one, two))
+            write_lines(folder / f"{i}.jsonl", [{"text": t} for t in order[i : i + 20]])
+    first, second = (prepared(path)["files"] for path in (one, two))
     assert first == second
-    other = prepare.main(prepare.Settings(str(two), source="other", seed=1))["files"]
+    other = prepared(two, source="other", seed=1)["files"]
     assert other["train-00000.parquet"]["sha256"] != first["train-00000.parquet"]["sha256"]
 
 
-def test_one_small_file_has_both_splits(base, tmp_path, capsys):
-    for count in (60, 3000):
-        path = tmp_path / f"small{count}.txt"
-        path.write_text(". ".join(words(i, 10) for i in range(count // 10)))
-        prepare.main(prepare.Settings(str(path)))
-        train, val = texts_of(base / "data" / path.stem)
-        assert train and val and not set(train) & set(val)
-        assert count == 60 or len("".join(val)) < 0.1 * len("".join(train))
-    assert "few documents" in capsys.readouterr().out
+@pytest.mark.parametrize("count", [60, 3000])
+def test_one_small_file_has_both_splits(base, tmp_path, count):
+    (tmp_path / "small.txt").write_text(". ".join(words(i, 10) for i in range(count // 10)))
+    prepared(tmp_path / "small.txt")
+    train, val = texts_of(base / "data" / "small")
+    assert train and val and not set(train) & set(val)
+    assert count == 60 or len("".join(val)) < 0.1 * len("".join(train))
 
 
-@pytest.mark.parametrize("text", ["", "Only one sentence.", "Only this.\n" * 3])
-def test_too_small_input_is_one_sentence(base, tmp_path, text):
-    (tmp_path / "tiny.txt").write_text(text)
-    with pytest.raises(common.Stop, match="tiny.txt holds (no text|only [0-9]+ characters)"):
-        prepare.main(prepare.Settings(str(tmp_path / "tiny.txt")))
-    assert not any(base.glob("data/*"))
-
-
-def test_nothing_usable_says_why(base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.txt", "", "a.txt holds no text .*1 empty files"),
+        ("a.txt", "Only this.\n" * 3, "a.txt holds only [0-9]+ characters"),
+        ("pics/b.jsonl", '{"prompt": "x"}\n', "pics holds no text .*`text`.*b.jsonl:1"),
+        ("pics/a.jpg", "x", "pics holds no text .*other kinds .pics/a.jpg"),
+    ],
+)
+def test_too_small_input_is_one_sentence_that_says_why(base, tmp_path, name, text, sentence):
     (tmp_path / "pics").mkdir()
-    (tmp_path / "pics" / "a.jpg").write_bytes(b"x")
-    (tmp_path / "pics" / "b.jsonl").write_text('{"prompt": "x"}\n')
-    with pytest.raises(common.Stop, match="no text .*other kinds .*a.jpg.*`text`.*b.jsonl:1"):
-        prepare.main(prepare.Settings(str(tmp_path / "pics")))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(common.Stop, match=f"{sentence}.*need two documents"):
+        prepared(tmp_path / name.split("/")[0])
+    assert not any(base.glob("data/*")) and not any(base.glob("data/.*"))
 
 
 def test_gigantic_lines_are_cut_or_left_out(base, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LINE_CHARS", 10_000)
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "a.txt").write_text(words(1, 400_000))
-    long = json.dumps({"text": words(2, 20_000)})
-    good = json.dumps({"text": "short enough"})
-    (tmp_path / "g" / "b.jsonl").write_text(f"{long}\n{good}\n{long}")
-    manifest = prepare.main(prepare.Settings(str(tmp_path / "g")))
+    long = {"text": words(2, 20_000)}
+    write_lines(tmp_path / "g" / "b.jsonl", [long, {"text": "short enough"}, long])
+    dropped = prepared(tmp_path / "g")["dropped"]
     train, val = texts_of(base / "data" / "g")
     assert max(map(len, train + val)) <= 20_000 and "short enough" in train + val
-    assert manifest["dropped"]["lines that are too long"] == 2
-
-
-def test_unreadable_files_are_counted(base, tmp_path, monkeypatch):
-    (tmp_path / "u").mkdir()
-    for name in "ab":
-        (tmp_path / "u" / f"{name}.txt").write_text(words(ord(name), 3000))
-    real = open
-
-    def deny(path, *args, **options):
-        if str(path).endswith("a.txt"):
-            raise PermissionError(errno.EACCES, "denied", path)
-        return real(path, *args, **options)
-
-    monkeypatch.setattr(prepare, "open", deny, raising=False)
-    manifest = prepare.main(prepare.Settings(str(tmp_path / "u")))
-    assert manifest["dropped"]["damaged or unreadable files"] == 1
+    assert dropped["lines that are too long"] == [2, "g/b.jsonl:1"]
 
 
 def test_output_inside_the_input_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "out"))
     (tmp_path / "a.txt").write_text(words(1, 3000))
-    settings = prepare.Settings(str(tmp_path), source="mine")
-    assert prepare.main(settings) == prepare.main(settings)
+    assert prepared(tmp_path, source="mine") == prepared(tmp_path, source="mine")
 
 
-# Main ----------------------------------------------------------------------------------------
-
-
-def fail(argv: list[str], capsys) -> str:
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["--data=wrld"], "no such file or folder, nor one of world, hub, climbmix"),
+        (["--data=~nobody-of-this-name/x"], ""),
+        (["--data=" + "x" * 5000], ""),
+        (["--val_percent=0"], "--val-percent"),
+        (["--shards=0"], "--shards must be 1"),
+        (["--source=../x"], "--source"),
+        (["--source=eval"], "--source=eval"),
+        (["--source=downloads"], "--source=downloads"),
+        (["--conversations=nowhere.jsonl"], "no such file or folder, nor one of hub"),
+        (["--conversations=hub", "--data=hub"], "take two commands"),
+        (["--conversations=hub", "--source=world"], "--source=world"),
+        (["--eval-data=nowhere"], "--eval-data"),
+        (["--eval-data=README.md"], "must be a folder"),
+        (["--name= "], "--name"),
+        (["--name=a\nb"], "--name"),
+    ],
+)
+def test_a_wrong_setting_of_prepare_is_one_sentence(argv, sentence, capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit) as stop:
         common.parse_settings(prepare.Settings, "doc", argv)
-    assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    return err
+    assert stop.value.code == 2 and err.count("\n") == 1 and sentence in err
 
 
-def test_settings(base, tmp_path, capsys):
-    assert "no such file or folder, nor one of world, hub" in fail(["--data=wrld"], capsys)
-    assert "--val-percent" in fail(["--val_percent=0"], capsys)
-    assert "--shards must be 1" in fail(["--shards=0"], capsys)
-    assert "--source" in fail(["--source=../x"], capsys)
-    assert "--source=eval" in fail(["--source=eval"], capsys)
-    for path in ("~nobody-of-this-name/x", "x" * 5000):
-        assert fail([f"--data={path}"], capsys).count("\n") <= 1
-    for name, source in (("My Corpus.v2.txt", "my-corpus"), ("world", "world-files")):
+def test_the_folder_below_data_is_named_after_the_input(tmp_path):
+    names = {"My Corpus.v2.txt": "my-corpus", "world": "world-files", "chat": "chat-files"}
+    for name, source in names.items():
         (tmp_path / name).mkdir()
         assert prepare.Settings(str(tmp_path / name)).source == source
+        assert prepare.Settings(conversations=str(tmp_path / name)).source == source
     (tmp_path / "日本").mkdir()
     assert prepare.Settings(str(tmp_path / "日本")).source.startswith("text-")
     assert prepare.Settings("hub").source == "fineweb-edu" and prepare.Settings().source == "world"
+    assert prepare.Settings(conversations="hub").source == "chat"
 
 
-def test_world(base, capsys):
-    manifest = prepare.main(prepare.Settings(num_conversations=60, documents=300))
+def test_the_world_is_made_once_and_anew_when_settings_or_files_change(base, capsys, monkeypatch):
+    manifest = prepared(**TINY_WORLD)
     folder = base / "data" / "world"
     train, val = texts_of(folder)
-    assert len(train) + len(val) == 300 and val and not set(train) & set(val)
-    for split in ("trained", "unseen"):
-        lines = (folder / "eval" / f"facts_{split}.jsonl").read_text().splitlines()
-        assert lines and all(json.loads(line) for line in lines)
+    assert len(train) + len(val) == 100 and val and not set(train) & set(val)
     written = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.jsonl")}
-    assert set(manifest["chats"]) == {n for n in written if not n.startswith("eval/facts_")}
+    assert set(manifest["chats"]) == set(written)
     for name, about in manifest["chats"].items():
-        held = list(common.read_conversations(written[name]))
-        assert len(held) == about["conversations"] and about["size"] == written[name].stat().st_size
-        assert collections.Counter(item["kind"] for item in held) == about["kinds"]
-    assert [manifest["chats"][f"{s}.jsonl"]["conversations"] for s in ("mid", "sft", "rl")] == [
-        60, 20, 20
-    ]  # fmt: skip
-    assert "mid.jsonl: 60 (" in capsys.readouterr().out
-    assert prepare.main(prepare.Settings(num_conversations=60, documents=300)) == manifest
+        assert about["size"] == written[name].stat().st_size
+        rows = read_jsonl(written[name])
+        if "kinds" in about:
+            assert collections.Counter(item["kind"] for item in rows) == about["kinds"]
+            assert len(list(common.read_conversations(written[name]))) == about["conversations"]
+        assert rows
+    counts = [manifest["chats"][f"{s}.jsonl"]["conversations"] for s in ("mid", "sft", "rl")]
+    assert counts == [60, 20, 20] and "mid.jsonl: 60 (" in capsys.readouterr().out
+    assert prepared(**TINY_WORLD) == manifest
     assert "nothing to do" in capsys.readouterr().out
     for name in ("val.parquet", "eval/letters.jsonl"):  # a damaged file is made again
         (folder / name).write_bytes(b"cut")
-        assert prepare.main(prepare.Settings(num_conversations=60, documents=300)) == manifest
-    prepare.main(prepare.Settings(num_conversations=60, documents=200, seed=4, name="Ada"))
+        assert prepared(**TINY_WORLD) == manifest
+    (folder / "tokens").mkdir()  # pretrain.py's cache of the text goes with it
+    prepared(num_conversations=60, documents=50, seed=4, name="Ada")
     out = capsys.readouterr().out
-    assert (
-        "--name=Nano" in out
-        and "--documents=300" in out
-        and "--seed=0" in out
-        and "made anew" in out
+    assert "--name=Nano" in out and "--documents=100" in out and "--seed=0" in out
+    assert sum(map(len, texts_of(folder))) == 50 and not (folder / "tokens").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "WORLD_VERSION", 1_000_000)
+        prepared(num_conversations=60, documents=50, seed=4, name="Ada")
+    assert "made with another version of prepare.py" in capsys.readouterr().out
+
+
+def test_a_changed_comment_never_prepares_anew(base, tmp_path, capsys):
+    """A copy of the program with other comments and docstrings finds its data complete."""
+    write_lines(tmp_path / "talks.jsonl", [talk(f"{i}?", "!") for i in range(9)])
+    code = re.sub(
+        r'"""([A-Z].*\.)"""', r'"""Changed. \1"""', Path(prepare.__file__).read_text("utf-8")
     )
-    assert sum(map(len, texts_of(folder))) == 200
+    assert code.count('"""Changed. ') > 100
+    (tmp_path / "copy.py").write_text(code + "# new\n", "utf-8")
+    spec = importlib.util.spec_from_file_location("prepare_copy", tmp_path / "copy.py")
+    changed = sys.modules["prepare_copy"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    for options in (TINY_WORLD, own(tmp_path / "talks.jsonl")):
+        prepared(**options)
+        assert "nothing to do" not in capsys.readouterr().out
+        changed.main(changed.Settings(**options))
+        assert "nothing to do" in capsys.readouterr().out
 
 
 def test_changed_input_is_prepared_anew_and_other_text_never_overwritten(base, tmp_path, capsys):
-    path = tmp_path / "text.txt"
-    path.write_text(words(1, 3000))
-    prepare.main(prepare.Settings(str(path)))
-    path.write_text(words(2, 3500))
-    prepare.main(prepare.Settings(str(path)))
+    path, other = tmp_path / "text.txt", tmp_path / "sub" / "text.txt"
+    other.parent.mkdir()
+    for seed, file in ((1, path), (2, path), (3, other)):
+        file.write_text(words(seed, 3000))
+        if file is path:
+            prepared(path)
     assert "other files" in capsys.readouterr().out
-    (tmp_path / "sub").mkdir()
-    other = tmp_path / "sub" / "text.txt"
-    other.write_text(words(3, 3000))
-    for chosen in (prepare.Settings(str(other)), prepare.Settings("world", source="text")):
-        with pytest.raises(common.Stop, match="holds the text of .*text.txt: .*--source=NAME"):
-            prepare.main(chosen)
+    for data in (other, "world"):
+        with pytest.raises(common.Stop, match="holds what was made of .*text.txt: .*--source=NAME"):
+            prepared(data, source="text", **TINY_WORLD)
     (base / "data" / "notes").mkdir()
     (base / "data" / "notes" / "precious.txt").write_text("mine")
-    with pytest.raises(common.Stop, match="not made from"):
-        prepare.main(prepare.Settings("world", source="notes"))
+    with pytest.raises(common.Stop, match="not made of"):
+        prepared(source="notes")
     assert (base / "data" / "notes" / "precious.txt").exists()
 
 
-def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
-    prepare.main(prepare.Settings(num_conversations=60, documents=100))
-    before = texts_of(base / "data" / "world")
+def fails_at(monkeypatch, number, error):
+    """Let prepare.py's open raise an error at the given file that it writes."""
     real, count = open, [0]
 
     def full(path, mode="r", *args, **options):
-        count[0] += "w" in mode or "a" in mode
-        if count[0] == 3:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        count[0] += mode[0] in "wa"
+        if count[0] == number:
+            raise error(errno.ENOSPC, "No space left on device", str(path))
         return real(path, mode, *args, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "open", full, raising=False)
-        with pytest.raises(common.Stop, match="the disk is full at .*free some space"):
-            prepare.main(prepare.Settings(num_conversations=60, documents=200))
+    monkeypatch.setattr(prepare, "open", full, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError, "the disk is full at .*free some space"),
+        (KeyboardInterrupt, "stopped; run the same"),
+    ],
+)
+def test_a_failure_leaves_the_old_text_whole(base, monkeypatch, error, sentence):
+    prepared(**TINY_WORLD)
+    before = texts_of(base / "data" / "world")
+    fails_at(monkeypatch, 3, error)
+    with pytest.raises(common.Stop, match=sentence):
+        prepared(num_conversations=60, documents=200)
     assert texts_of(base / "data" / "world") == before
-    assert [p.name for p in base.glob("data/*")] == ["world"]
+    assert [p.name for p in (base / "data").iterdir()] == ["world"]
 
-    def interrupt(*args):
-        raise KeyboardInterrupt
+
+@pytest.mark.parametrize("data", ["text", "conversations"])
+def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, monkeypatch, data):
+    (tmp_path / "a.txt").write_text(paragraphs(300))
+    write_lines(tmp_path / "a.jsonl", [talk(f"{i}?", f"{i}!") for i in range(20)])
+    first, second = ({"data": tmp_path / "a.txt", "seed": seed} for seed in (0, 1))
+    if data == "conversations":
+        first, second = (own(tmp_path / "a.jsonl", seed=seed) for seed in (0, 1))
+    last = "sft.jsonl" if data == "conversations" else "train-00000.parquet"
+    prepared(**first)
+    real = os.replace
+
+    def killed(source, target):
+        if Path(target).name == last:
+            raise KeyboardInterrupt
+        real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "write_splits", interrupt)
-        with pytest.raises(common.Stop, match="stopped; run the same command again"):
-            prepare.main(prepare.Settings(num_conversations=60, documents=200))
-    assert texts_of(base / "data" / "world") == before
-
-
-def test_leftovers_of_killed_processes_go(base):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for number in (dead.pid, os.getppid()):
-        for end in ("", ".old"):
-            (base / "data" / f".world.{number}{end}.partial").mkdir(parents=True)
-    prepare.main(prepare.Settings(num_conversations=60, documents=50))
-    left = sorted(p.name for p in base.glob("data/.*"))
-    assert left == [f".world.{os.getppid()}{end}.partial" for end in (".old", "")]
+        patch.setattr(prepare.os, "replace", killed)
+        with pytest.raises(common.Stop, match="stopped"):
+            prepared(**second)
+    folder = next((base / "data").iterdir())
+    if data == "text":  # no stage trains on a mixture of old and new
+        with pytest.raises(common.MissingInput):
+            common.list_shards(folder.name, "train")
+    (base / "data" / f".{folder.name}.partial").mkdir()  # as a kill without any clean-up leaves
+    after = prepared(**second)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    shutil.rmtree(folder)
+    assert prepared(**second) == after
+    assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [path.name for path in (base / "data").iterdir()] == [folder.name]
 
 
 def test_base_directory_that_cannot_be(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
     with pytest.raises(common.Stop, match="file"):
-        prepare.main(prepare.Settings(num_conversations=60, documents=50))
+        prepared(**TINY_WORLD)
 
 
-# Hub -----------------------------------------------------------------------------------------
+# prepare.py: hub ------------------------------------------------------------------------------
 
 REPO = "karpathy/fineweb-edu-100b-shuffle"
 
@@ -4140,10 +3731,13 @@ class Hub:
 
     @staticmethod
     def shard(seed: int) -> bytes:
-        return table_bytes("text", [words(1000 * seed + i, 200) for i in range(300)])
+        return table_bytes([{"text": words(1000 * seed + i, 200)} for i in range(300)])
 
     def fetched(self) -> list[str]:
         return [path.split("/")[-1] for path, _, _ in self.requests if "/resolve/" in path]
+
+    def ranges_of(self, name: str) -> list[str]:
+        return [ask for path, ask, _ in self.requests if path.endswith(name)]
 
     def send(self, request, code, body=b"", cut=None, **headers):
         request.send_response(code)
@@ -4157,30 +3751,25 @@ class Hub:
 
     def answer(self, request):
         path, _, query = request.path.partition("?")
-        byte_range = request.headers.get("Range", "")
+        name, byte_range = path.split("/")[-1], request.headers.get("Range", "")
         self.requests.append((path, byte_range, request.headers.get("Authorization", "")))
-        name = path.split("/")[-1]
         what = self.script[name].pop(0) if self.script.get(name) else "ok"
+        found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", path)
+        other = {"moved": self.files, "plain": self.plain}.get(path.split("/")[1], {}).get(name)
+        data = self.repos.get(found[1], {}).get(found[2]) if found else other
         if what == "drop":
             request.close_connection = True
-        elif what[:3] in ("404", "401", "429", "500", "503", "416"):
+        elif what[:3].isdigit():
             code, _, after = what.partition(" ")
             self.send(request, int(code), **({"Retry_After": after} if after else {}))
         elif what == "html":
             self.send(request, 200, b"<html>a login page</html>")
         elif (repo := "/".join(path.split("/")[3:5])) in self.repos and path.endswith("/tree/main"):
             self.tree(request, query, self.repos[repo])
-        elif (data := self.data(path)) is not None:
+        elif data is not None:
             self.file(request, path, name, byte_range, what, data)
         else:
             self.send(request, 404)
-
-    def data(self, path):
-        found = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/main/(.+)", path)
-        if found:
-            return self.repos.get(found[1], {}).get(found[2])
-        place = {"moved": self.files, "plain": self.plain}.get(path.split("/")[1], {})
-        return place.get(path.split("/")[-1])
 
     def tree(self, request, query, files):
         start = int(query.partition("cursor=")[2] or 0)
@@ -4189,11 +3778,8 @@ class Hub:
             git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
             item = {"type": "file", "path": name, "oid": git, "size": len(data)}
             if name.endswith(".parquet"):
-                item |= {"oid": "1" * 40}
                 item["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
-            if not self.sizes:
-                item = {"type": "file", "path": name}
-            items.append(item)
+            items.append(item if self.sizes else {"type": "file", "path": name})
         headers = {}
         if start + 3 < len(files):  # a mirror may name the original host
             link = f"https://original.invalid{request.path.partition('?')[0]}?cursor={start + 3}"
@@ -4201,7 +3787,7 @@ class Hub:
         self.send(request, 200, json.dumps(items).encode(), **headers)
 
     def file(self, request, path, name, byte_range, what, data):
-        headers = {"ETag": '"abc"'}
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()[:9]}"'}
         if path.startswith("/plain/"):
             headers = {"ETag": f'W/"{hashlib.sha256(path.encode()).hexdigest()}"'}  # of no content
         elif self.hashes:
@@ -4209,19 +3795,20 @@ class Hub:
             headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         if self.redirect and not path.startswith("/moved/"):
             return self.send(request, 302, Location=f"{self.redirect}/moved/{name}", **headers)
-        if what == "wrong":
-            data = data[:-5] + b"wrong"
-        start = int(byte_range[6:-1]) if byte_range and self.ranges else 0
+        data = data[:-5] + b"wrong" if what == "wrong" else data
+        code, start = 200, 0
         if byte_range and self.ranges:
+            code, start = 206, int(byte_range[6:-1])
             if start >= len(data):
                 return self.send(request, 416)
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
+        half = len(body) // 2 if what in ("cut", "slow", "change") else None
+        if what == "change":  # another version of the file is there when the rest is asked for
+            self.files[name] = self.shard(77)
+        self.send(request, code, body, half, **headers)
         if what == "slow":
-            self.send(request, 200, body, cut=len(body) // 2)
             time.sleep(20)
-        code = 206 if byte_range and self.ranges else 200
-        self.send(request, code, body, len(body) // 2 if what == "cut" else None, **headers)
 
 
 class Waits:
@@ -4252,16 +3839,13 @@ def hub(base, monkeypatch):
 
 
 def quick_net(**options) -> prepare.Net:
-    return prepare.Net(
-        **{"backoff_s": 1.0, "timeout_s": 2.0, "tries": 4, "stopping": Waits(), **options}
-    )
+    return prepare.Net(**{"timeout_s": 2.0, "tries": 4, "stopping": Waits(), **options})
 
 
 def fetch_shards(shards=1, workers=1, **options):
     """Run prepare on the hub; return the manifest and the delays between tries."""
     net = quick_net(**options)
-    manifest = prepare.main(prepare.Settings("hub", shards=shards, workers=workers), net)
-    return manifest, net.stopping.delays
+    return prepared("hub", net, shards=shards, workers=workers), net.stopping.delays
 
 
 def assert_same(base: Path, hub: Hub, shards: int) -> None:
@@ -4275,6 +3859,7 @@ def assert_same(base: Path, hub: Hub, shards: int) -> None:
 
 
 def test_hub_fetches_each_file_once(base, hub, capsys):
+    folder = base / "data" / "fineweb-edu"
     manifest, delays = fetch_shards(2, workers=4)
     assert_same(base, hub, 2)
     assert not delays and sorted(hub.fetched()) == [f"shard_0000{i}.parquet" for i in (0, 1, 4)]
@@ -4282,17 +3867,13 @@ def test_hub_fetches_each_file_once(base, hub, capsys):
     hub.requests.clear()
     assert fetch_shards(2)[0] == manifest
     assert not hub.requests and "nothing to do" in capsys.readouterr().out
-    fetch_shards(3)
-    assert hub.fetched() == ["shard_00002.parquet"]
-    assert_same(base, hub, 3)
-    hub.requests.clear()
-    assert fetch_shards(1)[0]["files"].keys() == {"train-00000.parquet", "val.parquet"}
-    assert_same(base, hub, 1)  # the others are kept under another name
-    fetch_shards(3)
-    assert_same(base, hub, 3)
-    assert not hub.fetched()
-    (base / "data" / "fineweb-edu" / "manifest.json").unlink()  # as after a kill
-    path = base / "data" / "fineweb-edu" / "train-00001.parquet"
+    for shards, fetched in ((3, ["shard_00002.parquet"]), (1, []), (3, [])):
+        hub.requests.clear()  # those beyond --shards are kept under another name
+        assert len(fetch_shards(shards)[0]["files"]) == shards + 1
+        assert hub.fetched() == fetched
+        assert_same(base, hub, shards)
+    (folder / "manifest.json").unlink()  # as after a kill
+    path = folder / "train-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     fetch_shards(3)
     assert hub.fetched() == ["shard_00001.parquet"]
@@ -4302,13 +3883,12 @@ def test_hub_fetches_each_file_once(base, hub, capsys):
 def test_hub_leaves_the_old_text_whole_until_the_new_is_there(base, hub):
     fetch_shards(1)
     folder = base / "data" / "fineweb-edu"
-    names = {"manifest.json", "train-00000.parquet", "val.parquet"}
-    old = {name: (folder / name).read_bytes() for name in names}
+    old = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.files["shard_00000.parquet"] = hub.shard(77)  # another version of it
     hub.script = {"shard_00002.parquet": ["404"]}
     with pytest.raises(common.Stop, match="shard_00002.parquet answered 404"):
         fetch_shards(3)
-    assert {name: (folder / name).read_bytes() for name in names} == old
+    assert {name: (folder / name).read_bytes() for name in old} == old
     assert [p.name for p in common.list_shards("fineweb-edu", "train")] == ["train-00000.parquet"]
     hub.requests.clear()
     manifest = fetch_shards(3)[0]
@@ -4316,107 +3896,103 @@ def test_hub_leaves_the_old_text_whole_until_the_new_is_there(base, hub):
     assert_same(base, hub, 3)
 
 
-def test_hub_resumes_a_cut_connection(base, hub):
-    hub.script = {"shard_00000.parquet": ["cut", "drop", "cut", "ok"]}
-    size = len(hub.files["shard_00000.parquet"])
-    _, delays = fetch_shards()
+@pytest.mark.parametrize(
+    ("faults", "options", "resumes"),
+    [
+        (["cut"], {}, True),
+        (["cut", "drop", "cut"], {}, True),
+        (["cut"], {"sizes": False}, True),
+        (["cut"], {"sizes": False, "hashes": False}, True),
+        (["cut"], {"ranges": False}, True),
+        (["cut", "416"], {}, False),
+        (["change"], {"sizes": False}, False),
+        (["wrong"], {}, False),
+        (["slow"], {}, True),
+        (["drop", "503", "500"], {}, False),
+    ],
+    ids=str,
+)
+def test_hub_with_a_fault_gives_the_same_bytes(base, hub, faults, options, resumes):
+    hub.script = {"shard_00000.parquet": faults.copy()}
+    vars(hub).update(options)
+    fetch_shards(timeout_s=0.3)
     assert_same(base, hub, 1)
-    ranges = [r for path, r, _ in hub.requests if path.endswith("shard_00000.parquet")]
-    starts = [int(r[6:-1] or 0) for r in ranges]  # what is read in one block may be lost
-    block = prepare.BLOCK_BYTES
-    assert starts[0] == 0 and starts[1] == starts[2] == size // 2 // block * block
-    assert size // 2 < starts[3] <= size * 3 // 4
-    assert len(delays) == 3 and delays[1] > 1.0  # progress makes the back-off start anew
+    ranges = hub.ranges_of("shard_00000.parquet")
+    assert bool(ranges[-1]) == resumes
 
 
-def test_hub_resumes_what_an_earlier_process_left(base, hub):
+def test_hub_resumes_where_the_connection_broke_and_backs_off(base, hub):
+    hub.script = {"shard_00000.parquet": ["cut", "drop", "cut"], "main": ["503", "429 7"],
+                  "shard_00004.parquet": ["429 33", "503", "500", "429 1e999"]}  # fmt: skip
+    size, block = len(hub.files["shard_00000.parquet"]), prepare.BLOCK_BYTES
+    _, delays = fetch_shards(tries=5)
+    starts = [int(r[6:-1] or 0) for r in hub.ranges_of("shard_00000.parquet")]
+    assert starts[:3] == [0, size // 2 // block * block, size // 2 // block * block]
+    assert size // 2 < starts[3] <= size * 3 // 4  # what is read in one block may be lost
+    assert 0.5 <= delays[0] <= 1.5 and delays[1] == 7
+    assert 0.5 <= delays[2] <= 1.5 < delays[3] + 0.5 and 0.5 <= delays[4] <= 1.5  # some was gained
+    assert delays[5] == 33 and all(0.5 * 2**n <= delays[5 + n] <= 1.5 * 2**n for n in (1, 2, 3))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_hub_resumes_what_an_earlier_process_left_of_the_same_file(base, hub, changed):
     hub.script = {"shard_00000.parquet": ["cut"]}
     with pytest.raises(common.Stop, match="failed 1 times in a row .*run the same command again"):
         fetch_shards(tries=1)
     assert len(list((base / "data" / "fineweb-edu").glob(".unused-00000*.partial"))) == 1
+    if changed:
+        hub.files["shard_00000.parquet"] = hub.shard(77)
     hub.requests.clear()
     fetch_shards()
     assert_same(base, hub, 1)
-    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+    (ask,) = hub.ranges_of("00000.parquet")
+    assert ask.startswith("" if changed else "bytes=") and changed == (ask == "")
 
 
-def test_hub_starts_over_when_the_file_changed(base, hub):
-    hub.script = {"shard_00000.parquet": ["cut"]}
-    with pytest.raises(common.Stop):
-        fetch_shards(tries=1)
-    hub.files["shard_00000.parquet"] = hub.shard(77)
-    hub.requests.clear()
-    fetch_shards()
-    assert_same(base, hub, 1)
-    assert [r for path, r, _ in hub.requests if path.endswith("00000.parquet")] == [""]
+NO_TEXT = table_bytes([{"story": "no text column"}])
 
 
-@pytest.mark.parametrize("sizes, hashes", [(False, True), (False, False)])
-def test_hub_that_hides_sizes(base, hub, sizes, hashes):
-    hub.sizes, hub.hashes = sizes, hashes
-    hub.script = {"shard_00000.parquet": ["ok", "cut"]}
-    fetch_shards()
-    assert_same(base, hub, 1)
-    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
-
-
-def test_hub_that_ignores_ranges(base, hub):
-    hub.ranges = False
-    hub.script = {"shard_00000.parquet": ["cut", "ok"]}
-    fetch_shards()
-    assert_same(base, hub, 1)
-
-
-def test_hub_that_refuses_a_range(base, hub):
-    hub.script = {"shard_00000.parquet": ["cut", "416", "ok"]}
-    fetch_shards()
-    assert_same(base, hub, 1)
-
-
-def test_hub_backs_off(base, hub):
-    date = email.utils.formatdate(time.time() + 500, usegmt=True)
-    hub.script = {"main": ["503", "429 7"], "shard_00000.parquet": ["503", "500", "429"],
-                  "shard_00004.parquet": ["429 33", f"429 {date}", "429 1e999"]}  # fmt: skip
-    _, delays = fetch_shards()
-    assert_same(base, hub, 1)
-    assert 0.5 <= delays[0] <= 1.5 and delays[1] == 7
-    assert all(0.5 * 2**n <= delays[2 + n] <= 1.5 * 2**n for n in range(3))
-    assert delays[5] == 33 and 400 < delays[6] <= 500 and len(delays) == 8
-
-
-def test_hub_gives_up_in_the_end(base, hub):
-    hub.script = {"shard_00000.parquet": ["503"] * 9}
-    with pytest.raises(
-        common.Stop, match="shard_00000.parquet failed 4 times in a row .it answered 503"
-    ):
+@pytest.mark.parametrize(
+    ("name", "faults", "sentence"),
+    [
+        ("shard_00000.parquet", ["503"] * 9, "failed 4 times in a row .it answered 503"),
+        ("shard_00000.parquet", ["drop"] * 9, "failed 4 times in a row .the connection broke"),
+        ("shard_00000.parquet", ["wrong"] * 9, "gave 3 times other bytes"),
+        ("shard_00000.parquet", ["404"], "answered 404: it is not there, or HF_ENDPOINT"),
+        ("shard_00000.parquet", NO_TEXT, "no column `text`, only story"),
+        ("shard_00000.parquet", b"no parquet at all", "no whole parquet file"),
+        ("main", ["html"], "other than a list of files: is HF_ENDPOINT"),
+        ("main", ["401"], "HF_TOKEN"),
+        ("main", ["drop"] * 9, "cannot be reached"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_hub_that_fails_for_good_is_one_sentence(base, hub, name, faults, sentence):
+    if isinstance(faults, bytes):
+        hub.files[name] = faults
+    else:
+        hub.script = {name: faults.copy()}
+    with pytest.raises(common.Stop, match=sentence):
         fetch_shards()
-    hub.script = {"main": ["drop"] * 9}
-    with pytest.raises(common.Stop, match="failed 4 times in a row .the connection broke"):
-        fetch_shards()
+    assert not list(base.glob("data/*/.unused-00000*")) and not list(base.glob("data/*/train-*"))
 
 
-def test_hub_that_stalls_times_out(base, hub):
-    hub.script = {"shard_00000.parquet": ["slow"]}
-    fetch_shards(timeout_s=0.2)
-    assert_same(base, hub, 1)
-
-
-def test_hub_wrong_bytes(base, hub):
-    hub.script = {"shard_00000.parquet": ["wrong", "ok"]}
-    fetch_shards()
-    assert_same(base, hub, 1)
-    hub.script = {"shard_00001.parquet": ["wrong"] * 9}
-    with pytest.raises(common.Stop, match="shard_00001.parquet gave 3 times other bytes"):
-        fetch_shards(2)
-    assert not list((base / "data" / "fineweb-edu").glob(".*"))
-    assert not (base / "data" / "fineweb-edu" / "train-00001.parquet").exists()
+def test_hub_has_too_few_shards_or_the_disk_too_little_room(base, hub, monkeypatch):
+    with pytest.raises(common.Stop, match="has 4 train shards: --shards=4 at most"):
+        fetch_shards(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(common.Stop, match="GB are needed .*take less data"):
+            fetch_shards()
+    fails_at(monkeypatch, 1, OSError)
+    with pytest.raises(common.Stop, match="the disk is full"):
+        fetch_shards(3, workers=2)
 
 
 def test_hub_token_stays_with_the_endpoint(base, hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     other = Hub()
     hub.redirect = other.url
-    hub.script = {"shard_00000.parquet": ["ok", "ok"]}
     other.script = {"shard_00000.parquet": ["cut"]}
     fetch_shards()
     assert_same(base, hub, 1)
@@ -4434,85 +4010,49 @@ def test_hub_checks_small_files_by_gits_hash(base, hub, tmp_path):
     remote = prepare.hub_files(net, REPO)["README.md"]
     assert len(remote.digest) == 40
     hub.script = {"README.md": ["wrong"]}
-    prepare.download(net, remote, tmp_path / "new" / "README.md")
-    assert (tmp_path / "new" / "README.md").read_bytes() == b"not a shard"
-    assert [name for name in hub.fetched()] == ["README.md"] * 2
+    path = tmp_path / "new" / "README.md"
+    prepare.fetch_files({path: (net, remote)}, "tests", 1)
+    assert path.read_bytes() == b"not a shard" and hub.fetched() == ["README.md"] * 2
 
 
-def test_hub_unreachable_names_the_other_choices(base):
-    net = quick_net()
-    with pytest.raises(
-        common.Stop, match="cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"
-    ):
-        prepare.main(prepare.Settings("hub"), net)
-    assert not net.stopping.delays and not any(base.glob("data/*"))
-
-
-@pytest.mark.parametrize("endpoint", ["hub.example", "http://[", "ftp://hub.example"])
-def test_hub_wrong_endpoint(base, monkeypatch, endpoint):
+@pytest.mark.parametrize(
+    ("endpoint", "sentence"),
+    [
+        ("http://127.0.0.1:9", "cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"),
+        *(
+            (bad, "cannot be asked: is HF_ENDPOINT")
+            for bad in ("hub.example", "http://[", "ftp://x")
+        ),
+    ],
+)
+def test_without_a_hub_the_other_choices_are_named(base, monkeypatch, endpoint, sentence):
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with pytest.raises(common.Stop, match="is no address like https"):
-        prepare.main(prepare.Settings("hub"))
-    prepare.main(prepare.Settings(num_conversations=60, documents=30))  # which needs no hub
-
-
-def test_hub_other_answers(base, hub, monkeypatch):
-    for what, sentence in (("html", "else than a hub"), ("401", "HF_TOKEN"), ("404", "not there")):
-        hub.script = {"main": [what]}
-        with pytest.raises(common.Stop, match=sentence):
-            fetch_shards()
-    with pytest.raises(common.Stop, match="has 4 train shards: --shards=4 at most"):
-        fetch_shards(5)
-    usage = type("Usage", (), {"free": 1000})
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(common.Stop, match="GB are needed .*fewer --shards"):
-            fetch_shards()
-    hub.files["shard_00000.parquet"] = table_bytes("story", ["no text column"])
-    with pytest.raises(common.Stop, match="no column `text`, only story"):
-        fetch_shards()
-    hub.files["shard_00000.parquet"] = b"no parquet at all"
-    with pytest.raises(common.Stop, match="no whole parquet file"):
-        fetch_shards()
-
-
-def test_hub_disk_full_while_fetching(base, hub, monkeypatch):
-    real = open
-
-    def full(path, mode="r", *args, **options):
-        if mode == "ab":
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return real(path, mode, *args, **options)
-
-    monkeypatch.setattr(prepare, "open", full, raising=False)
-    with pytest.raises(common.Stop, match="the disk is full"):
-        fetch_shards(3, workers=2)
+    net = quick_net()
+    with pytest.raises(common.Stop, match=sentence):
+        prepared("hub", net)
+    assert len(net.stopping.delays) <= 1
 
 
 def test_hub_is_interrupted_and_resumed(base, hub):
-    noise = [random.Random(i).randbytes(2000).hex() for i in range(1000)]
-    hub.files["shard_00000.parquet"] = table_bytes("text", noise)
+    noise = [{"text": random.Random(i).randbytes(2000).hex()} for i in range(1000)]
+    hub.files["shard_00000.parquet"] = table_bytes(noise)
     hub.script = {"shard_00000.parquet": ["slow"]}
     command = [sys.executable, prepare.__file__, "--data=hub", "--shards=1", "--workers=1"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     folder = base / "data" / "fineweb-edu"
-    for _ in range(12_000):
-        begun = any(path.stat().st_size for path in folder.glob(".*.partial"))
-        if begun or process.poll() is not None:
-            break
-        time.sleep(0.01)
+    until(lambda: any(path.stat().st_size for path in folder.glob(".*.partial")), 60)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and "fetching 2 of 2 shards" in out
+    assert process.returncode == 1 and "fetching 2 files of karpathy" in out
     assert err == "prepare: stopped; run the same command again to go on\n"
     hub.requests.clear()
     fetch_shards()
     assert_same(base, hub, 1)
-    assert any(r.startswith("bytes=") for _, r, _ in hub.requests)
+    assert hub.ranges_of("shard_00000.parquet")[0].startswith("bytes=")
 
 
-# Conversations -------------------------------------------------------------------------------
+# prepare.py: conversations and evaluation sets -------------------------------------------------
 
 
 def talk(*said, **extra):
@@ -4525,161 +4065,131 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
 
 
+def chat_files(source: str) -> dict[str, list[dict]]:
+    paths = {name: common.data_dir(source) / f"{name}.jsonl" for name in prepare.FILES}
+    return {name: read_jsonl(path) for name, path in paths.items() if path.exists()}
+
+
+def own(path, **changes) -> dict:
+    return {"conversations": str(path), "source": "mine", **changes}
+
+
 def assert_good_conversation(item: dict, last: str = "assistant") -> None:
     roles = [m["role"] for m in item["messages"] if m["role"] != "system"]
-    assert roles[0] == "user" and roles[-1] == last
-    assert all(a != b for a, b in itertools.pairwise(roles)) and item["kind"]
+    assert roles[0] == "user" and roles[-1] == last and item["kind"]
+    assert all(a != b for a, b in itertools.pairwise(roles))
     for message in item["messages"]:
-        parts = message["content"]
-        if isinstance(parts, str):
-            assert parts.strip()
-            continue
-        for call, output in itertools.pairwise(parts):
-            if call["type"] == "python":
-                assert output == {"type": "output", "text": common.calculate(call["text"])}
-        kinds = [part["type"] for part in parts]
-        assert kinds.count("python") == kinds.count("output") and kinds[0] != "output"
+        assert message["content"] != "" and calls_of(message["content"]) is not None
 
 
-GOOD_LINES = {
-    "openai": {"messages": [{"role": "system", "content": "Be brief."},
-                            {"role": "user", "content": [{"type": "text", "text": "Hi"},
-                                                         {"type": "text", "text": "there"}]},
-                            {"role": "assistant", "content": "Hello!"}], "id": 7},
-    "sharegpt": {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"},
-                                   {"from": "human", "value": "Two?"},
-                                   {"from": "gpt", "value": "2"}]},
-    "list": talk("Who are you?", "I am {{name}}, made by {{author}}.")["messages"],
-    "tool": talk("2*3?", [{"type": "text", "text": "It is "}, {"type": "python", "text": "2*3"},
-                          {"type": "output", "text": "6"}, {"type": "text", "text": "6."}],
-                 kind="sum"),
-}  # fmt: skip
+TOOL = [{"type": "text", "text": "It is "}, {"type": "python", "text": "2*3"},
+        {"type": "output", "text": "6"}, {"type": "text", "text": " 6."}]  # fmt: skip
+GOOD_ROWS = [
+    {"messages": [{"role": "system", "content": "Be brief."},
+                  {"role": "user", "content": [{"type": "text", "text": "Hi"},
+                                               {"type": "text", "text": "there"}]},
+                  {"role": "assistant", "content": "Hello!"}], "id": 7},
+    {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"},
+                       {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2"}]},
+    talk("Who are you?", "I am {{name}}, made by {{author}}.")["messages"],
+    talk("2*3?", TOOL, kind="sum"),
+    talk("37*12?", grade="number", answer=444, kind="sum"),
+    *({"question": f"I had {i} eggs and got 5 more. How many now?",
+       "answer": f"{i}+5=<<{i}+5={i + 5}>>{i + 5} eggs.\n#### {i + 5}"} for i in range(60)),
+    *(talk(f"Is it {i}?", f"It is {i}.\r\n\0") for i in range(96)),
+]  # fmt: skip
+
+
+def row(*said, **extra) -> bytes:
+    return json.dumps(talk(*said, **extra)).encode()
+
+
 BAD_LINES = {
     b'{"messages": [': "broken JSON",
     b'"hello"': "no list of messages",
-    b'{"text": "no conversation"}': "no list of messages",
     b'{"messages": ["hello"]}': "no list of messages",
-    b'{"messages": [{"role": "user", "content": "caf\xe9"}]}': "text that is not UTF-8",
-    json.dumps(talk("Hi", " \n")).encode(): "empty message",
-    json.dumps(talk("Hi", [])).encode(): "empty message",
-    json.dumps(talk("Hi", None)).encode(): "message without text",
-    json.dumps(talk("Hi")).encode(): "no reply at the end",
-    json.dumps({"messages": talk("Hi", "Ho")["messages"][1:]}).encode(): "roles out of order",
-    json.dumps({"messages": talk("Hi", "Ho")["messages"] * 2 + talk("a", "b")["messages"][1:]}
-               ).encode(): "roles out of order",
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "caf\xe9"}]}':
+        "text that is not UTF-8",
+    row("Hi", "half \ud83d"): "text that is not UTF-8",
+    row("Hi", " \n"): "empty message",
+    row("Hi", []): "empty message",
+    row("Hi", None): "message without text",
+    row("Hi"): "no reply at the end",
+    row("Hi", "Ho").replace(b'"user"', b'"gpt"'): "roles out of order",
     b'{"messages": [{"role": "system", "content": "Only this."}]}': "roles out of order",
     b'{"messages": [{"role": "tool", "content": "4"}]}': "role that is not system, user or",
-    json.dumps(talk([{"type": "image_url", "image_url": "x"}], "A cat")).encode(): "part that is no",
-    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}, {"type": "output", "text": "5"}])
-               ).encode(): "output is not the calculator's",
-    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}, {"type": "output", "text": "4.0"}])
-               ).encode(): "output is not the calculator's",
-    json.dumps(talk("2+2?", [{"type": "python", "text": "2+2"}])).encode(): "without its output",
-    json.dumps({"messages": [{"role": "user", "content": "Hi"},
-                             {"role": "assistant", "content": "", "tool_calls": [{}]}]}).encode():
-        "call of a tool that is not",
-    json.dumps(talk("2+2?", grade="number")).encode(): "problem without its answer",
-    json.dumps(talk("2+2?", grade="number", answer="four")).encode(): "problem without its answer",
-    json.dumps(talk("2+2?", grade="number", answer=True)).encode(): "problem without its answer",
-    json.dumps(talk("2+2?", grade="letter", answer="AB")).encode(): "problem without its answer",
-    json.dumps(talk("2+2?", grade="text", answer="4")).encode(): "problem without its answer",
-    json.dumps(talk("2+2?", grade="text", accept="4")).encode(): "other than a list of texts",
-    json.dumps(talk("2+2?", grade="text", accept=["4", " "])).encode(): "than a list of texts",
-    json.dumps(talk("2+2?", grade="text", accept=["4"], reject=None)).encode(): "a list of texts",
+    row([{"type": "image_url", "image_url": "x"}], "A cat"): "part that is no text",
+    row("6?", [TOOL[1], {"type": "output", "text": "5"}]): "output is not the calculator's",
+    row("6?", [TOOL[1], {"type": "output", "text": "6.0"}]): "output is not the calculator's",
+    row("6?", [TOOL[1]]): "without its output",
+    row("Hi", "").replace(b'""', b'"", "tool_calls": [{}]'): "call of a tool that is not",
+    row("2+2?", grade="number"): "problem without its answer",
+    row("2+2?", grade="number", answer="four"): "problem without its answer",
+    row("2+2?", grade="number", answer=True): "problem without its answer",
+    row("2+2?", grade="letter", answer="AB"): "problem without its answer",
+    row("2+2?", grade="text", answer="4"): "problem without its answer",
+    row("2+2?", "4", grade="number", answer=4): "graded reply",
+    row("2+2?", grade="text", accept=["4", " "]): "other than a list of texts",
+    row("2+2?", grade="text", accept=["4"], reject=None): "other than a list of texts",
     b'{"question": "2+2?", "answer": "It is <<2+2=4>>4 #### four"}': "problem without its answer",
     b'{"prompt": "2+2?", "answer": "It is 4 #### 4"}': "message without text",
+    **{row("long", "x" * n): "lines that are too long" for n in (1500, 2000, 5000)},
 }  # fmt: skip
-
-
-def own_settings(path, **changes):
-    return prepare.Settings(conversations=str(path), source="mine", **changes)
 
 
 def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
     folder = tmp_path / "talks"
     folder.mkdir()
-    rows = [*GOOD_LINES.values(), *(talk(f"Is it {i}?", f"It is {i}.\r\n\0") for i in range(96))]
-    text = "".join(json.dumps(row) + "\n\n" for row in rows[:50])
+    rows = [json.dumps(value) for value in GOOD_ROWS]
+    text = "\n\n".join(rows[:50]) + "\n"
     (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as Windows writes UTF-8
-    with gzip.open(folder / "b.JSONL.gz", "wt", encoding="utf-8") as file:
-        file.write("\n".join(json.dumps(row) for row in rows[50:] + rows[:9]))  # 9 once more
-    problem = {"grade": "number", "answer": 444, "kind": "sum"}
-    (folder / "c.jsonl").write_text(json.dumps(talk("37*12?", **problem)))
+    (folder / "b.JSONL.gz").write_bytes(gzip.compress("\n".join(rows[50:] + rows[:4]).encode()))
     (folder / "notes.txt").write_text("no conversation")
-    manifest = prepare.main(own_settings(folder, name='Zoë "Z"', val_percent=5.0))
+    manifest = prepared(**own(folder, name='Zoë "Z"', val_percent=5.0))
     out = capsys.readouterr().out
-    assert "9 duplicates" in out and "1 files of other kinds" in out and "are the same" in out
-    files = {name: read_jsonl(base / "data" / "mine" / f"{name}.jsonl") for name in prepare.FILES}
-    assert files["mid"] == files["sft"] and 1 <= len(files["val"]) <= 15
+    assert "4 duplicates" in out and "1 files of other kinds (talks/notes.txt)" in out
+    files = chat_files("mine")
+    assert files["mid"] == files["sft"] and 1 <= len(files["val"]) <= 20
     items = [*files["mid"], *files["val"]]
-    assert len(items) == 100 == len({json.dumps(item) for item in items})
-    assert manifest["files"]["mid.jsonl"]["conversations"] == len(files["mid"])
+    asked = {name: [item["messages"][0]["content"] for item in files[name]] for name in files}
+    held = asked["rl"][: min(rl.Settings().val_problems, 6)]  # what rl validates on
+    shown = [question for question in held if "eggs" in question]
+    assert len(held) == 6 and not set(held) & set(asked["mid"])
+    assert len(items) == len({json.dumps(item) for item in items}) >= len(GOOD_ROWS) - 1 - 6
+    assert len(GOOD_ROWS) - 1 - len(shown) <= len(items)
     for item in items:
         assert_good_conversation(item)
-    texts = {json.dumps(item["messages"], ensure_ascii=False) for item in items}
     said = [json.dumps(talk(f"Is it {i}?", f"It is {i}.")["messages"]) for i in range(96)]
+    texts = {json.dumps(item["messages"], ensure_ascii=False) for item in items}
     assert set(said) <= texts  # with plain line ends, and no NUL
-    others = [json.loads(text) for text in texts - set(said)]
-    assert [m["role"] for m in next(o for o in others if len(o) == 3)] == [
-        "system", "user", "assistant"]  # fmt: skip
-    spoken = json.dumps(others, ensure_ascii=False)
-    assert "Hi\\nthere" in spoken and "One?" in spoken and "{{" not in spoken
-    assert 'I am Zoë \\"Z\\", made by' in spoken and prepare.MAKER in spoken
-    (tool,) = (item["messages"] for item in items if item["kind"] == "sum")
-    assert tool == GOOD_LINES["tool"]["messages"]
-    assert files["rl"] == [talk("37*12?", grade="number", answer="444") | {"kind": "sum"}]
-    assert prepare.main(own_settings(folder, name='Zoë "Z"', val_percent=5.0)) == manifest
+    spoken = "".join(texts)
+    assert "Hi\\nthere" in spoken and "Be brief." in spoken and "One?" in spoken
+    assert 'I am Zoë \\"Z\\", made by' in spoken and prepare.MAKER in spoken and "{{" not in spoken
+    assert talk("2*3?", TOOL)["messages"] in [item["messages"] for item in items]
+    for item in files["rl"]:
+        assert_good_conversation(item, "user")
+        answer = re.search(r"\d+", item["messages"][0]["content"])[0]
+        right = "444" if item["kind"] == "sum" else str(int(answer) + 5)
+        assert item["answer"] == right and item["grade"] == "number" and "reply" not in item
+    assert len(files["rl"]) == 61
+    assert prepared(**own(folder, name='Zoë "Z"', val_percent=5.0)) == manifest
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_problems_of_gsm8ks_form_are_solved_for_mid_and_sft_and_asked_in_rl(base, tmp_path):
-    rows = gsm8k_rows("train")[:150] + [
-        {"question": f"I had {i} eggs and got 5 more. How many now?",
-         "answer": f"{i}+5=<<{i}+5={i + 5}>>{i + 5} eggs.\n#### {i + 5}"} for i in range(60)
-    ]  # fmt: skip
-    (tmp_path / "talks").mkdir()
-    write_lines(tmp_path / "talks" / "problems.jsonl", rows)
-    write_lines(tmp_path / "talks" / "chats.jsonl", [talk(f"Is it {i}?", "Yes") for i in range(40)])
-    prepare.main(own_settings(tmp_path / "talks"))
-    files = {name: read_jsonl(base / "data/mine" / f"{name}.jsonl") for name in prepare.FILES}
-    asked = {name: [item["messages"][0]["content"] for item in files[name]] for name in files}
-    problems = dict(zip(asked["rl"], files["rl"]))
-    answers = {row["question"].strip(): row["answer"].rpartition("####")[2] for row in rows}
-    assert problems.keys() == answers.keys()
-    for question, item in problems.items():
-        assert_good_conversation(item, "user")
-        assert float(item["answer"]) == float(answers[question].replace(",", ""))
-        assert item["grade"] == "number" and "reply" not in item
-    assert files["mid"] == files["sft"]
-    for item in [*files["mid"], *files["val"]]:
-        assert_good_conversation(item)
-        if (question := item["messages"][0]["content"]) in problems:
-            said = common.reply_text(item["messages"][1]["content"])
-            assert common.grade(problems[question], said)
-    held = asked["rl"][: min(rl.Settings().val_problems, len(rows) // 10)]  # what rl validates on
-    assert len(held) >= 6 and not set(held) & set(asked["mid"])
-    assert problems.keys() - set(held) <= {*asked["mid"], *asked["val"]}
-
-
-def test_bad_lines_are_named_counted_and_skipped(base, tmp_path, capsys, monkeypatch):
+def test_bad_lines_are_counted_with_their_reason_and_first_place(base, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "LINE_CHARS", 1000)
-    good = [json.dumps(talk(f"{i}?", f"{i}!")).encode() for i in range(2)]
-    long = [json.dumps(talk("long", "x" * n)).encode() for n in (990, 1500, 2000, 5000)]
-    bad = {**BAD_LINES, **dict.fromkeys(long, "line that is too long")}
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(b"\n".join([good[0], b"", *bad, good[1]]) + b"\n")
-    manifest = prepare.main(own_settings(path))
-    out = capsys.readouterr().out
-    named = re.findall(r"prepare: mine.jsonl:(\d+): (.*)", out)
-    assert [int(number) for number, _ in named] == [3, 4, 5, 6, 7]  # the first five, by line
-    for (_, reason), expected in zip(named, bad.values()):
-        assert expected in reason
-    assert sum(manifest["dropped"].values()) == len(bad)
-    for number, expected in enumerate(bad.values()):
-        assert any(expected in reason for reason in manifest["dropped"]), number
-    assert manifest["dropped"]["line that is too long"] == 4
-    assert len(read_jsonl(base / "data/mine/mid.jsonl")) == 1  # and one for validation
-    assert not (base / "data/mine/rl.jsonl").exists()
+    good = [row(f"{i}?", f"{i}!") for i in range(2)]
+    (tmp_path / "mine.jsonl").write_bytes(b"\n".join([good[0], b"", *BAD_LINES, good[1]]) + b"\n")
+    dropped = prepared(**own(tmp_path / "mine.jsonl"))["dropped"]
+    expected = collections.defaultdict(list)
+    for number, reason in enumerate(BAD_LINES.values(), 3):
+        expected[reason].append(number)
+    for reason, numbers in expected.items():
+        (found,) = [value for name, value in dropped.items() if reason in name]
+        assert found[0] == len(numbers) and found[1].startswith(f"mine.jsonl:{numbers[0]}")
+    assert len(dropped) == len(expected)
+    files = chat_files("mine")
+    assert len(files["mid"]) == len(files["val"]) == 1 and "rl" not in files
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
@@ -4690,16 +4200,7 @@ def test_a_name_that_is_no_text_is_shown_and_stored_as_what_can_be(base, tmp_pat
     command = [sys.executable, "prepare.py", "--source=mine", f"--conversations={folder}"]
     environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    assert "caf\ufffd/mine.jsonl:41: " in done.stdout.decode() and not done.stderr
-    assert (
-        "caf" in json.loads((base / "data/mine/conversations.json").read_text())["settings"]["data"]
-    )
-
-
-@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: BAD_LINES[line][:20])
-def test_each_bad_line_has_its_reason(line):
-    with pytest.raises(ValueError, match=re.escape(BAD_LINES[line])):
-        prepare.read_line(line, {})
+    assert "caf\ufffd/mine.jsonl:41)" in done.stdout.decode() and not done.stderr
 
 
 JSON = st.recursive(
@@ -4709,7 +4210,7 @@ JSON = st.recursive(
                          "text", "grade", "answer", "kind", "tool_calls"]), inner, max_size=4),
     max_leaves=12,
 )  # fmt: skip
-GRADED = st.fixed_dictionaries(
+GRADED_ROW = st.fixed_dictionaries(
     {"messages": st.just(talk("Which?")["messages"]),
      "grade": st.sampled_from(["number", "letter", "text"])},
     optional={"answer": st.text() | st.floats() | JSON, "choices": st.lists(st.text()) | JSON,
@@ -4724,12 +4225,12 @@ TURN = st.fixed_dictionaries({
 
 
 @settings(max_examples=400)
-@given(JSON | GRADED | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
+@given(JSON | GRADED_ROW | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
        | st.fixed_dictionaries({"question": JSON, "answer": st.text().map("{0}####1{0}".format)})
 )  # fmt: skip
 def test_any_value_is_a_conversation_or_has_a_reason(value):
     try:
-        item = prepare.own_conversation(value)
+        item = prepare.read_conversation(value)
     except ValueError as error:
         assert all(isinstance(word, str) for word in error.args)
     else:
@@ -4738,140 +4239,77 @@ def test_any_value_is_a_conversation_or_has_a_reason(value):
         prepare.as_line(item).encode()  # no half characters
 
 
-def test_blanks_of_parts_stay_and_half_characters_are_mended():
-    parts = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"},
-             {"type": "text", "text": " So 2\ud83d. "}]  # fmt: skip
-    item = prepare.own_conversation(talk("1+1? \ud83d", parts))
-    assert item["messages"][1]["content"][2]["text"] == " So 2\ufffd. "
-    prepare.as_line(item).encode()
-
-
-def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, monkeypatch):
-    path = tmp_path / "talks.jsonl"
-    path.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}!")) for i in range(20)))
-    real = os.replace
-
-    def killed(source, target):
-        if Path(target).name == "sft.jsonl":
-            raise KeyboardInterrupt
-        real(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.os, "replace", killed)
-        with pytest.raises(common.Stop, match="stopped"):
-            prepare.main(own_settings(path))
-    assert (base / "data/mine/mid.jsonl").exists()
-    prepare.main(own_settings(path))
-    mid, sft = (base / "data/mine/mid.jsonl", base / "data/mine/sft.jsonl")
-    assert mid.read_bytes() == sft.read_bytes() and not list((base / "data").glob(".*"))
-
-
-def test_nothing_good_at_all_is_one_sentence(base, tmp_path):
-    path = tmp_path / "mine.jsonl"
-    for text in (
-        "",
-        "{}\n[]\n",
-        json.dumps(talk("Hi", "Ho")) + "\n" + json.dumps(talk("Hi", "Ho")),
-    ):
-        path.write_text(text)
-        with pytest.raises(
-            common.MissingInput, match="mine.jsonl holds (no|only one) conversation"
-        ):
-            prepare.main(own_settings(path))
-    (tmp_path / "text.txt").write_text("Hello")
-    with pytest.raises(common.MissingInput, match="files of other kinds.*a line of .jsonl each"):
-        prepare.main(own_settings(tmp_path / "text.txt"))
-    with gzip.open(tmp_path / "cut.jsonl.gz", "wt") as file:
-        file.write("\n".join(json.dumps(talk(f"{i}?", random.Random(i).randbytes(99).hex()))
-                             for i in range(999)))  # fmt: skip
-    data = (tmp_path / "cut.jsonl.gz").read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(data[: len(data) // 2])
-    manifest = prepare.main(own_settings(tmp_path / "cut.jsonl.gz"))  # its first half is good
-    assert manifest["dropped"] == {"damaged or unreadable files": 1}
-    assert 300 < manifest["files"]["mid.jsonl"]["conversations"] < 700
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "holds no two conversations"),
+        ("{}\n[]\n", "no two conversations .*2 no list of messages"),
+        ((row("Hi", "Ho") + b"\n") * 2, "holds no two conversations"),
+    ],
+)
+def test_nothing_good_at_all_is_one_sentence(base, tmp_path, text, sentence):
+    (tmp_path / "a.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(common.MissingInput, match=sentence):
+        prepared(**own(tmp_path / "a.jsonl"))
     assert not list((base / "data").glob(".*"))
 
 
 def test_text_and_conversations_share_a_folder_and_neither_harms_the_other(base, tmp_path):
     talks, text = tmp_path / "talks.jsonl", tmp_path / "text.txt"
-    talks.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}!")) for i in range(20)))
-    text.write_text(words(1, 3000))
-    own_text = prepare.Settings(str(text), source="mine")
-    prepare.main(own_settings(talks))
-    (base / "data/mine/tokens").mkdir()  # midtrain.py has read them
-    prepare.main(own_text)
-    text.write_text(words(2, 3000))
-    prepare.main(own_text)  # the folder is made anew, the conversations stay
-    before = (base / "data/mine/mid.jsonl").read_bytes()
-    assert prepare.main(own_settings(talks))["files"]["val.jsonl"]["conversations"] >= 1
-    talks.write_text("\n".join(json.dumps(talk(f"{i}?", f"{i}.")) for i in range(30)))
-    prepare.main(own_settings(talks))
-    assert (base / "data/mine/mid.jsonl").read_bytes() != before and texts_of(base / "data/mine")[0]
-    (tmp_path / "others.jsonl").write_text(talks.read_text())
-    with pytest.raises(
-        common.Stop, match="holds the conversations of .*talks.jsonl.*--source=NAME"
-    ):
-        prepare.main(own_settings(tmp_path / "others.jsonl"))
+    write_lines(talks, [talk(f"{i}?", f"{i}!") for i in range(20)])
+    prepared(**own(talks))
+    before = chat_files("mine")
+    for seed in (1, 2):
+        text.write_text(words(seed, 3000))
+        prepared(text, source="mine")
+        (base / "data/mine/tokens").mkdir(exist_ok=True)  # a later stage's cache
+    assert chat_files("mine") == before
+    write_lines(talks, [talk(f"{i}?", f"{i}.") for i in range(30)])
+    prepared(**own(talks))
+    assert chat_files("mine") != before and texts_of(base / "data/mine")[0]
+    write_lines(tmp_path / "others.jsonl", read_jsonl(talks))
+    with pytest.raises(common.Stop, match="holds what was made of .*talks.jsonl.*--source=NAME"):
+        prepared(**own(tmp_path / "others.jsonl"))
     (base / "data/made").mkdir()
     (base / "data/made/mid.jsonl").write_text("by hand")
-    with pytest.raises(common.Stop, match="not made by --conversations.*--source"):
-        prepare.main(prepare.Settings(conversations=str(talks), source="made"))
+    with pytest.raises(common.Stop, match="not made of .*--source"):
+        prepared(conversations=str(talks), source="made")
     assert (base / "data/made/mid.jsonl").read_text() == "by hand"
 
 
-def test_conversations_take_settings_that_fit(base, tmp_path, capsys):
-    (tmp_path / "chat").mkdir()
-    assert prepare.Settings(conversations=str(tmp_path / "chat")).source == "chat-files"
-    assert prepare.Settings(conversations="hub").source == "chat"
-    assert "no such file or folder, nor hub" in fail(["--conversations=nowhere.jsonl"], capsys)
-    assert "take two commands" in fail(["--conversations=hub", "--data=hub"], capsys)
-    assert "--source=world" in fail(["--conversations=hub", "--source=world"], capsys)
-    assert "--source=downloads" in fail(["--source=downloads"], capsys)
-    assert "--eval-data" in fail(["--eval-data=nowhere"], capsys)
-    assert "--name" in fail(["--name= "], capsys) and "--name" in fail(["--name=a\nb"], capsys)
-
-
 def test_the_letters_of_choices_are_the_tokens_of_answers():
-    text = prepare.letter_question(
-        "Which city is it?", ["Rome", "New York!", "St. John's", "5 (A)"]
-    )
-    pieces = regex.findall(nanochat_bpe.PATTERN, text)
+    choices = ["Rome", "New York!", "St. John's", "5 (A)"]
+    item = prepare.letter_item("Which city is it?", choices, 0)
+    pieces = regex.findall(nanochat_bpe.PATTERN, item["messages"][0]["content"])
     assert [p for p in pieces if p in "ABCD"] == ["A", "B", "C", "A", "D"]
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
 def test_counted_rows_are_taken_out_and_the_rest_goes_to_all_others(first, second):
-    rest = prepare.REST
-    counts = {"mid": rest, "sft": first, "val": second, "rl": rest}
+    counts = {"mid": prepare.REST, "sft": first, "val": second, "rl": prepare.REST}
     given_ = [prepare.share_out(counts, row + 0.5) for row in range(100)]
     assert given_.count(["sft"]) == first and given_.count(["val"]) == second
     assert given_.count(["mid", "rl"]) == 100 - first - second
 
 
-def gsm8k_rows(split: str) -> list[dict]:
-    """Rows of the form of GSM8K: real ones where they are, else one with every kind of mark."""
-    path = SHARED / "eval" / "gsm8k" / f"{split}.jsonl"
-    if path.exists():
-        return read_jsonl(path)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_marks_of_gsm8k_become_calls_of_the_tool(split):
     answer = (
         "He has 1+2 = <<1+2=3>>3.\nThen <<+3*2=6>>6 and 7/2 = $<<7/2=3.50>>3.50, <<3/4=3/4>>3/4"
     )
-    return [{"question": "How many?", "answer": f"{answer}\n#### 1,234"}]
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_marks_of_gsm8k_become_calls_of_the_tool(split):
+    path = SHARED / "eval" / "gsm8k" / f"{split}.jsonl"
+    rows = [{"question": "How many?", "answer": f"{answer}\n#### 1,234"}]
     marks = calls = 0
-    for row in gsm8k_rows(split):
-        item = prepare.gsm8k_item(row)
+    for one in read_jsonl(path) if path.exists() else rows:
+        item = prepare.gsm8k_item(one)
         assert_good_conversation(prepare.solved(item | {"kind": "gsm8k"}))
         said = common.reply_text(item["reply"])
-        solution, _, answer = row["answer"].rpartition("####")
+        solution, _, answer = one["answer"].rpartition("####")
         plain = re.sub("<<.*?>>", "", solution).strip()
         assert said == f"{plain}\nThe answer is {item['answer']}."
         assert float(item["answer"]) == float(answer.replace(",", ""))
         assert common.grade(item, said) and not common.grade(item, f"{said} Or 0.123.")
-        results = [part["text"] for part in item["reply"] if part["type"] == "output"]
+        results = [output for _, output in calls_of(item["reply"])]
         expected = re.findall("=([^=>]*)>>", solution)
         marks, calls = marks + len(expected), calls + len(results)
         if len(results) == len(expected):
@@ -4879,155 +4317,149 @@ def test_marks_of_gsm8k_become_calls_of_the_tool(split):
     assert marks - calls <= (2 if marks > 4 else 1)  # of 27,998 real ones two are no calls
 
 
+def letters(n, start=0):
+    return [{"question": f"What is {i}?", "choices": [f"{i + k}" for k in range(4)], "answer": i % 4}
+            for i in range(start, start + n)]  # fmt: skip
+
+
+def science(n, start=0, labels="ABCD"):
+    return [{"question": f"Why is {i} so?", "answerKey": labels[i % len(labels)],
+             "choices": {"text": [f"as {i} {k}" for k in labels], "label": list(labels)}}
+            for i in range(start, start + n)]  # fmt: skip
+
+
+def eggs(n, start=0):
+    return [{"question": f"I had {i} eggs and got 5 more. How many now?",
+             "answer": f"{i}+5=<<{i}+5={i + 5}.00>>{i + 5} eggs.\n#### {i + 5}"}
+            for i in range(start, start + n)]  # fmt: skip
+
+
+def talks(n, start=0):
+    rows = [talk(words(i, 20), words(i + 1, 30), "More?", words(i + 2, 30))
+            for i in range(start, start + n)]  # fmt: skip
+    rows[0]["messages"][0]["role"] = "assistant"  # a row that is wrong
+    return rows
+
+
 def chat_tables() -> dict[str, dict[str, bytes]]:
     """The repositories that conversations and evaluation sets come from, with few rows."""
-
-    def table(rows):
-        out = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows), out)
-        return out.getvalue()
-
-    def letters(n, start=0):
-        return [{"question": f"What is {i}?", "subject": "x", "choices": [f"{i + k}" for k in range(4)],
-                 "answer": i % 4} for i in range(start, start + n)]  # fmt: skip
-
-    def science(n, start=0, labels="ABCD"):
-        return [{"id": str(i), "question": f"Why is {i} so?", "answerKey": labels[i % len(labels)],
-                 "choices": {"text": [f"as {i} {k}" for k in labels], "label": list(labels)}}
-                for i in range(start, start + n)]  # fmt: skip
-
-    def problems(n, start=0):
-        return [{"question": f"I had {i} eggs and got 5 more. How many now?",
-                 "answer": f"{i}+5=<<{i}+5={i + 5}.00>>{i + 5} eggs.\n#### {i + 5}"}
-                for i in range(start, start + n)]  # fmt: skip
-
-    def talks(n, start=0):
-        rows = [talk(words(i, 20), words(i + 1, 30), "More?", words(i + 2, 30), source="s")
-                for i in range(start, start + n)]  # fmt: skip
-        rows[0]["messages"][0]["role"] = "assistant"  # a row that is wrong
-        return rows
-
-    stolen = talk(problems(1, 900)[0]["question"].upper() + "!", "905")  # asked by the evaluation
-    code = {
-        "task_id": "HumanEval/0",
-        "prompt": "def one():\n",
-        "entry_point": "one",
-        "canonical_solution": "    return 1\n",
-        "test": "def check(f):\n    assert f() == 1\n",
-    }
-    mixed = letters(39) + [{**letters(1, 900)[0], "choices": ["901", "900", "903", "902"],
-                            "answer": 1}]  # fmt: skip
-    return {
+    stolen = talk(eggs(1, 900)[0]["question"].upper() + "!", "905")  # asked by the evaluation
+    again = {**letters(1, 900)[0], "choices": ["901", "900", "903", "902"], "answer": 1}
+    code = {"prompt": "def one():\n", "entry_point": "one", "canonical_solution": "    return 1\n",
+            "test": "def check(f):\n    assert f() == 1\n"}  # fmt: skip
+    tables = {
         "HuggingFaceTB/smol-smoltalk": {
-            "data/train-smol-0.parquet": table(talks(150) + [stolen]),
-            "data/train-smol-1.parquet": table(talks(50, 500)),
-            "data/test-smol.parquet": table(talks(40, 700) + talks(21, 510)[1:]),  # 20 in both
+            "data/train-smol-0.parquet": talks(150) + [stolen],
+            "data/train-smol-1.parquet": talks(50, 500),
+            "data/test-smol.parquet": talks(40, 700) + talks(21, 510)[1:],  # 20 in both
         },
-        "cais/mmlu": {"all/auxiliary_train-mmlu.parquet": table(mixed),
-                      "all/validation-mmlu.parquet": table(letters(6, 100)),
-                      "all/test-mmlu.parquet": table(letters(12, 900)),
-                      "all/dev-mmlu.parquet": b"not wanted"},
-        "openai/gsm8k": {"main/train-gsm.parquet": table(problems(60)),
-                         "main/test-gsm.parquet": table(problems(10, 900)),
-                         "socratic/train-soc.parquet": b"not wanted"},
-        "allenai/ai2_arc": {f"{name}/{split}-{name[4]}.parquet": table(science(*rows))
+        "cais/mmlu": {"all/auxiliary_train-mmlu.parquet": letters(39) + [again],
+                      "all/validation-mmlu.parquet": letters(6, 100),
+                      "all/test-mmlu.parquet": letters(12, 900), "all/dev-mmlu.parquet": []},
+        "openai/gsm8k": {"main/train-gsm.parquet": eggs(60), "main/test-gsm.parquet": eggs(10, 900),
+                         "socratic/train-soc.parquet": []},
+        "allenai/ai2_arc": {f"{name}/{split}-{name[4]}.parquet": science(*rows)
                             for name in ("ARC-Easy", "ARC-Challenge") for split, rows in {
                                 "train": (20, 0, "1234"), "validation": (5, 50, "ABC"),
                                 "test": (8, 90)}.items()},
-        "openai/openai_humaneval": {"openai_humaneval/test-code.parquet": table([code])},
+        "openai/openai_humaneval": {"openai_humaneval/test-code.parquet": [code]},
     }  # fmt: skip
+    return {repo: {path: table_bytes(rows) for path, rows in files.items()}
+            for repo, files in tables.items()}  # fmt: skip
 
 
-def core_zip(extra=()) -> bytes:
+def core_zip(files) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("eval_bundle/core.yaml", "icl_tasks:\n")
-        archive.writestr("eval_bundle/eval_data/world_knowledge/arc_easy.jsonl", '{"query": "?"}\n')
-        for name, data in extra:
+        for name, data in files.items():
             archive.writestr(name, data)
     return out.getvalue()
 
 
-SMALL_MIXTURE = {
-    "smoltalk": (prepare.REST, 40, 0, 20), "mmlu": (prepare.REST, 0, 0, prepare.REST),
-    "arc-easy": (0, prepare.REST, 0, prepare.REST),
-    "gsm8k": (prepare.REST, prepare.REST, prepare.REST, 12),
-    "spelling": (60, 10, 0, 5), "identity": (9, 6, 0, 3),
+CORE = {
+    "commonsense_reasoning/piqa": {"query": "Question: Why does ice float?\n", "gold": 0,
+                                   "choices": ["It is lighter.", "It is salty."]},
+    "commonsense_reasoning/copa": {"query": "Books", "choices": ["a", "b"], "gold": 0},
+    "language_understanding/winograd_wsc": {
+        "context_options": ["The cup fell since the cup", "The cup fell since the shelf"],
+        "continuation": "was round.", "gold": 0},
+    "reading_comprehension/squad": {
+        "context": "Context: Ann has a red barn.\nQuestion: Who has a barn?\nAnswer:",
+        "continuation": "Ann"},
+    "symbolic_problem_solving/bigbench_dyck_languages": {
+        "context": "Close them.\nInput: [ <\nOutput:", "continuation": "> ]"},
 }  # fmt: skip
 
 
 @pytest.fixture
 def chat_hub(hub, monkeypatch):
     hub.repos = chat_tables()
-    hub.plain = {
-        "eval_bundle.zip": core_zip(),
-        "words_alpha.txt": "\r\n".join(["don't", "x", *WORDS]).encode(),
-    }
+    bundle = {f"eval_bundle/eval_data/{name}.jsonl": json.dumps(row) for name, row in CORE.items()}
+    hub.plain = {"eval_bundle.zip": core_zip({"eval_bundle/core.yaml": "icl_tasks:\n", **bundle}),
+                 "words_alpha.txt": "\r\n".join(["don't", "x", *WORDS]).encode()}  # fmt: skip
     monkeypatch.setenv("NANOCHAT_MIRROR", hub.url + "/plain/")
-    monkeypatch.setattr(prepare, "MIXTURE", SMALL_MIXTURE)
+    rest = prepare.REST
+    monkeypatch.setattr(prepare, "MIXTURE", {
+        "smoltalk": (rest, 40, 0, 20), "mmlu": (rest, 0, 0, rest), "arc-easy": (0, rest, 0, rest),
+        "gsm8k": (rest, rest, rest, 12), "spelling": (60, 10, 0, 5), "identity": (9, 6, 0, 3),
+    })  # fmt: skip
     return hub
 
 
-def fetch_chat(**options):
+def fetch_chat(name="Ada", **options):
     net = quick_net(**options)
-    manifest = prepare.main(prepare.Settings(conversations="hub", name="Ada", workers=2), net)
-    return manifest, net.stopping.delays
+    return prepared(net=net, conversations="hub", name=name, workers=2), net.stopping.delays
 
 
 def test_conversations_of_the_hub_follow_the_mixture(base, chat_hub, capsys):
     manifest, delays = fetch_chat()
     out = capsys.readouterr().out
     names = [path.split("/")[-1] for files in chat_hub.repos.values() for path in files]
-    wanted = sorted(name for name in names if name not in ("dev-mmlu.parquet", "train-soc.parquet"))
-    assert not delays and sorted(chat_hub.fetched()) == wanted
-    files = {name: read_jsonl(base / "data/chat" / f"{name}.jsonl") for name in prepare.FILES}
+    unwanted = ("dev-mmlu.parquet", "train-soc.parquet")
+    assert not delays and sorted(chat_hub.fetched()) == sorted(set(names) - set(unwanted))
+    files = chat_files("chat")
     by_kind = {name: collections.Counter(i["kind"] for i in files[name]) for name in files}
+    lines = {name: {json.dumps(item) for item in items} for name, items in files.items()}
     for name, items in files.items():
         assert dict(by_kind[name]) == manifest["files"][f"{name}.jsonl"]["kinds"]
         for item in items:
             assert_good_conversation(item, "user" if name == "rl" else "assistant")
             assert ("grade" in item) == (name == "rl") and "reply" not in item
-        assert len({json.dumps(item) for item in items}) == len(items)
-    lines = {name: {json.dumps(item) for item in items} for name, items in files.items()}
+        assert len(lines[name]) == len(items)
     assert not lines["val"] & (lines["mid"] | lines["sft"])
     talks = {name: {line for line in lines[name] if '"smoltalk"' in line} for name in lines}
     assert not talks["mid"] & talks["sft"]
     assert 200 - 2 - 20 <= len(talks["mid"] | talks["sft"]) < 200 - 2  # some are in val too
     assert 20 < len(talks["sft"]) < 60 and 8 < len(talks["val"]) < 32  # about 40 and 20
     problems = {name: {line for line in lines[name] if '"gsm8k"' in line} for name in lines}
-    assert problems["mid"] == problems["sft"] and 2 < len(problems["val"]) < 25
     asked = {name: [i["messages"][0]["content"] for i in files[name] if i["kind"] == "gsm8k"]
              for name in ("mid", "rl")}  # fmt: skip
     kept = len(files["rl"]) // 10  # what rl validates on
     assert kept > 2 and sorted(asked["mid"]) == sorted(asked["rl"][kept:])
+    assert problems["mid"] == problems["sft"] and 2 < len(problems["val"]) < 25
     assert len(problems["mid"] | problems["val"]) == 60 - kept
-    assert all(i["answer"].isdigit() for i in files["rl"])
     assert by_kind["mid"]["mmlu"] == 39 and by_kind["val"]["mmlu"] == 6  # one is of the test
     assert by_kind["sft"]["arc-easy"] == 20 and by_kind["val"]["arc-easy"] == 5
     assert 30 < by_kind["mid"]["spelling"] <= 60 and "identity" in by_kind["sft"]
-    assert manifest["dropped"]["questions of the evaluation sets"] == 2
-    assert manifest["dropped"]["SmolTalk rows that cannot be used"] == 3
+    assert manifest["dropped"]["questions of the evaluation sets"][0] == 2
+    assert manifest["dropped"]["SmolTalk rows that cannot be used"][0] == 3
     spelled = set(re.findall(r"The word (.*?) is spelled", str(files)))
     assert spelled and spelled <= {word for word in WORDS if len(word) > 2}
     assert not any(prepare.held_out_word(word) for word in spelled)
     assert "mid.jsonl" in out and "gsm8k" in out
     chat_hub.requests.clear()
     assert fetch_chat()[0] == manifest and "nothing to do" in capsys.readouterr().out
-    prepare.main(prepare.Settings(conversations="hub", name="Bob"), quick_net())
+    fetch_chat("Bob")
     assert not chat_hub.requests  # the downloads are there
-    sets = sorted(p.name for p in (base / "data/eval").glob("*.jsonl"))
-    assert sets == [f"{n}.jsonl" for n in ("ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval",
-                                           "MMLU", "SpellingBee")]  # fmt: skip
-    assert (base / "data/eval/core/eval_data/world_knowledge/arc_easy.jsonl").exists()
 
 
 def test_evaluation_sets_of_the_hub_are_graded_items(base, chat_hub, capsys):
-    manifest = prepare.main(prepare.Settings(eval_data="hub"), quick_net())
+    manifest = prepared(net=quick_net(), eval_data="hub")
     assert not any("train" in name for name in chat_hub.fetched())
-    assert not (base / "data/world").exists()
+    assert (base / "data/eval/core/eval_data/commonsense_reasoning/piqa.jsonl").exists()
     rows = {p.stem: read_jsonl(p) for p in (base / "data/eval").glob("*.jsonl")}
-    assert {name: len(items) for name, items in rows.items() if name != "SpellingBee"} == {
-        "MMLU": 12, "ARC-Easy": 8, "ARC-Challenge": 8, "GSM8K": 10, "HumanEval": 1}  # fmt: skip
+    counts = {"MMLU": 12, "ARC-Easy": 8, "ARC-Challenge": 8, "GSM8K": 10, "HumanEval": 1}
+    assert {n: len(items) for n, items in rows.items()} == counts | {"SpellingBee": 21}
     for name, items in rows.items():
         for item in items:
             assert_good_conversation(item, "user")
@@ -5044,36 +4476,22 @@ def test_evaluation_sets_of_the_hub_are_graded_items(base, chat_hub, capsys):
     code = rows["HumanEval"][0]
     program = f"{code['reply'][10:-4]}\n{code['tests']}\ncheck({code['entry_point']})"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
-    assert "HumanEval 1" in capsys.readouterr().out and len(manifest["files"]) == 7
-    made = (base / "data/eval/MMLU.jsonl").stat()
-    assert prepare.main(prepare.Settings(eval_data="hub"), quick_net()) == manifest
+    assert prepared(net=quick_net(), eval_data="hub") == manifest
     assert "nothing to do" in capsys.readouterr().out
-    assert (base / "data/eval/MMLU.jsonl").stat().st_ino == made.st_ino
 
 
 def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path):
-    core = {
-        "commonsense_reasoning/piqa": {"query": "Question: Why does ice float?\n", "gold": 0,
-                                       "choices": ["It is lighter.", "It is salty."]},
-        "commonsense_reasoning/copa": {"query": "Books", "choices": ["a", "b"], "gold": 0},
-        "language_understanding/winograd_wsc": {
-            "context_options": ["The cup fell since the cup", "The cup fell since the shelf"],
-            "continuation": "was round.", "gold": 0},
-        "reading_comprehension/squad": {
-            "context": "Context: Ann has a red barn.\nQuestion: Who has a barn?\nAnswer:",
-            "continuation": "Ann"},
-        "symbolic_problem_solving/bigbench_dyck_languages": {
-            "context": "Close them.\nInput: [ <\nOutput:", "continuation": "> ]"},
-    }  # fmt: skip
-    chat_hub.plain["eval_bundle.zip"] = core_zip(
-        [(f"eval_bundle/eval_data/{name}.jsonl", json.dumps(row)) for name, row in core.items()]
-    )
-    prepare.main(prepare.Settings(eval_data="hub"), quick_net())
+    prepared(net=quick_net(), eval_data="hub")
     sets = {p.stem: read_jsonl(p) for p in (base / "data/eval").glob("*.jsonl")}
     asked = [items[-1]["messages"][0]["content"].upper() for items in sets.values()]
     asked += ["why does ice float", "The cup fell since the shelf was round!"]
-    asked += [row["context"] for row in core.values() if "context" in row]
-    assert len(sets) == 6 and len(asked) == 10
+    asked += [row["context"] for row in CORE.values() if "context" in row]
+    long = "Of two equal cups of tea one stands in the sun: which of them cools later?"
+    item = prepare.letter_item(long, ["this", "that"], 0)  # found without its choices too
+    write_lines(base / "data/eval/Long.jsonl", [{**item, "kind": "x"}])
+    asked.append(long.upper())
+    other_choices = prepare.letter_item(long, ["the left one", "the right one"], 1)
+    assert not prepare.evaluation_questions().isdisjoint(prepare.question_keys(other_choices))
     planted = [talk("Hi", "Hello!", text, "Sure.") for text in asked]
     fine = ["Close them.\nInput: [ (\nOutput:", "Question", "Answer: ?", "What is the cup?", "Books?",
             "Context: Ann has a red barn.\nQuestion: What colour is it?\nAnswer:"]  # fmt: skip
@@ -5083,182 +4501,126 @@ def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path
                 talk("What is 2+2?", grade="number", answer="4"),
                 {key: test[key] for key in ("messages", "grade", "answer")}]  # fmt: skip
     write_lines(tmp_path / "mine.jsonl", rows + problems)
-    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
-    assert dropped == {"questions of the evaluation sets": len(planted) + 2}
-    out = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), out)
-    chat_hub.repos["HuggingFaceTB/smol-smoltalk"]["data/train-smol-1.parquet"] = out.getvalue()
-    dropped = fetch_chat()[0]["dropped"]
-    assert dropped["questions of the evaluation sets"] == len(planted) + 2  # two are in the others
+    repo = chat_hub.repos["HuggingFaceTB/smol-smoltalk"]
+    repo["data/train-smol-1.parquet"] = table_bytes(rows)
+
+    def dropped():
+        made = prepared(**own(tmp_path / "mine.jsonl")), fetch_chat()[0]
+        return [manifest["dropped"]["questions of the evaluation sets"][0] for manifest in made]
 
     def plain(text):
         return "".join(text.casefold().split()).removeprefix("question:")
 
-    for folder in ("mine", "chat"):
-        items = [
-            i for name in prepare.FILES for i in read_jsonl(base / f"data/{folder}/{name}.jsonl")
-        ]
+    assert dropped() == [len(planted) + 2] * 2  # in the hub's, two are in the other files
+    for source in ("mine", "chat"):
+        items = [item for items in chat_files(source).values() for item in items]
         said = {plain(m["content"]) for i in items for m in i["messages"] if m["role"] == "user"}
-        assert set(map(plain, fine)) <= said, folder
-        assert not set(map(plain, asked)) & said, folder
+        assert set(map(plain, fine)) <= said and not set(map(plain, asked)) & said, source
     # what is asked later counts too: the same conversations are then made anew
     write_lines(base / "data/eval/New.jsonl", [{**test, **talk("What is the cup?")}])
-    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
-    assert dropped == {"questions of the evaluation sets": len(planted) + 3}
-    dropped = fetch_chat()[0]["dropped"]
-    assert dropped["questions of the evaluation sets"] == len(planted) + 3
+    assert dropped() == [len(planted) + 3] * 2
 
 
-def test_a_long_question_is_found_without_its_choices_too(base, tmp_path):
-    long = "Of two equal cups of tea one stands in the sun: which of them cools later?"
-    tests = [prepare.letter_item(text, ["this", "that"], 0) for text in (long, "Which is true?")]
-    common.data_dir("eval").mkdir(parents=True)
-    write_lines(common.data_dir("eval") / "New.jsonl", [{**item, "kind": "x"} for item in tests])
-    own = [talk("Tell me: is it?", "Yes"), talk("How?", "So"), talk("Which is true?", "This one.")]
-    write_lines(tmp_path / "mine.jsonl", [*own, talk(long.upper(), "This one.")])
-    dropped = prepare.main(own_settings(tmp_path / "mine.jsonl"))["dropped"]
-    assert dropped == {"questions of the evaluation sets": 1}
-    asked = prepare.letter_item(long, ["the left one", "the right one"], 1)
-    assert not prepare.evaluation_questions().isdisjoint(prepare.question_keys(asked))
-
-
-def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub):
-    chat_hub.script = {"train-smol-0.parquet": ["cut", "429 9", "drop"],
-                       "words_alpha.txt": ["ok", "cut"], "eval_bundle.zip": ["503"]}  # fmt: skip
-    _, delays = fetch_chat()
-    assert 9 in delays and any(r for path, r, _ in chat_hub.requests if "smol-0" in path)
-    root = base / "data/downloads"
-    files = {root / repo / path: data for repo, files in chat_hub.repos.items()
-             for path, data in files.items() if (root / repo / path).exists()}  # fmt: skip
-    assert len(files) > 3 and all(path.read_bytes() == data for path, data in files.items())
-    assert (root / "words_alpha.txt").read_bytes() == chat_hub.plain["words_alpha.txt"]
-    assert not list(root.rglob(".*.partial"))
-
-
-def test_wrong_or_missing_downloads_of_conversations_are_one_sentence(base, chat_hub, monkeypatch):
+def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
-    chat_hub.script = {"words_alpha.txt": ["404"]}
-    with pytest.raises(common.Stop, match="words_alpha.txt answered 404.*NANOCHAT_MIRROR"):
-        fetch_chat()
-    chat_hub.script = {"train-gsm.parquet": ["wrong"] * 9}
-    with pytest.raises(common.Stop, match="train-gsm.parquet gave 3 times other bytes"):
-        fetch_chat()
-    chat_hub.script = {"train-gsm.parquet": ["404"]}
-    with pytest.raises(common.Stop, match="train-gsm.parquet answered 404: it is not there"):
-        fetch_chat()
-    plain = [token for path, _, token in chat_hub.requests if path.startswith("/plain/")]
-    assert plain and not any(plain)  # the hub's token is the hub's
-    assert any(token for _, _, token in chat_hub.requests)
-    del chat_hub.repos["openai/gsm8k"]["main/train-gsm.parquet"]
-    with pytest.raises(common.Stop, match="lists no main/train-.*of openai/gsm8k"):
-        fetch_chat()
-    chat_hub.repos["openai/gsm8k"]["main/train-gsm.parquet"] = table_bytes("text", ["no problem"])
-    with pytest.raises(common.Stop, match="train-gsm.parquet has no row that can be read"):
-        fetch_chat()
-    assert not list((base / "data/chat").glob("*.jsonl"))
-    for name in ("test-gsm.parquet", "train-smol-0.parquet"):
-        assert chat_hub.fetched().count(name) == 1  # what was whole is not fetched again
+    chat_hub.script = {"train-smol-0.parquet": ["cut", "429 9", "drop"],
+                       "words_alpha.txt": ["cut"], "eval_bundle.zip": ["503"]}  # fmt: skip
+    faults = [
+        ({"train-gsm.parquet": ["wrong"] * 9}, "train-gsm.parquet gave 3 times other bytes"),
+        ({"train-gsm.parquet": ["404"]}, "train-gsm.parquet answered 404: it is not there"),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        patch.setattr(prepare, "data_dir", lambda source: base / "elsewhere" / source)
         with pytest.raises(common.Stop, match="GB are needed"):
             fetch_chat()
-    assert not list((base / "data").glob(".*"))
+    for script, sentence in faults:
+        chat_hub.script |= script
+        with pytest.raises(common.Stop, match=sentence):
+            fetch_chat()
+    with monkeypatch.context() as patch:
+        patch.delitem(chat_hub.repos["openai/gsm8k"], "main/train-gsm.parquet")
+        with pytest.raises(common.Stop, match="lists no main/train-.*of openai/gsm8k"):
+            fetch_chat()
+    assert not list((base / "data").glob("chat/*.jsonl"))
+    fetch_chat()
+    root = base / "data/downloads"
+    there = {root / repo / path: data for repo, files in chat_hub.repos.items()
+             for path, data in files.items() if (root / repo / path).exists()}  # fmt: skip
+    assert len(there) > 3 and all(path.read_bytes() == data for path, data in there.items())
+    assert (root / "words_alpha.txt").read_bytes() == chat_hub.plain["words_alpha.txt"]
+    assert not list(root.rglob(".*.partial")) and not list((base / "data").glob(".*"))
+    for name in ("test-gsm.parquet", "test-mmlu.parquet"):
+        assert chat_hub.fetched().count(name) == 1  # what was whole is not fetched again
+    tokens = {path.startswith("/plain/"): token for path, _, token in chat_hub.requests}
+    assert tokens == {True: "", False: "Bearer secret"}  # the hub's token is the hub's
 
 
 @pytest.mark.parametrize(
-    ("data", "words_"),
+    ("data", "sentence"),
     [
         (b"no archive", "is damaged"),
-        (core_zip()[:-30], "is damaged"),
-        (core_zip([("../../escape", "x")]), "leads out of it"),
-        (core_zip([("/escape", "x")]), "leads out of it"),
-        (core_zip([("a\\..\\..\\escape", "x")]), "leads out of it"),
-        (core_zip([("C:/escape", "x")]), "leads out of it"),
-        (core_zip([("big", "x" * 10**6)]), "unpacks to more than"),
+        (core_zip({"eval_data/a/b.jsonl": "{}"})[:-30], "is damaged"),
+        (core_zip({"big": "x" * 10**6}), "unpacks to more than"),
+        (core_zip({"../../escape": "x", "/escape": "x", "a\\..\\..\\escape": "x"}), ""),
     ],
 )
-def test_an_archive_that_is_damaged_huge_or_leads_out_is_refused(
-    tmp_path, monkeypatch, data, words_
+def test_an_archive_is_damaged_or_huge_or_stays_in_its_folder(
+    tmp_path, monkeypatch, data, sentence
 ):
     monkeypatch.setattr(prepare, "ZIP_BYTES", 10**5)
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "eval_bundle.zip").write_bytes(data)
-    with pytest.raises(common.Stop, match=f"{words_}.*delete"):
-        prepare.unzip(tmp_path / "a" / "eval_bundle.zip", tmp_path / "a" / "b" / "c")
-    assert not list(tmp_path.rglob("escape"))
-
-
-def test_a_link_in_an_archive_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "link.zip", "w") as archive:
-        member = zipfile.ZipInfo("eval_data")
-        member.external_attr = 0o120777 << 16
-        archive.writestr(member, "/etc")
-    with pytest.raises(common.Stop, match="leads out of it"):
-        prepare.unzip(tmp_path / "link.zip", tmp_path / "out")
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (tmp_path / "a.zip").write_bytes(data)
+    context = pytest.raises(common.Stop, match=f"{sentence}.*delete")
+    with context if sentence else contextlib.nullcontext():
+        prepare.unzip(tmp_path / "a.zip", folder)
+    outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
+    assert outside == {tmp_path / "a", tmp_path / "a.zip"}
 
 
 def test_evaluation_sets_of_a_folder_are_added_to_those_there(base, tmp_path, capsys):
-    gsm8k, words_ = tmp_path / "one" / "gsm8k", tmp_path / "two"
+    gsm8k = tmp_path / "one" / "gsm8k"
     gsm8k.mkdir(parents=True)
-    words_.mkdir()
-    row = {"question": "How many?", "answer": "2+1=<<2+1=3>>3\n#### 3"}
-    (gsm8k / "test.jsonl").write_text(json.dumps(row))
-    prepare.main(prepare.Settings(eval_data=str(tmp_path / "one")))
+    write_lines(gsm8k / "test.jsonl", eggs(1))
+    prepared(eval_data=str(tmp_path / "one"))
     out = capsys.readouterr().out
-    assert "GSM8K 1" in out and "does not have MMLU, ARC-Easy" in out and "CORE" in out
-    (words_ / "words_alpha.txt").write_text("\n".join(WORDS))
-    manifest = prepare.main(prepare.Settings(eval_data=str(tmp_path / "two")))
-    assert set(manifest["files"]) == {"GSM8K.jsonl", "SpellingBee.jsonl"}
-    assert len(read_jsonl(base / "data/eval/GSM8K.jsonl")) == 1
-    (tmp_path / "three").mkdir()
+    assert "GSM8K.jsonl: 1" in out and "does not have MMLU, ARC-Easy" in out and "CORE" in out
+    (tmp_path / "two").mkdir()
     with pytest.raises(common.MissingInput, match="holds none of the evaluation sets"):
-        prepare.main(prepare.Settings(eval_data=str(tmp_path / "three")))
+        prepared(eval_data=str(tmp_path / "two"))
+    (tmp_path / "two" / "words_alpha.txt").write_text("\n".join(WORDS))
+    manifest = prepared(eval_data=str(tmp_path / "two"))
+    assert set(manifest["files"]) == {"GSM8K.jsonl", "SpellingBee.jsonl"}
     (gsm8k / "test.jsonl").write_text('{"question": ')
     with pytest.raises(common.Stop, match="test.jsonl is damaged .*delete it"):
-        prepare.main(prepare.Settings(eval_data=str(tmp_path / "one")))
+        prepared(eval_data=str(tmp_path / "one"))
     assert len(read_jsonl(base / "data/eval/GSM8K.jsonl")) == 1
     assert not list((base / "data").glob(".*"))
 
 
-def test_the_public_evaluation_sets_are_read_whole(base):
-    if not (SHARED / "eval").exists():
-        pytest.skip("needs the public data in ../shared/data")
-    manifest = prepare.main(prepare.Settings(eval_data=str(SHARED / "eval")))
-    counts = {name: entry["conversations"] for name, entry in manifest["files"].items()
-              if "conversations" in entry}  # fmt: skip
-    assert counts == {
-        "MMLU.jsonl": 14_042,
-        "ARC-Easy.jsonl": 2_376,
-        "ARC-Challenge.jsonl": 1_172,
-        "GSM8K.jsonl": 1_319,
-        "HumanEval.jsonl": 164,
-        "SpellingBee.jsonl": 500,
-    }
+@pytest.mark.skipif(not (SHARED / "eval").exists(), reason="needs ../shared/data")
+def test_the_public_evaluation_sets_and_conversations_are_read_whole(base):
+    manifest = prepared(eval_data=str(SHARED / "eval"))
+    files = {n: e["conversations"] for n, e in manifest["files"].items() if "conversations" in e}
+    assert files == {"MMLU.jsonl": 14_042, "ARC-Easy.jsonl": 2_376, "ARC-Challenge.jsonl": 1_172,
+                     "GSM8K.jsonl": 1_319, "HumanEval.jsonl": 164, "SpellingBee.jsonl": 500}  # fmt: skip
     assert not manifest["dropped"] and sum("task" in e for e in manifest["files"].values()) == 20
-    letters = collections.Counter()
+    found = collections.Counter()
     for name in ("MMLU", "ARC-Easy", "ARC-Challenge"):
         for item in read_jsonl(base / "data/eval" / f"{name}.jsonl"):
-            letters[item["answer"]] += 1
+            found[item["answer"]] += 1
             text, number = item["messages"][0]["content"], "ABCDE".index(item["answer"])
             assert f"- {item['choices'][number]} ({item['answer']})" in text
-    assert all(letters[letter] > 3_500 for letter in "ABCD") and letters["E"] < 10
+    assert all(found[letter] > 3_500 for letter in "ABCD") and found["E"] < 10
     arc = json.loads((SHARED / "eval/arc/ARC-Easy/test.json").read_text("utf-8"))
-    items = read_jsonl(base / "data/eval/ARC-Easy.jsonl")
-    for row, item in zip(arc, items):
-        right = row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+    for one, item in zip(arc, read_jsonl(base / "data/eval/ARC-Easy.jsonl")):
+        right = one["choices"]["text"][one["choices"]["label"].index(one["answerKey"])]
         assert item["choices"]["ABCDE".index(item["answer"])] == " ".join(right.split())
-
-
-def test_the_public_conversations_are_read_whole(base):
-    if not (SHARED / "chat").exists():
-        pytest.skip("needs the public data in ../shared/data")
-    manifest = prepare.main(own_settings(SHARED / "chat"))
-    files = manifest["files"]
+    manifest = prepared(**own(SHARED / "chat"))
     packed = (SHARED / "chat").glob("*.gz")
     rows = sum(gzip.decompress(path.read_bytes()).count(b"\n") for path in packed)
-    good = files["mid.jsonl"]["conversations"] + files["val.jsonl"]["conversations"]
-    assert good + sum(manifest["dropped"].values()) == rows > 27_000
+    good = sum(manifest["files"][f"{name}.jsonl"]["conversations"] for name in ("mid", "val"))
+    assert good + sum(count for count, _ in manifest["dropped"].values()) == rows > 27_000
     assert good > 0.99 * rows
     assert "{{name}}" not in (base / "data/mine/mid.jsonl").read_text("utf-8")
 
@@ -5268,327 +4630,285 @@ def test_the_public_conversations_are_read_whole(base):
 
 @pytest.fixture(scope="module")
 def docs() -> list[str]:
-    """The first 5.5 million characters of a world: about a fifth of the default documents."""
-    out, size = [], 0
-    for text in prepare.world_documents(1):
-        out.append(text)
-        size += len(text)
-        if size > 5_500_000:
-            return out
-    raise AssertionError("the world ended")
+    return list(prepare.world_documents(1, 9_000))
 
 
-def test_documents_are_a_function_of_the_seed_and_grow_at_the_end() -> None:
-    first = list(prepare.world_documents(7, 300))
-    assert first == list(prepare.world_documents(7, 600))[:300] and len(first) == 300
-    other = list(prepare.world_documents(8, 300))
-    assert not set(first) & set(other)
-    assert list(prepare.world_documents(7, 0)) == []
+@pytest.fixture(scope="module")
+def chats() -> dict[str, list[dict]]:
+    sizes = {"mid": 15_000, "sft": 3_000, "val": 600, "rl": 1_500}
+    return {split: list(prepare.world_conversations(1, split, n)) for split, n in sizes.items()}
 
 
-def test_documents_differ_and_keep_their_length(docs: list[str]) -> None:
-    texts = list(prepare.world_documents(2, 20_000))
-    assert len(set(texts)) == 20_000
-    assert len(set(texts) & set(docs)) < 20  # a short rhyme or recipe may come twice
-    lengths = [len(text) for text in texts]
-    assert min(lengths) >= 150 and max(lengths) <= 1600
+@pytest.fixture(scope="module")
+def sets() -> dict[str, list[dict]]:
+    return prepare.world_sets()
+
+
+def said(content) -> str:
+    """The text of a reply, without the tool's."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def calls_of(content) -> list[tuple[str, str]]:
+    """The (call, output) pairs of a reply, each of them as the calculator has it."""
+    parts = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
+    assert [p["type"] for p in parts] == ["python", "output"] * (len(parts) // 2)
+    pairs = [(a["text"], b["text"]) for a, b in zip(parts[::2], parts[1::2])]
+    assert all(common.calculate(call) == output for call, output in pairs)
+    return pairs
+
+
+def turns(conversations, *kinds) -> Iterator[tuple]:
+    """Yield (what is asked, reply) of conversations of some kinds, or of all; graded items too."""
+    for one in conversations:
+        if not kinds or one["kind"] in kinds:
+            contents = [m["content"] for m in one["messages"] if m["role"] != "system"]
+            contents += [one.get("reply", "")] if len(contents) % 2 else []
+            yield from zip(contents[::2], contents[1::2])
+
+
+def normal(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def found_in(needles: set[str], texts) -> set[str]:
+    """Find the needles that occur in texts, as words in a row."""
+    lengths = collections.defaultdict(set)
+    for needle in needles:
+        words = needle.split()
+        assert len(words) > 1, f"{needle}: too short to be told from other text"
+        lengths[words[0], words[1]].add(len(words))
+    found: set[str] = set()
+    for text in texts:
+        words = normal(text).split()
+        for i, pair in enumerate(itertools.pairwise(words)):
+            found.update(" ".join(words[i : i + n]) for n in lengths.get(pair, ()))
+    return found & needles
+
+
+def questions_on_facts(unseen: bool) -> dict[str, tuple]:
+    """Every question on every fact: its words -> fact, forward. One question has one answer."""
+    asked, answers = {}, collections.defaultdict(set)
+    for relation in prepare.world_relations().values():
+        for fact in relation.facts:
+            for forward in (True, False) if relation.unique(fact) else (True,):
+                for wording in relation.askings(forward, unseen):
+                    question = wording.format_map(fact.forms())
+                    answers[question].add(fact.answer if forward else fact.subject)
+                    asked[normal(question)] = fact, forward
+    assert not [question for question, right in answers.items() if len(right) > 1]
+    return asked
+
+
+GOLDEN = {
+    "mid": "9a80291ab739", "sft": "3d2a6eba69dc", "rl": "7d6b95e8adf2", "val": "a44d66a3d121",
+    "documents": "f5a8269693f0", "sets": "6599a7095a77", "prompts": "032210cb2a57",
+}  # fmt: skip
+
+
+def test_the_world_of_a_version_stays_the_same():
+    """Other text or conversations for seed 0 take a greater WORLD_VERSION, and new hashes here."""
+
+    def digest(things):
+        return hashlib.sha256(json.dumps(list(things)).encode()).hexdigest()[:12]
+
+    found = {split: digest(prepare.world_conversations(0, split, 300)) for split in prepare.FILES}
+    found |= {"documents": digest(prepare.world_documents(0, 500)),
+              "sets": digest(prepare.world_sets().items()),
+              "prompts": digest(p for s in ("trained", "unseen") for p in prepare.fact_prompts(s))}  # fmt: skip
+    assert (prepare.WORLD_VERSION, found) == (1, GOLDEN)
+
+
+def test_the_world_is_a_function_of_the_seed_and_grows_at_the_end():
+    makers = {"text": prepare.world_documents}
+    makers |= {split: functools.partial(prepare.world_conversations, split=split)
+               for split in prepare.FILES}  # fmt: skip
+    for make in makers.values():
+        first = list(make(7, count=200))
+        assert first == list(make(7, count=300))[:200] and len(first) == 200
+        assert sum(one in first for one in make(8, count=200)) < 10
+        assert list(make(7, count=0)) == []
+
+
+def test_documents_and_conversations_differ_and_keep_their_length(docs, chats):
+    lengths = [len(text) for text in docs]
+    assert len(set(docs)) == len(docs) and min(lengths) >= 150 and max(lengths) <= 1600
     assert 300 < sum(lengths) / len(lengths) < 600
+    dumped = {split: {json.dumps(c["messages"]) for c in chats[split]} for split in chats}
+    assert not dumped["val"] & (dumped["mid"] | dumped["sft"])
+    for split, conversations in chats.items():
+        assert len(dumped[split]) == len(conversations), split
+        shares = collections.Counter()
+        for one in conversations:
+            assert_good_conversation(one, "user" if split == "rl" else "assistant")
+            assert sum(prepare.text_size(message) for message in one["messages"]) <= 700
+            shares[one["kind"]] += len(one["messages"]) // 2
+        for kind, share in prepare.KINDS.items() if split in ("mid", "sft") else ():
+            wanted = share / sum(prepare.KINDS.values())
+            assert abs(shares[kind] / shares.total() - wanted) < 0.01, (split, kind)
+    assert sum(len(calls_of(reply)) for _, reply in turns(chats["mid"])) > 3000
 
 
-def test_facts_are_many_and_do_not_contradict() -> None:
+def test_facts_are_many_and_do_not_contradict():
     facts = prepare.world_facts()
     assert 2000 <= len(facts) <= 4000
     assert len({(f.relation, f.subject) for f in facts}) == len(facts)
     assert 0.15 < sum(not f.askable for f in facts) / len(facts) < 0.25
     for fact in facts:
         text = fact.subject + fact.answer
-        assert (
-            fact.answer not in ("", "-")
-            and text == text.strip()
-            and not re.search(r"[|/{}\[\];]", text)
-        ), fact
+        assert fact.answer not in ("", "-") and text == text.strip()
+        assert not re.search(r"[|/{}\[\];]", text), fact
     known = {(f.relation, f.subject): f.answer for f in facts}
-    for key, answer in {
-        ("capital", "Kenya"): "Nairobi",
-        ("atomic number", "gold"): "79",
-        ("symbol", "tin"): "Sn",
-        ("continent", "Peru"): "South America",
-        ("currency", "Japan"): "yen",
-        ("Roman", "49"): None,
-        ("next", "December"): "January",
-        ("previous", "Monday"): "Sunday",
-        ("days", "June"): "30",
-        ("planet", "Saturn"): "sixth",
-        ("opposite", "cold"): "hot",
-        ("German", "water"): "Wasser",
-        ("atomic number", "lead"): "82",
-        ("letter place", "Z"): "26",
-        ("Roman", "14"): "XIV",
-        ("nationality", "France"): "French",
-        ("language", "Brazil"): "Portuguese",
-    }.items():
-        assert known.get(key) == answer, key
+    right = """capital Kenya Nairobi/atomic number gold 79/symbol tin Sn/currency Japan yen/
+        next December January/days June 30/planet Saturn sixth/opposite cold hot/Roman 14 XIV/
+        German water Wasser/letter place Z 26/nationality France French"""
+    for line in right.split("/"):
+        relation, subject, answer = line.strip().rsplit(" ", 2)
+        assert known[relation, subject] == answer
     assert ("continent", "Russia") not in known and ("opposite", "right") not in known
 
 
-def test_every_relation_has_wordings_to_train_and_to_hold_out() -> None:
+def test_every_relation_has_wordings_to_train_and_to_hold_out():
     for relation in prepare.world_relations().values():
-        told, unseen = set(relation.statements), set(relation.unseen)
-        leads = len(prepare.items(prepare.LEADS))
-        assert len(told) >= 6 and len(told) * leads >= 12, relation.name
-        assert len(told) == len(relation.statements) and not told & unseen
-        ending = [w for w in relation.unseen if prepare.ends_in(w, "o")]
-        assert len(ending) >= 2, relation.name
-        assert len(relation.questions) >= 2 and len(relation.unseen_questions) >= 2, relation.name
-        assert not set(relation.questions) & set(relation.unseen_questions)
-        for fact in relation.facts:
-            forms = fact.forms() | {"x": "a", "y": "b"}
-            for wording in (
-                *told,
-                *unseen,
-                *relation.follow,
-                *relation.questions,
-                *relation.unseen_questions,
-                *relation.shared,
-            ):
-                assert "{" not in wording.format_map(forms), wording
-
-
-@pytest.mark.parametrize("split", ["trained", "unseen"])
-def test_prompts_ask_for_one_answer(split: str) -> None:
-    prompts = list(prepare.fact_prompts(split))
-    facts = prepare.world_facts()
-    assert len(facts) <= len(prompts) <= 2 * len(facts)
+        pairs = [(relation.statements, relation.unseen, 6),
+                 (relation.questions, relation.unseen_questions, 2)]  # fmt: skip
+        for trained, unseen, least in pairs:
+            assert len(set(trained)) == len(trained) >= least and len(unseen) >= 2, relation.name
+            assert not set(trained) & set(unseen), relation.name
+    for text in (prepare.STORY_ASKS, prepare.MEMORY, prepare.IDENTITY, prepare.BEYOND):
+        for key, fields in prepare.table(text).items():
+            unseen, trained = fields[-2], [w for field in fields[:-2] for w in field]
+            assert len(set(unseen)) >= 2 and not set(unseen) & set(trained), key
     answers = collections.defaultdict(set)
-    for p in prompts:
-        answers[p["prompt"].lower()].add(p["answer"])
-        assert p["prompt"] == p["prompt"].strip() and re.fullmatch(r" \S(.*[^.])?", p["answer"]), p
-        assert p["answer"][1:] in p["accept"]
-    assert not [p for p, a in answers.items() if len(a) > 1]
-    relations = {p["relation"] for p in prompts}
-    assert relations == set(prepare.world_relations())
+    for split in ("trained", "unseen"):
+        for p in prepare.fact_prompts(split):
+            answers[p["prompt"].lower()].add(p["answer"])
+            assert p["prompt"] == p["prompt"].strip() and p["answer"][1:] in p["accept"]
+    assert all(len(right) == 1 for right in answers.values())
 
 
-def test_unseen_prompts_occur_in_no_text(docs: list[str]) -> None:
-    text = "\n".join(docs[::3]).lower()
-    assert [
-        p["prompt"] for p in prepare.fact_prompts("unseen") if p["prompt"].lower() in text
-    ] == []
+def test_every_fact_is_stated_often(monkeypatch):
+    stated = collections.defaultdict(list)
+    clause = prepare.FactWriter.clause
 
-
-def test_unseen_questions_and_unasked_facts_occur_in_no_text(docs: list[str]) -> None:
-    told = {
-        s.strip().lower().rstrip(",.")
-        for d in docs
-        for s in re.split(r'(?<=[.?!])\s|"|\n|Question: |Q: ', d)
-    }
-    asked = 0
-    for relation in prepare.world_relations().values():
-        for fact, forward in itertools.product(relation.facts, (True, False)):
-            forms = fact.forms()
-            for unseen in (True, False):
-                for question in (
-                    relation.askings(forward, unseen) if forward or relation.unique(fact) else ()
-                ):
-                    found = prepare.sentence(question.format_map(forms)).lower().rstrip(".") in told
-                    asked += found
-                    assert not found or (fact.askable and not unseen), (question, fact)
-    assert asked > 3000
-
-
-def test_every_fact_is_stated_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    stated, distinct, clause = (
-        collections.Counter(),
-        collections.defaultdict(set),
-        prepare.FactWriter.clause,
-    )
-
-    def count(self: prepare.FactWriter, card: prepare.Card) -> str:
+    def count(self, card):
         text = clause(self, card)
-        stated[card[0]] += 1
-        distinct[card[0]].add(text)
+        stated[card[0]].append(text)
         return text
 
     monkeypatch.setattr(prepare.FactWriter, "clause", count)
     for _ in prepare.world_documents(4, prepare.Settings().documents // 4):
         pass
-    counts = sorted(stated[fact] for fact in prepare.world_facts())
-    assert counts[0] >= 10 and counts[len(counts) // 20] >= 15 and counts[len(counts) // 2] >= 18, (
-        counts[:40]
-    )
-    assert min(len(distinct[fact]) for fact in prepare.world_facts()) >= 5
+    counts = sorted(len(stated[fact]) for fact in prepare.world_facts())
+    assert counts[0] >= 10 and counts[len(counts) // 20] >= 15 and counts[len(counts) // 2] >= 18
+    assert min(len(set(stated[fact])) for fact in prepare.world_facts()) >= 5
 
 
-def test_no_held_out_pair_is_worked(docs: list[str]) -> None:
-    text = " ".join(docs).replace(",", "")
-    words = {prepare.number_word(n): n for n in range(145)}
-    number = r"(\d+|" + "|".join(sorted(words, key=len, reverse=True)) + r")"
-    pattern = rf"\b{number} (?:\+|-|x|plus|minus|times|divided by) {number}\b"
-    pairs = [
-        [int(w) if w.isdigit() else words[w.lower()] for w in m]
-        for m in re.findall(pattern, text, re.IGNORECASE)
-    ]
-    pairs += [[int(a), int(b)] for a, b in re.findall(r"dd (\d+) (?:and|to) (\d+)", text)]
-    pairs += [[int(a), int(b)] for a, b in re.findall(r"(\d+) boxes of (\d+)", text)]
-    boxes = rf"\b{number} (?:boxes|bags|baskets|crates) with {number} \w+ (?:each|apiece|per)\b"
-    pairs += [
-        [int(w) if w.isdigit() else words[w.lower()] for w in m]
-        for m in re.findall(boxes, text, re.IGNORECASE)
-    ]
-    pairs += [[int(b), int(a)] for a, b in re.findall(r"ake (\d+) away from (\d+)", text)]
-    assert len(pairs) > 3000
-    assert [p for p in pairs if prepare.held_out_pair(*p)] == []
-    assert (
-        0.07
-        < sum(prepare.held_out_pair(a, b) for a in range(100) for b in range(a + 1)) / 5050
-        < 0.13
-    )
+def test_nothing_held_out_occurs_in_any_training_file(docs, chats, sets):
+    """Neither a question of an evaluation set, nor its wording, pair, word, name or part."""
+    needles = set(questions_on_facts(unseen=True))
+    needles |= {
+        normal(made["messages"][-1]["content"]) for items in sets.values() for made in items
+    }
+    others = [*prepare.world_conversations(2, "mid", 3000), *chats["mid"], *chats["sft"],
+              *chats["val"], *chats["rl"]]  # fmt: skip
+    texts = [*docs, *(text for ask, reply in turns(others) for text in (ask, said(reply)))]
+    assert found_in(needles, texts) == set()
+    prompts, text = prepare.fact_prompts("unseen"), "\n".join(docs[::3]).lower()
+    assert [p["prompt"] for p in prompts if p["prompt"].lower() in text] == []
+    assert found_in({"is a lion"}, ["What kind of animal is a lion?"]) == {"is a lion"}
+    whole = "\n".join(texts)
+    names = set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
+    assert not names & set(re.findall(r"[A-Z][a-z]+", whole)) and len(names) >= 40
+    held = {word for word in prepare.spelling_words() if prepare.held_out_word(word)}
+    spelled = {s.replace("-", "") for s in re.findall(r"\b[a-z](?:-[a-z])+\b", whole.lower())}
+    assert not spelled & held and len(held) > 150 and len(spelled) > 700
+    calls = [call for _, reply in turns(others) for call, _ in calls_of(reply)]
+    pairs = [pair for call in calls for pair in re.findall(r"^(\d+) ?[-+*/] ?(\d+)$", call)]
+    pairs += re.findall(r"\b(\d+) (?:\+|-|x|plus|minus|times|divided by) (\d+)\b", whole)
+    pairs += re.findall(r"(\d+) (?:boxes|bags|baskets|crates) (?:of|with) (\d+)", "\n".join(docs))
+    assert len(pairs) > 5000 and not [p for p in pairs if prepare.held_out_pair(*map(int, p))]
+    known = set(normal(whole).split()) | set(normal(prepare.N_UNSEEN_QUESTIONS).split())
+    asked = [normal(item["messages"][-1]["content"]).split() for item in sets["unknown"]]
+    assert sum(not known.issuperset(text) for text in asked) > 350  # of invented names
 
 
-def test_held_out_words_are_not_spelled(docs: list[str]) -> None:
-    text = "\n".join(docs).lower()
-    held = [w for w in prepare.spelling_words() if prepare.held_out_word(w)]
-    assert len(held) >= 80 and len(prepare.shown_words()) >= 700
-    spelled = {s.replace("-", "") for s in re.findall(r"\b[a-z](?:-[a-z])+\b", text)}
-    assert not spelled & set(held) and len(spelled) > 700
-    phrases = set(re.findall(r"the word \w+ has|letter of \w+ is", text.replace('"', "")))
-    for word in held:
-        assert not {f"the word {word} has", f"letter of {word} is"} & phrases, word
-
-
-def test_names_and_parts_of_problems_are_disjoint(docs: list[str]) -> None:
-    train, test = set(prepare.GIRLS + prepare.BOYS), set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
-    assert len(train) >= 100 and len(test) >= 40 and not train & test
-    assert not set(prepare.GIRLS) & set(prepare.BOYS)
-    found = set(re.findall(r"[A-Z][a-z]+", " ".join(docs)))
-    assert train <= found and not test & found, test & found
-    sets = collections.defaultdict(set)
-    for verb in prepare.count_verbs():
-        sets[verb["set"]].add(verb["base"])
-        assert f"o {verb['base']} " in " ".join(docs)
-    assert set(sets) == {"shown", "practised", "test"} and min(map(len, sets.values())) >= 8
-    assert all(not a & b for a, b in itertools.combinations(sets.values(), 2))
-
-
-def test_split_is_a_function_of_the_item() -> None:
+def test_the_split_is_a_function_of_the_item():
     assert 70 < sum(prepare.held_out(f"item {i}") for i in range(1000)) < 130
     assert 160 < sum(prepare.held_out(f"item {i}", 5) for i in range(1000)) < 240
     assert prepare.held_out_pair(12, 37) == prepare.held_out_pair(37, 12)
+    held = sum(prepare.held_out_pair(a, b) for a in range(100) for b in range(a + 1))
+    assert 0.07 < held / 5050 < 0.13
 
 
-def test_english() -> None:
-    assert [
-        prepare.with_article(w) for w in ("owl", "unicorn", "hour", "dog", "ewe", "ukulele")
-    ] == ["an owl", "a unicorn", "an hour", "a dog", "a ewe", "a ukulele"]
-    assert [
-        prepare.plural(w)
-        for w in ("fox", "wolf", "city", "key", "piece of clothing", "mouse", "fly", "sheep")
-    ] == ["foxes", "wolves", "cities", "keys", "pieces of clothing", "mice", "flies", "sheep"]
-    assert (
-        prepare.number_word(342) == "three hundred and forty-two"
-        and prepare.number_word(1005) == "one thousand and five"
+@functools.cache
+def slips() -> dict[str, str]:
+    """What a word of any wording looks like after a slip of the fingers: that -> the word."""
+    wordings = (asked for relation in prepare.world_relations().values()
+                for side in (True, False) for asked in relation.askings(side, False))  # fmt: skip
+    words = {w for asked in wordings for w in normal(re.sub(r"{.*?}", "", asked)).split()}
+    return {slip: word for word in words if word[3:] for slip in prepare.slips(word)
+            if slip not in words}  # fmt: skip
+
+
+def mended(text: str) -> Iterator[str]:
+    """Yield normal text as it is, then with each slip of the fingers in it undone alone."""
+    yield text
+    words = text.split()
+    for i, word in enumerate(words):
+        if word in slips():
+            yield " ".join([*words[:i], slips()[word], *words[i + 1 :]])
+
+
+def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
+    """Find which question somebody asks, whatever stands around it and however it is typed."""
+    starts = [0, *(m.end() for m in re.finditer(r"[.?!:,]\s+|\n|\band ", text, re.IGNORECASE))]
+    ends = [m.start() for m in re.finditer(r"[.?!]|\n|$", text)]
+    asked = (
+        q for i, j in itertools.product(starts, ends) if i < j for q in mended(normal(text[i:j]))
     )
-    assert [prepare.roman(n) for n in (4, 9, 14, 40, 90, 1999)] == [
-        "IV",
-        "IX",
-        "XIV",
-        "XL",
-        "XC",
-        "MCMXCIX",
-    ]
-    assert prepare.join_and(["a"]) == "a" and prepare.join_and([1, 2, 3]) == "1, 2 and 3"
+    return next((known[question] for question in asked if question in known), None)
 
 
-def shown(pattern, text):
-    """List what a pattern finds in a text, each with its neighbours in the same line."""
-    return [
-        text[max(0, m.start() - 30) : m.start()].rpartition("\n")[2]
-        + m[0]
-        + text[m.end() : m.end() + 20].partition("\n")[0]
-        for m in re.finditer(pattern, text)
-    ]
+def test_every_reply_about_a_fact_is_true_and_all_askable_facts_are_asked(chats):
+    known, asked, unknown = questions_on_facts(unseen=False), collections.Counter(), 0
+    for text, reply in turns(chats["mid"], "fact", "mixed", "unknown", "memory", "follow-up"):
+        found = asked_in(text, known) if len(text) < 150 else None
+        if found is None:
+            unknown += "I don't know" in said(reply)
+            continue
+        fact, forward = found
+        if "follow" not in reply:
+            answer = fact.answer if forward else fact.subject
+            right = {normal(w) for w in (*prepare.spellings(answer), prepare.plural(answer))}
+            assert any(f" {w} " in f" {normal(reply)} " for w in right), (text, reply)
+            item = {"grade": "text", **prepare.fact_grade(found, text)}
+            assert common.grade(item, reply), (text, reply)
+        assert fact.askable or fact.relation in prepare.ELSEWHERE, text
+        asked[fact] += 1
+    askable = [fact for fact in prepare.world_facts() if fact.askable]
+    assert sum(asked[fact] > 0 for fact in askable) > 0.9 * len(askable) and unknown > 1000
+    assert max(asked.values()) < 12 * sum(asked.values()) / len(askable)
 
 
-def test_text_reads_well(docs: list[str]) -> None:
-    text = "\n".join(docs)
-    for wrong in (
-        r"\.\.",
-        r" ,",
-        r"  ",
-        r"\ba [aeio][a-z]",
-        r"\ban [bcdfgjklmnpqrstvwxyz][a-z]",
-        r"\{",
-        r"\}",
-        r"\bis are\b",
-        r"\bPeople from [A-Z]\w+ is\b",
-        r"\ba a\b",
-        r"\bthe the\b",
-        r"\bThe The\b",
-        r"\?\.",
-        r"[a-z]\n[a-z]",
-    ):
-        found = shown(wrong, text)
-        found = [
-            f
-            for f in found
-            if not re.search(
-                r"\ba (one|eu|ewe|in |is |of |ou|as)|letter|[Tt]he word|a, |with a and",
-                f,
-            )
-        ]
-        assert found == [], (wrong, found[:5])
-    lines = [line for line in text.split("\n") if line]
-    assert all(line[0] in '"-' or line[0].isupper() or line[0].isdigit() for line in lines)
-
-
-def test_stories_keep_their_state() -> None:
-    rng = random.Random(3)
-    for _ in range(300):
-        teller = prepare.Teller(rng, prepare.TEST_GIRLS, prepare.TEST_BOYS)
-        story = teller.tell()
-        assert set(teller.he) <= set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
-        for thing, name in story.holder.items():
-            assert story.place[thing] == story.place[name], (thing, story)
-        assert set(story.place) == {*teller.he, *teller.reason}
-
-
-def said(content):
-    """The text of a reply, without the tool's."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return "".join(part["text"] for part in parts if part["type"] == "text")
-
-
-def calls_of(content):
-    """The (call, output) pairs of a reply, in turn."""
-    parts = [] if isinstance(content, str) else [p for p in content if p["type"] != "text"]
-    assert [p["type"] for p in parts] == ["python", "output"] * (len(parts) // 2)
-    return [(a["text"], b["text"]) for a, b in zip(parts[::2], parts[1::2])]
-
-
-def asked_and_solved(chat):
-    """Question and reply of a training conversation, or of a graded item."""
-    turns = [message["content"] for message in chat["messages"]]
-    return (turns[0], turns[1]) if turns[1:] else (turns[0], chat.get("reply", ""))
-
-
-@pytest.fixture(scope="module")
-def problems():
-    """Word problems of training and of the test, and their combinations of parts."""
-    made, item = {}, prepare.Composer.item
-
-    def kept(self):
-        found = item(self)
-        made[found["messages"][0]["content"]] = self
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare.Composer, "item", kept)
-        rng = random.Random(3)
-        solved = [prepare.problem_chat(rng) for _ in range(2500)]
-        practised = [prepare.rl_problems(rng) for _ in range(2500)]
-        trained = list(made.values())
-        sets = prepare.problem_sets.__wrapped__()
-    return SimpleNamespace(chat=solved, rl=practised, sets=sets, trained=trained, made=made)
+def test_letters_are_balanced_and_right(chats, sets):
+    for unseen, asked in ((False, turns(chats["mid"], "letters")), (True, turns(sets["letters"]))):
+        known, checked, letters = questions_on_facts(unseen), 0, collections.Counter()
+        for text, reply in asked:
+            choices = {b: a for a, b in re.findall(r"^- (.*) (\w)$", text, re.MULTILINE)}
+            letter = reply[-1]
+            letters[letter] += 1
+            assert reply.partition("\n- ")[2] == f"{choices[letter]} {letter}"
+            assert list(choices) == list("ABCD") and len(set(choices.values())) == 4, text
+            if found := asked_in(text.split("\n")[0] + "\n", known):
+                fact, forward = found
+                brief = prepare.world_relations()[fact.relation].brief["o" if forward else "s"]
+                assert choices[letter] == brief.format_map(fact.forms()) and fact.askable, text
+                checked += 1
+        assert set(letters) == set("ABCD")
+        assert max(letters.values()) - min(letters.values()) <= 0.02 * letters.total()
+        assert checked > (0.98 if unseen else 0.84) * letters.total()  # others leave words out
 
 
 PEOPLE = "|".join([*prepare.GIRLS, *prepare.BOYS])
@@ -5661,610 +4981,186 @@ def solve(text):
     return Fraction(counts[main], shared)
 
 
-def test_word_problems_are_solved_as_their_words_say(problems):
+def test_word_problems_are_solved_as_their_words_say(chats, sets):
     """Each call is worked by Python's own eval, and each answer by a reader of the text."""
-    tested = [item for items in problems.sets.values() for item in items]
-    for one in (*problems.chat, *problems.rl, *tested):
-        text, reply = asked_and_solved(one)
-        answer = one.get("answer") or common.last_number(said(reply))
-        assert solve(text) == int(answer), (text, answer)
-        assert int(answer) >= 0 and len(text) + len(said(reply)) <= 600, text
+    tested = [item for name, items in sets.items() if "problems" in name for item in items]
+    shown = [*turns(chats["mid"], "problem"), *turns(chats["rl"]), *turns(tested)]
+    assert len(tested) == 2000 and len(shown) > 5000
+    for text, reply in shown:
+        assert len(text) + len(said(reply)) <= 600 and solve(text) >= 0, text
         known = {*re.findall(r"\d+", text), "2", "3", "4", "5", "10", "12"}  # twice, a dozen
         for call, output in calls_of(reply):
-            assert eval(call) == int(output) == eval(common.calculate(call)) >= 0, text
-            assert set(re.findall(r"\d+", call)) <= known, (text, call)
+            assert eval(call) == int(output) >= 0 and set(re.findall(r"\d+", call)) <= known, text
             known.add(output)
         if reply:
-            calls = calls_of(reply)
-            assert 1 <= len(calls) <= 2 and calls[-1][1] == answer, text
-            assert said(reply).endswith(f"The answer is {answer}."), text
-    for item in tested:
-        assert common.grade(item, said(item["reply"])) and not common.grade(item, "It is 1234567.")
-    assert all("reply" not in item and item["grade"] == "number" for item in problems.rl)
-
-
-def phrases(kind):
-    """A pattern for the verbs and phrases of one set, in all forms that a problem can have."""
-    words = [verb[form] for verb in prepare.count_verbs() if verb["set"] == kind
-             for form in ("base", "past", "ing", "does")]  # fmt: skip
-    words += {
-        "practised": "altogether remain(ed)? three.times tripled?s? per fewer.\\w+".split(),
-        "test": ["in total", "left over", "doubled?s?", "dozen", "apiece"],
-    }[kind]
-    return re.compile(rf"\b({'|'.join(words)})\b", re.IGNORECASE)
-
-
-def test_parts_of_problems_stay_in_their_sets(problems):
-    practised, test = phrases("practised"), phrases("test")
-    for one in problems.chat:
-        text, reply = asked_and_solved(one)
-        assert not practised.search(text) and not test.search(text + said(reply)), text
-        assert not practised.search(said(reply).replace("so now she has fewer", "")
-                                    .replace("so now he has fewer", "")), text  # fmt: skip
-    asked = [item["messages"][0]["content"] for item in problems.rl]
-    assert not [text for text in asked if test.search(text)]
-    assert 0.75 < sum(bool(practised.search(text)) for text in asked) / len(asked) < 0.95
-    for name, pattern in {"practised": practised, "new": test}.items():
-        found = collections.Counter()
-        for item in problems.sets[f"problems_{name}"]:
-            match = pattern.search(item["messages"][0]["content"])
-            assert match, item
-            found[match[0].lower()] += 1
-        assert len(found) >= 12 and max(found.values()) < 100  # no part outweighs the others
-    for name in ("numbers", "combinations"):
-        texts = [item["messages"][0]["content"] for item in problems.sets[f"problems_{name}"]]
-        assert not [text for text in texts if practised.search(text) or test.search(text)]
-
-
-def test_pairs_and_combinations_of_the_test_are_in_no_problem_of_training(problems):
-    def pairs(calls):
-        return [tuple(map(int, re.findall(r"\d+", call))) for call in calls]
-
-    worked = [p for made in problems.trained for p in pairs(step[1] for step in made.steps)]
-    assert len(worked) > 7000 and not [p for p in worked if prepare.held_out_pair(*p)]
-    for name, items in problems.sets.items():
-        assert len(items) == 500 and len({i["messages"][0]["content"] for i in items}) == 500
-        calls = [[call for call, _ in calls_of(item["reply"])] for item in items]
-        held = [any(prepare.held_out_pair(*p) for p in pairs(c)) for c in calls]
+            assert calls_of(reply)[-1][1] == common.last_number(said(reply)) == str(solve(text))
+    for item in (*tested, *chats["rl"]):
+        assert item["grade"] == "number" and solve(item["messages"][0]["content"]) == int(
+            item["answer"]
+        )
+        assert not common.grade(item, "It is 1234567.")
+    parts = {verb["set"]: set() for verb in prepare.count_verbs()}
+    for verb in prepare.count_verbs():
+        parts[verb["set"]] |= {verb["base"], verb["past"], verb["does"]}
+    told = " ".join(text for text, _ in turns(chats["mid"], "problem"))
+    for kind in ("practised", "test"):  # verbs that only rl, and only the test, are asked with
+        assert len(parts[kind]) >= 16 and not set(re.findall(r"\w+", told)) & parts[kind]
+    assert not set(re.findall(r"\w+", str([*turns(chats["rl"])]))) & parts["test"]
+    for name, items in sets.items():
+        pairs = [[tuple(map(int, re.findall(r"\d+", call))) for call, _ in calls_of(i["reply"])]
+                 for i in items if name.startswith("problems")]  # fmt: skip
+        held = [any(prepare.held_out_pair(*pair) for pair in calls) for calls in pairs]
         assert all(held) if name == "problems_numbers" else not any(held)
-    trained = {tuple(made.shape) for made in problems.trained}
-    for name in ("combinations", "practised"):
-        texts = [item["messages"][0]["content"] for item in problems.sets[f"problems_{name}"]]
-        assert not trained & {tuple(problems.made[text].shape) for text in texts}
-    for item in problems.sets["problems_combinations"]:  # each has a number nobody needs
-        text, reply = asked_and_solved(item)
-        needed = {n for call, _ in calls_of(reply) for n in re.findall(r"\d+", call)}
-        assert set(re.findall(r"\d+", text)) - needed, text
-    texts = {asked_and_solved(one)[0] for one in (*problems.chat, *problems.rl)}
-    assert not texts & {i["messages"][0]["content"] for s in problems.sets.values() for i in s}
 
 
-def test_problems_are_varied_and_good_english(problems):
-    texts = [asked_and_solved(one)[0] for one in (*problems.chat, *problems.rl)]
-    assert len(set(texts)) > 0.99 * len(texts)
-    assert len({re.sub(rf"\d+|{PEOPLE}|\w+s\b", "", text) for text in texts}) > len(texts) / 2
-    for one in (*problems.chat, *problems.rl, *problems.sets["problems_new"]):
-        text, reply = asked_and_solved(one)
-        whole = f"{text} {said(reply)}"
-        for wrong in (r"\b[01] [a-z]+s\b", r"  ", r"[.,?]{2}", r"\{|\}|\[|\]", r" [.,?]",
-                      r"\ba [aeiou]", r"\ban [^aeiou]", r"\b(does|did) \w+ ha[sd]\b"):  # fmt: skip
-            assert not re.search(wrong, whole), (wrong, whole)
-        for pronoun, names in {"she": prepare.GIRLS, "he": prepare.BOYS}.items():
-            if m := re.search(rf"\b{pronoun}\b", whole, re.IGNORECASE):
-                assert set(re.findall(r"\w+", whole[: m.start()])) & set(names), whole
-        assert all(s[0].isupper() or s[0].isdigit() for s in re.split(r"(?<=[.?]) ", text)), text
-    one, other = (prepare.problem_chat(random.Random(8)) for _ in range(2))
-    assert one == other != prepare.problem_chat(random.Random(9))
-
-
-def test_sums_are_asked_in_many_ways_and_worked_with_the_tool():
-    rng = random.Random(1)
-    chats = [prepare.sum_chat(rng) for _ in range(3000)]
+def test_sums_and_words_are_worked_as_asked(chats, sets):
     words = {"plus|add|sum|together": "+", "minus|subtract|tak(e|ing)|taken": "-",
              "times|multipl|product": "*", "divide|go into": "/"}  # fmt: skip
-    ops = collections.Counter()
-    for one in chats:
-        text, reply = asked_and_solved(one)
+    for text, reply in turns(chats["mid"], "sum"):
         [(call, output)] = calls_of(reply)
-        assert reply[0]["type"] == "python" and common.last_number(said(reply)) == output
-        assert math.isclose(eval(call), float(output))
-        numbers = [int(n) for n in re.findall(r"\d+", call)]
-        asked = [int(n) for n in re.findall(r"\d+", text)]
-        assert sorted(numbers) == sorted(asked)
+        assert math.isclose(eval(call), float(output)) and common.last_number(said(reply)) == output
+        numbers, asked = ([int(n) for n in re.findall(r"\d+", t)] for t in (call, text))
         op = re.search(r"\D", call)[0]
         named = [sign for word, sign in words.items() if re.search(word, text, re.IGNORECASE)]
         sign = re.search(r"\d ?([-+*/x\u00f7]) ?\d|$", text)[1]
         assert {"x": "*", "\u00f7": "/"}.get(sign, sign) == op or (not sign and named == [op]), text
         swapped = re.search(r"from \d|go into", text)
+        assert sorted(numbers) == sorted(asked)
         assert op in "+*" or numbers == (asked[::-1] if swapped else asked), text
-        first = eval(op.join(map(str, numbers[:2])))
-        assert not prepare.held_out_pair(*numbers[:2])
-        assert not any(prepare.held_out_pair(first, n) for n in numbers[2:])
-        ops[op] += 1
-    assert min(ops.values()) > 400 and len(ops) == 4
-    assert len({re.sub(r"\d+", "", asked_and_solved(one)[0]) for one in chats}) > 100
-
-
-def test_words_are_spelled_right_and_those_of_the_test_in_no_training():
-    rng = random.Random(1)
-    chats, tested = [prepare.spelling_chat(rng) for _ in range(3000)], prepare.spelling_set()
-    held = {word for word in prepare.spelling_words() if prepare.held_out_word(word)}
-    assert len(tested) == 500 and tested == prepare.spelling_set.__wrapped__() and len(held) > 150
-    words, asked = {True: set(), False: set()}, {True: set(), False: set()}
-    for one in (*chats, *tested):
-        text, reply = asked_and_solved(one)
+    for text, reply in (*turns(chats["mid"], "spelling"), *turns(sets["spelling"])):
         word, spelled = re.match(r'"([a-z]+)" is spelled ([a-z-]+)\.', said(reply)).groups()
         assert spelled == "-".join(word) and re.search(rf"\b{word}\b", text.lower())
-        words["grade" in one].add(word)
-        asked["grade" in one].add(re.sub(rf'"?\b{word}\b"?|\b[a-z]\b', "_", text.lower()))
-        rest = said(reply).split(". ", 1)[1] if ". " in said(reply) else ""
+        rest, low = said(reply).partition(". ")[2], text.lower().replace(word, "", 1)
         if calls := calls_of(reply):
-            assert eval(calls[0][0]) == int(calls[0][1]) == int(common.last_number(rest))
             x = re.search(r'count\("(.)"\)', calls[0][0])
-            assert x is None or re.search(rf"\b{x[1]}\b", text.replace(word, ""))
-            assert eval(calls[0][0]) == (word.count(x[1]) if x else len(word))
+            right = word.count(x[1]) if x else len(word)
+            assert eval(calls[0][0]) == right == int(common.last_number(rest)), text
         elif rest:
-            low = re.sub(rf"\b{word}\b", "", text.lower(), count=1)
-            first, back = (
-                re.search("first|begin|start", low),
-                re.search("backw|rever|around|back to", low),
-            )
+            back = re.search("backw|rever|around|back to", low)
+            first = re.search("first|begin|start", low)
             want = "-".join(word[::-1]) if back else word[0] if first else word[-1]
             assert rest.endswith(f" is {want}."), text
-        if "grade" in one:
-            assert common.grade(one, said(reply)), one
-            assert not common.grade(one, f"{spelled}-s, so s-{spelled}: 77, q."), one
-    assert words[True] <= held and len(words[False]) > 1500 and not words[False] & held
-    assert len(asked[True]) >= 12 and not asked[True] & asked[False]
-    made = [prepare.made_word(rng) for _ in range(500)]
-    assert all(4 <= len(word) <= 10 and word.isalpha() for word in made) and len(set(made)) > 400
-    assert not any(test in word for word in made for test in held if test[3:])
 
 
-# prepare.py: conversations and evaluation sets of the world -----------------------------------
-
-OTHERS = ("problem", "sum", "spelling")  # kinds that have tests of their own
-
-
-@pytest.fixture(scope="module")
-def chats() -> dict[str, list[dict]]:
-    """The training files: mid at its default size, the others smaller."""
-    sizes = {"mid": 60_000, "sft": 6_000, "val": 1_000, "rl": 1_500}
-    return {split: list(prepare.world_conversations(1, split, n)) for split, n in sizes.items()}
-
-
-@pytest.fixture(scope="module")
-def world_items() -> dict[str, list[dict]]:
-    return prepare.world_sets()
-
-
-def part_texts(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def said_in(conversations: list[dict], *kinds: str) -> list[tuple[str, str]]:
-    """List what is said, with the reply, in conversations of some kinds, or of all."""
-    out = []
-    for conversation in conversations:
-        if not kinds or conversation["kind"] in kinds:
-            messages = [m for m in conversation["messages"] if m["role"] != "system"]
-            texts = [part_texts(message) for message in messages]
-            out += itertools.zip_longest(texts[::2], texts[1::2], fillvalue="")
-    return out
+def test_stories_keep_their_state_and_questions_have_its_answers():
+    rng, gifts = random.Random(4), 0
+    for _ in range(300):
+        teller = prepare.Teller(rng, prepare.GIRLS, prepare.BOYS)
+        story = teller.tell(rng.randint(1, 4))
+        assert set(story.place) == {*teller.he, *teller.reason}
+        assert all(story.place[thing] == story.place[name] for thing, name in story.holder.items())
+        for key, forms, accept in prepare.story_questions(teller, story):
+            if key in ("holder", "carried"):
+                assert story.holder[forms["t"]] == accept[0]
+            if key in ("person", "lying", "carried"):
+                place = story.place[forms["n"] if key == "person" else forms["t"]]
+                assert place.endswith(f" the {accept[-1]}") and forms["at"] == place
+            if key in ("giver", "taker"):
+                n, m, t = forms["n"], forms["m"], forms["t"]
+                assert accept == [n if key == "giver" else m]
+                told = (
+                    rf"(?:{n}|[Ss]?[Hh]e) (?:gave the {t} to {m}|(?:gave|handed) {m} the {t}"
+                    rf"|let {m} have the {t})|take the {t},\" said {n} to {m}|said {n}, and gave {m} "
+                    rf"the {t}|{m} asked for the {t}, and {n} gave it away"
+                )
+                assert re.search(told, story.text), (n, m, t, story.text)
+                gifts += 1
+    assert gifts > 30
 
 
-def normal(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.casefold()))
+def test_the_evaluation_sets_are_functions_of_the_tables_and_grade_as_they_should(sets):
+    prepare.world_sets.cache_clear()
+    assert sets == prepare.world_sets()
+    for name, made in sets.items():
+        assert len({json.dumps(item["messages"]) for item in made}) == len(made) >= 400, name
+        for item in made:
+            assert item["messages"][-1]["role"] == "user" and item["kind"]
+            assert common.grade(item, said(item["reply"])), item
+            if item["grade"] == "text":
+                assert item["answer"] in item["accept"] and not common.grade(item, "Perhaps.")
+                reject = item.get("reject", [])
+                assert not set(item["accept"]) & set(reject)
+                assert not reject or not common.grade(item, " and ".join(item["accept"] + reject))
+    asked = questions_on_facts(unseen=True)
+    for name in ("facts", "never_asked"):
+        found = [asked[normal(item["messages"][0]["content"])] for item in sets[name]]
+        assert len({fact for fact, _ in found}) == len(found)
+        assert {fact.askable for fact, _ in found} == {name == "facts"}
+        assert 0.08 < sum(not forward for _, forward in found) / len(found) < 0.5
+    assert len(sets["facts"]) == sum(fact.askable for fact in prepare.world_facts()) >= 2000
+    for item in (item for item in sets["stories"] if item["kind"] == "memory"):
+        before = " ".join(m["content"] for m in item["messages"][:-1] if m["role"] == "user")
+        assert re.search(rf"\b{re.escape(item['answer'])}\b", before)
+        assert item["answer"] not in item["messages"][-1]["content"]
 
 
-def found_in(needles: set[str], texts) -> set[str]:
-    """Find the needles that occur in texts, as words in a row."""
-    lengths = collections.defaultdict(set)
-    for needle in needles:
-        words = needle.split()
-        assert len(words) > 1, f"{needle}: too short to be told from other text"
-        lengths[words[0], words[1]].add(len(words))
-    found = set()
-    for text in texts:
-        words = normal(text).split()
-        for i, pair in enumerate(itertools.pairwise(words)):
-            for n in lengths.get(pair, ()):
-                found.add(" ".join(words[i : i + n]))
-    return found & needles
-
-
-def all_questions(unseen: bool):
-    """Yield every question for every fact: its words, and (fact, forward, wording)."""
-    for relation in prepare.world_relations().values():
-        for fact in relation.facts:
-            for forward in (True, False) if relation.unique(fact) else (True,):
-                for wording in relation.askings(forward, unseen):
-                    yield wording.format_map(fact.forms()), (fact, forward, wording)
-
-
-def fact_questions(unseen: bool) -> dict[str, tuple]:
-    """Every question for every fact: its words -> fact, forward, wording."""
-    return {normal(question): asked for question, asked in all_questions(unseen)}
-
-
-@functools.cache
-def slips() -> dict[str, str]:
-    """What a word of any wording looks like after a slip of the fingers: that -> the word."""
-    wordings = (asked for relation in prepare.world_relations().values()
-                for side in (True, False) for asked in relation.askings(side, False))  # fmt: skip
-    words = {w for asked in wordings for w in normal(re.sub(r"{.*?}", "", asked)).split()}
-    return {slip: word for word in words if word[3:] for slip in prepare.slips(word)
-            if slip not in words}  # fmt: skip
-
-
-def mended(text: str) -> Iterator[str]:
-    """Yield normal text as it is, then with each slip of the fingers in it undone alone."""
-    yield text
-    words = text.split()
-    for i, word in enumerate(words):
-        if word in slips():
-            yield " ".join([*words[:i], slips()[word], *words[i + 1 :]])
-
-
-def asked_in(text: str, known: dict[str, tuple]) -> tuple | None:
-    """Find which question somebody asks, whatever stands around it and however it is typed."""
-    starts = [0, *(m.end() for m in re.finditer(r"[.?!:,]\s+|\n|\band ", text, re.IGNORECASE))]
-    ends = [*(m.start() for m in re.finditer(r"[.?!]|\n|$", text))]
-    for i, j in itertools.product(starts, ends):
-        for question in mended(normal(text[i:j])) if i < j else ():
-            if question in known:
-                return known[question]
-    return None
-
-
-def test_conversations_are_a_function_of_the_seed_and_grow_at_the_end() -> None:
-    for split in ("mid", "sft", "val", "rl"):
-        first = list(prepare.world_conversations(7, split, 200))
-        assert first == list(prepare.world_conversations(7, split, 300))[:200]
-        other = list(prepare.world_conversations(8, split, 200))
-        assert sum(chat in first for chat in other) < 10, split
-    named = prepare.world_conversations(7, "mid", 2000, "Bo-Bo 2")
-    assert any("Bo-Bo 2" in reply for _, reply in said_in(list(named), "identity"))
-
-
-def test_conversations_differ_and_fit_the_context(chats) -> None:
-    dumped = {split: {json.dumps(c["messages"]) for c in chats[split]} for split in chats}
-    for split, conversations in chats.items():
-        assert len(dumped[split]) == len(conversations), split
-        for conversation in conversations:
-            roles = [m["role"] for m in conversation["messages"]]
-            roles = roles[1:] if roles[0] == "system" else roles
-            assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
-            assert (roles[-1] == "user") == (split == "rl")
-            texts = [part_texts(m) for m in conversation["messages"]]
-            assert all(text == text.strip() for text in texts) or conversation["kind"] in OTHERS
-            assert sum(map(len, texts)) <= 700, conversation
-    assert not dumped["val"] & (dumped["mid"] | dumped["sft"])
-
-
-def test_each_kind_has_its_share_of_the_turns(chats) -> None:
-    for split in ("mid", "sft", "val"):
-        count = collections.Counter()
-        for conversation in chats[split]:
-            count[conversation["kind"]] += len(conversation["messages"]) // 2
-        total = sum(prepare.KINDS.values())
-        for kind, share in prepare.KINDS.items():
-            assert abs(count[kind] / count.total() - share / total) < 0.01, (split, kind)
-
-
-def test_every_tool_output_is_the_calculators(chats) -> None:
-    calls = 0
-    for conversation in itertools.chain(*chats.values()):
-        for message in conversation["messages"]:
-            if isinstance(message["content"], list):
-                parts = message["content"]
-                kinds = [part["type"] for part in parts]
-                assert kinds.count("python") == kinds.count("output")
-                for a, b in itertools.pairwise(parts):
-                    if a["type"] == "python":
-                        assert b == {"type": "output", "text": common.calculate(a["text"])}
-                        calls += 1
-    assert calls > 10_000
-
-
-def test_no_held_out_question_occurs_in_any_training_file(chats, world_items, docs) -> None:
-    needles = set(fact_questions(unseen=True))
-    for made in world_items.values():
-        needles |= {normal(part_texts(item["messages"][-1])) for item in made}
-    said = (text for split in chats.values() for turn in said_in(split) for text in turn)
-    assert found_in(needles, itertools.chain(said, docs)) == set()
-    # nor does another seed, or more of it, ask what is held out
-    others = (prepare.world_conversations(seed, "mid", 4000) for seed in (2, 3))
-    assert (
-        found_in(needles, (t for c in others for turn in said_in(list(c)) for t in turn)) == set()
-    )
-    assert found_in({"is a lion"}, ["What kind of animal is a lion?"]) == {"is a lion"}
-
-
-def test_a_question_has_one_answer_whatever_relation_it_is_of() -> None:
-    answers = collections.defaultdict(set)
-    for question, (fact, forward, _) in itertools.chain(all_questions(False), all_questions(True)):
-        answers[question].add(fact.answer if forward else fact.subject)
-    assert {q: a for q, a in answers.items() if len(a) > 1} == {}
-
-
-def test_unseen_wordings_of_every_kind_are_at_least_two_and_no_trained_ones() -> None:
-    for text in (prepare.STORY_ASKS, prepare.MEMORY, prepare.IDENTITY, prepare.BEYOND):
-        for key, fields in prepare.table(text).items():
-            unseen, trained = fields[-2], [w for field in fields[:-2] for w in field]
-            assert len(set(unseen)) >= 2 and not set(unseen) & set(trained), key
-    pairs = [(prepare.FOLLOW_UP, prepare.FOLLOW_UP_UNSEEN), (prepare.IT_TOO, prepare.IT_TOO_UNSEEN)]
-    for trained, unseen in pairs:
-        assert len(prepare.ways(unseen)) >= 2
-        assert not set(prepare.ways(unseen)) & set(prepare.ways(trained))
-
-
-def test_facts_are_asked_equally_often_in_all_wordings_and_unaskable_ones_never(chats) -> None:
-    known, short = fact_questions(unseen=False), collections.defaultdict(set)
-    small = rf"\b({'|'.join(prepare.SMALL_WORDS.split())})\b"
-    for question, found in known.items():  # as it is asked in a hurry
-        if re.search("[a-z]{3}", re.sub(rf"{{.*?}}|{small}", "", found[2])):
-            short[normal(re.sub(small, "", question))].add(found[:2])
-    hurried = {question: (*cards.pop(), "") for question, cards in short.items() if len(cards) == 1}
-    counts = collections.Counter()
-    for split in ("mid", "sft", "val"):
-        for text, _ in said_in(chats[split]):
-            found = None
-            if len(text) < 250:
-                typed = re.sub(small, "", text, flags=re.IGNORECASE)
-                found = asked_in(text, known) or asked_in(typed, hurried)
-            if found and (found[0].askable or found[0].relation not in prepare.ELSEWHERE):
-                assert found[0].askable, text
-                counts[found[:2]] += split == "mid"
-                counts[found] += 1
-    cards = {found[:2] for found in known.values() if found[0].askable}
-    often = sorted(counts[card] for card in cards)
-    assert len(cards) > 3000 and often[0] >= 4, often[:20]
-    assert often[len(often) // 2] <= 3 * often[len(often) // 20] and often[-1] <= 40
-    times = collections.defaultdict(list)  # card -> how often it was asked in each wording
-    for found in {found for found in known.values() if found[0].askable}:
-        times[found[:2]].append(counts[found])
-    possible = sum(min(sum(often), len(often)) for often in times.values())
-    assert sum(n > 0 for often in times.values() for n in often) > 0.85 * possible
-
-
-def test_every_reply_about_a_fact_is_true(chats) -> None:
-    known, right = fact_questions(unseen=False), collections.Counter()
-    for text, reply in said_in(chats["sft"][:3000], "fact", "mixed", "unknown", "memory"):
-        if (found := asked_in(text, known)) and len(text) < 150:
-            fact, forward, _ = found
-            answer = fact.answer if forward else fact.subject
-            words = {normal(w) for w in (*prepare.spellings(answer), prepare.plural(answer))}
-            assert any(f" {w} " in f" {normal(reply)} " for w in words), (text, reply)
-            item = {"grade": "text", **prepare.fact_grade((fact, forward), text)}
-            assert common.grade(item, reply), (text, reply)
-            right[fact.relation] += 1
-    assert len(right) > len(prepare.world_relations()) - 6 and right.total() > 1200
-
-
-def choices_of(text: str) -> dict[str, str]:
-    return {b: a for a, b in re.findall(r"^- (.*) (\w)$", text, re.MULTILINE)}
-
-
-def test_letters_are_balanced_and_right(chats, world_items) -> None:
-    known, unseen = fact_questions(unseen=False), fact_questions(unseen=True)
-    asked = [(*turn, known) for turn in said_in(chats["mid"], "letters")]
-    for item in world_items["letters"]:
-        text = item["messages"][-1]["content"]
-        assert list(choices_of(text).values()) == item["choices"]
-        assert item["reply"][-1] == item["answer"] and common.grade(item, item["reply"])
-        asked.append((text, item["reply"], unseen))
-    checked = collections.Counter()
-    for made in (asked[: -len(world_items["letters"])], asked[-len(world_items["letters"]) :]):
-        letters = collections.Counter(reply[-1] for _, reply, _ in made)
-        assert set(letters) == set("ABCD")
-        assert max(letters.values()) - min(letters.values()) <= 0.02 * len(made)
-    for text, reply, questions in asked:
-        choices, letter = choices_of(text), reply[-1]
-        told, _, line = reply.partition("\n- ")
-        assert line == f"{choices[letter]} {letter}"
-        assert list(choices) == list("ABCD") and len(set(choices.values())) == 4, text
-        if found := asked_in(text.split("\n")[0] + "\n", questions):
-            fact, forward, _ = found
-            brief = prepare.world_relations()[fact.relation].brief["o" if forward else "s"]
-            assert choices[letter] == brief.format_map(fact.forms()), text
-            full = prepare.full_replies(fact.relation, forward)
-            if questions is known:  # training turns some round
-                full = full + prepare.full_replies(fact.relation, not forward)
-            assert told in {prepare.sentence(w.format_map(fact.forms())) for w in full}, reply
-            assert fact.askable
-            checked[questions is unseen] += 1
-    # the others are told in a hurry, or put in a way that is not taken apart here
-    assert checked[True] > 0.98 * len(world_items["letters"]), checked
-    assert checked[False] > 0.84 * (len(asked) - len(world_items["letters"])), checked
-
-
-def test_a_hurried_question_leaves_out_small_words_alone() -> None:
-    rng, short = random.Random(0), 0
-    wordings = {w for r in prepare.world_relations().values() for w in r.questions}
-    for wording in sorted(wordings) * 10:
-        typed, small = prepare.hurried(rng, wording), prepare.SMALL_WORDS.split()
-        said, typed_words = (re.findall(r"{.*?}|[^\s?.,:]+", text) for text in (wording, typed))
-        left_out = collections.Counter(said) - collections.Counter(typed_words)
-        assert set(left_out) <= set(small), (wording, typed)
-        words = iter(said)
-        assert all(word in words for word in typed_words), (wording, typed)  # in their order
-        assert typed[-1] not in ",:"
-        assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
-        assert re.search("[a-z]{3}", re.sub("{.*?}", "", typed)) or typed == wording
-        short += typed != wording
-    assert 0.08 < short / (10 * len(wordings)) < 0.15
-
-
-def test_a_mistyped_question_has_one_slip_and_none_in_what_fills_it() -> None:
-    rng, slipped = random.Random(0), 0
-    wordings = {w for r in prepare.world_relations().values() for w in r.questions}
-    for wording in sorted(wordings) * 10:
-        typed = prepare.mistyped(rng, wording)
-        assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
-        old, new = wording.split(), typed.split()
-        assert len(old) == len(new)
-        pairs = [pair for pair in zip(old, new) if pair[0] != pair[1]]
-        assert len(pairs) == (typed != wording)
-        for a, b in pairs:  # a letter too few, one too many, or two swapped
-            before = len(os.path.commonprefix([a, b]))
-            after = len(os.path.commonprefix([a[before:][::-1], b[before:][::-1]]))
-            wrong, typed_as = (w[before : len(w) - after] for w in (a, b))
-            assert before > 0, (a, b)
-            assert (len(wrong), len(typed_as)) in ((1, 0), (0, 1)) or wrong[::-1] == typed_as
-        slipped += typed != wording
-    assert 0.08 < slipped / (10 * len(wordings)) < 0.13
-    assert prepare.slips("moon") == ["mon", "mono", "mooon"]
-
-
-def test_invented_names_of_the_test_occur_in_no_training_file(chats, world_items, docs) -> None:
-    tables = (prepare.RELATIONS, prepare.N_UNSEEN_QUESTIONS, prepare.BEYOND)
-    known = set(normal(" ".join([*docs, *tables])).split())
-    asked = [normal(item["messages"][-1]["content"]) for item in world_items["unknown"]]
-    test = {w for text in asked for w in text.split()} - known
-    assert len(test) > 350 and sum(not test.isdisjoint(text.split()) for text in asked) > 350
-    test |= {name.casefold() for name in prepare.TEST_GIRLS + prepare.TEST_BOYS}
-    ours = [kind for kind in prepare.KINDS if kind not in OTHERS]
-    said = [text for split in chats.values() for turn in said_in(split, *ours) for text in turn]
-    assert test & set(normal(" ".join(said)).split()) == set()
-    new = {w for text, _ in said_in(chats["mid"], "unknown") for w in normal(text).split()} - known
-    assert len(new) > 2000  # so many that none of them is learned by heart
-
-
-def test_unknown_things_are_not_known_and_known_ones_are(chats) -> None:
-    known, unknown = fact_questions(unseen=False), collections.Counter()
-    for text, reply in said_in(chats["mid"], "unknown", "fact", "mixed", "follow-up"):
-        if len(text) < 150:
-            unknown["I don't know" in reply, asked_in(text, known) is not None] += 1
-    assert unknown[True, True] == 0 and unknown[True, False] > 4000
-    assert unknown[False, True] > 3 * unknown[True, False]
-    starts = collections.Counter(r.split()[0] for _, r in said_in(chats["mid"], "unknown"))
-    assert len(starts) > 20
-
-
-@pytest.mark.parametrize("name", ["Nano", "Ada", "little bot 3"])
-def test_the_assistant_says_who_it_is(name) -> None:
+@pytest.mark.parametrize("name", ["Nano", "little bot 3"])
+def test_the_assistant_says_who_it_is(name):
     rng, fields = random.Random(5), prepare.table(prepare.IDENTITY)
     keys = {key: [w.format(name=name) for w in words]
             for key, words in prepare.lists(prepare.IDENTITY_KEYS).items()}  # fmt: skip
-    assert all(len(replies) >= 12 for key, (_, _, replies) in fields.items() if key in keys)
     question = {q.rstrip("?."): key for key, (asked, _, _) in fields.items() for q in asked}
-    seen, replies = collections.Counter(), set()
-    for _ in range(800):
-        chat = prepare.identity_chat(rng, name)
-        for text, reply in said_in([chat]):
-            found = [key for q, key in question.items() if normal(text).endswith(normal(q))]
-            replies.add(reply)
-            if len(found) == 1 and found[0] in keys:
-                assert any(w in reply for w in keys[found[0]]), (text, reply)
-                seen[found[0]] += 1
-    assert set(seen) == set(keys) and min(seen.values()) > 40 and len(replies) > 100
+    seen = collections.Counter()
+    for text, reply in turns(prepare.identity_chat(rng, name) for _ in range(800)):
+        found = [key for q, key in question.items() if normal(text).endswith(normal(q))]
+        if len(found) == 1 and found[0] in keys:
+            assert any(w in reply for w in keys[found[0]]), (text, reply)
+            seen[found[0]] += 1
+    assert set(seen) == set(keys) and min(seen.values()) > 40
     items = prepare.identity_set(rng, name)
     assert len(items) >= 400 and all(common.grade(item, item["reply"]) for item in items)
     assert not any(common.grade(item, "I am a person, and my name is Bob.") for item in items)
 
 
-def test_the_evaluation_sets_are_functions_of_the_tables(world_items) -> None:
-    prepare.world_sets.cache_clear()
-    assert world_items == prepare.world_sets()
-    assert len(world_items["facts"]) >= 2000
-    for name, made in world_items.items():
-        assert len(made) >= 400, name
-        assert len({json.dumps(item["messages"]) for item in made}) == len(made), name
-        for item in made:
-            assert item["messages"][-1]["role"] == "user" and item["kind"], item
-            reply = {"role": "assistant", "content": item["reply"]}
-            assert common.grade(item, part_texts(reply)), item
-            if item["grade"] == "text":
-                assert item["answer"] in item["accept"]
-                assert not set(item["accept"]) & set(item.get("reject", []))
-                wrong = {"reply": " and ".join(item["accept"] + item.get("reject", []))}
-                assert not item.get("reject") or not common.grade(item, wrong["reply"]), item
-                assert not common.grade(item, "Perhaps."), item
-    kinds = collections.Counter(item["kind"] for item in world_items["stories"])
-    assert len(kinds) == 3 and set(kinds.values()) == {200}
-    asked = fact_questions(unseen=True)
-    for name in ("facts", "never_asked"):
-        found = [asked[normal(item["messages"][0]["content"])] for item in world_items[name]]
-        assert len({fact for fact, _, _ in found}) == len(found)
-        assert {fact.askable for fact, _, _ in found} == {name == "facts"}
-        assert 0.08 < sum(not forward for _, forward, _ in found) / len(found) < 0.5
-    assert len(world_items["facts"]) == sum(fact.askable for fact in prepare.world_facts())
+def test_slips_and_hurry_change_a_wording_but_nothing_that_fills_it():
+    rng, changed = random.Random(0), collections.Counter()
+    wordings = sorted({w for r in prepare.world_relations().values() for w in r.questions}) * 10
+    small = set(prepare.SMALL_WORDS.split())
+    for wording, change in itertools.product(wordings, (prepare.hurried, prepare.mistyped)):
+        typed = change(rng, wording)
+        assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
+        changed[change] += typed != wording
+        old, new = (re.findall(r"{.*?}|[^\s?.,:]+", text) for text in (wording, typed))
+        if change is prepare.hurried:  # leaves out small words alone
+            assert set(collections.Counter(old) - collections.Counter(new)) <= small
+        else:  # has a letter too few, one too many, or two swapped, in one word
+            wrong = [(a, b) for a, b in zip(wording.split(), typed.split()) if a != b]
+            assert len(wrong) == (typed != wording) and all(
+                abs(len(a) - len(b)) < 2 for a, b in wrong
+            )
+    assert all(0.08 < count / len(wordings) < 0.15 for count in changed.values())
+    assert prepare.slips("moon") == ["mon", "mono", "mooon"]
 
 
-def test_story_questions_have_the_answers_of_the_story() -> None:
-    rng, gifts = random.Random(4), 0
-    for _ in range(300):
-        teller = prepare.Teller(rng, prepare.GIRLS, prepare.BOYS)
-        told = teller.tell(rng.randint(1, 4))
-        for key, forms, accept in prepare.story_questions(teller, told):
-            if key in ("holder", "carried"):
-                assert told.holder[forms["t"]] == accept[0]
-            if key in ("person", "lying", "carried"):
-                place = told.place[forms["n"] if key == "person" else forms["t"]]
-                assert place.endswith(f" the {accept[-1]}") and forms["at"] == place
-            if key in ("giver", "taker"):
-                n, m, t = forms["n"], forms["m"], forms["t"]
-                assert accept == [n if key == "giver" else m]
-                told_so = (
-                    rf"(?:{n}|[Ss]?[Hh]e) (?:gave the {t} to {m}|(?:gave|handed) {m} the {t}"
-                    rf"|let {m} have the {t})|take the {t},\" said {n} to {m}|said {n}, and gave {m} "
-                    rf"the {t}|{m} asked for the {t}, and {n} gave it away"
-                )
-                assert re.search(told_so, told.text), (n, m, t, told.text)
-                gifts += 1
-    assert gifts > 30
+BAD_ENGLISH = (r"\.\.", r" [,.?!]", r"  ", r"\ba [aeio][a-z]", r"\ban [bcdfgjklmnpqrstvwxyz][a-z]", r"[{}|]",
+         r"\bis are\b", r"\ba a\b", r"\b[Tt]he [Tt]he\b", r"\?\.", r",[?!.]", r"\ba the\b",
+         r"[a-z]\.[A-Z]", r"\b(does|did) \w+ ha[sd]\b")  # fmt: skip
+GOOD_ENGLISH = r"\ba (one|eu|ewe|in|is|of|ou|as)|letter|[Tt]he word|a, |with a and|The (Hag|The)"
 
 
-def test_memory_is_asked_for_what_was_told(world_items, chats) -> None:
-    for item in world_items["stories"]:
-        if item["kind"] == "memory":
-            before = " ".join(m["content"] for m in item["messages"][:-1] if m["role"] == "user")
-            assert re.search(rf"\b{re.escape(item['answer'])}\b", before)
-            assert item["answer"] not in item["messages"][-1]["content"]
-    for conversation in chats["sft"]:
-        if conversation["kind"] == "memory":
-            texts = [m["content"] for m in conversation["messages"]]
-            if found := re.search(r"^(?:Your name is|You are called) (\w+)\.$", texts[-1]):
-                assert re.search(rf"\b{found[1]}\b", " ".join(texts[:-2])), texts
-
-
-def test_conversations_read_well(chats) -> None:
-    text = "\n".join(
-        t for split in ("sft", "val") for c in chats[split] if c["kind"] not in OTHERS
-        for turn in said_in([c]) for t in turn
-    )  # fmt: skip
-    for wrong in (
-        r"\.\.", r" [,.?!]", r"  ", r"\ba [aeio][a-z]", r"\ban [bcdfgjklmnpqrstvwxyz][a-z]",
-        r"[][{}|]", r"\ba a\b", r"\b[Tt]he [Tt]he\b", r"\?\.", r",[?!.]", r"name of the name", r"\ba the\b",
-        r"[a-z]\.[A-Z]",
-    ):  # fmt: skip
-        found = shown(wrong, text)
-        allowed = r"\ba (one|eu|ewe|in|is|of|ou|as)|letter|[Tt]he word|a, |with a and|The (Hag|The)"
-        found = [f for f in found if not re.search(allowed, f)]
+def test_text_and_conversations_read_well(docs, chats):
+    plain = [
+        one for one in (*chats["sft"], *chats["val"]) if one["kind"] not in ("spelling", "sum")
+    ]
+    text = "\n".join([*docs, *(t for ask, reply in turns(plain) for t in (ask, said(reply)))])
+    lines = [line for line in text.split("\n") if line and " - " not in line]
+    for wrong in BAD_ENGLISH:
+        found = [
+            line for line in lines if re.search(wrong, line) and not re.search(GOOD_ENGLISH, line)
+        ]
         assert found == [], (wrong, found[:5])
-    for conversation in chats["sft"]:
-        if conversation["kind"] not in OTHERS:
-            for message in conversation["messages"]:
-                if message["role"] == "assistant" and conversation["kind"] != "letters":
-                    assert re.match(r"[A-Z\d\"-]", message["content"]), message
+    for document in docs:
+        assert all(line[0] in '"-' or line[0].isupper() or line[0].isdigit()
+                   for line in document.split("\n") if line)  # fmt: skip
+    assert [prepare.with_article(w) for w in ("owl", "unicorn", "hour", "dog")] == [
+        "an owl", "a unicorn", "an hour", "a dog"]  # fmt: skip
+    plural = {"fox": "foxes", "wolf": "wolves", "city": "cities", "mouse": "mice", "sheep": "sheep"}
+    assert {word: prepare.plural(word) for word in plural} == plural
+    assert prepare.number_word(342) == "three hundred and forty-two"
+    assert [prepare.roman(n) for n in (4, 9, 14, 1999)] == ["IV", "IX", "XIV", "MCMXCIX"]
 
 
 # train_tokenizer.py --------------------------------------------------------------------------
-
-
-def test_the_tokenizer_stage_trains_saves_measures_and_skips(text_source, base_dir, capsys):
-    chosen = train_tokenizer.Settings(tag="a", vocab_size=300)
-    measures = train_tokenizer.main(chosen)
-    assert measures["vocab_size"] == 300 and measures["bytes_per_token"] > 1
-    assert "bytes per token" in capsys.readouterr().out
-    assert train_tokenizer.main(chosen) == measures
-    assert "is there" in capsys.readouterr().out
-    with pytest.raises(common.MissingInput, match="--restart"):
-        train_tokenizer.main(dataclasses.replace(chosen, vocab_size=320))
-    again = train_tokenizer.main(dataclasses.replace(chosen, vocab_size=320, restart=True))
-    assert again["vocab_size"] == 320
 
 
 def sign_text(source, key):
@@ -6273,27 +5169,32 @@ def sign_text(source, key):
     common.write_json(common.data_dir(source) / "manifest.json", {"files": files})
 
 
-def test_a_tokenizer_stays_when_the_text_changes_and_that_is_said(text_source, capsys):
+def test_the_tokenizer_stage_trains_saves_measures_skips_and_says_what_changed(text_source, capsys):
     sign_text(text_source, "a")
     chosen = train_tokenizer.Settings(tag="a", vocab_size=300)
-    train_tokenizer.main(chosen)
+    measures = train_tokenizer.main(chosen)
+    assert measures["vocab_size"] == 300 and measures["bytes_per_token"] > 1
+    assert "bytes per token" in capsys.readouterr().out
     before = common.Tokenizer.load(common.run_dir("a") / "tokenizer").fingerprint
-    train_tokenizer.main(chosen)
-    assert "changed" not in capsys.readouterr().out
+    assert train_tokenizer.main(chosen) == measures
+    said = capsys.readouterr().out
+    assert "is there" in said and "changed" not in said
+    with pytest.raises(common.MissingInput, match="--restart"):
+        train_tokenizer.main(dataclasses.replace(chosen, vocab_size=320))
     write_texts(text_source, ["Entirely other text. " * 50] * 3)
     sign_text(text_source, "b")
-    train_tokenizer.main(chosen)
+    assert train_tokenizer.main(chosen) == measures
     assert re.search("the text has changed .*it stays; --restart", capsys.readouterr().out)
     assert common.Tokenizer.load(common.run_dir("a") / "tokenizer").fingerprint == before
-    train_tokenizer.main(dataclasses.replace(chosen, restart=True))
-    train_tokenizer.main(chosen)
+    other = dataclasses.replace(chosen, vocab_size=270)
+    assert train_tokenizer.main(dataclasses.replace(other, restart=True))["vocab_size"] == 270
+    train_tokenizer.main(other)
     assert "changed" not in capsys.readouterr().out
 
 
 def test_limits_of_text_and_vocabulary(text_source):
     texts = list(train_tokenizer.texts_up_to(text_source, 1000, 30))
     assert sum(map(len, texts)) == 1000 and max(map(len, texts)) == 30
-    assert train_tokenizer.fit_vocab_size(65536, 2_000_000) < 65536
     assert train_tokenizer.fit_vocab_size(65536, 2 * 10**9) == 65536
     assert train_tokenizer.fit_vocab_size(300, 10**9) == 300
     with pytest.raises(ValueError, match="265 or more"):
@@ -6322,53 +5223,106 @@ def tiny_pretrain(**changes):
     )  # fmt: skip
 
 
+def stage_losses(tag, stage):
+    lines = [x for x in common.read_log(tag) if x["stage"] == stage and "loss" in x]
+    assert [x["step"] for x in lines] == list(range(1, len(lines) + 1)), "no step stands twice"
+    return {x["step"]: x["loss"] for x in lines}
+
+
 def base_losses(tag="t"):
-    lines = [json.loads(x) for x in (common.run_dir(tag) / "metrics.jsonl").open()]
-    return {x["step"]: x["loss"] for x in lines if x["stage"] == "base" and "loss" in x}
+    return stage_losses(tag, "base")
 
 
-def final_weights(tag, step):
-    folder = common.find_checkpoint(tag, "base", step)
+def final_weights(tag, step, stage="base"):
+    folder = common.find_checkpoint(tag, stage, step)
     return common.load_file(folder, "model.pt", CPU)
+
+
+def same_losses(stage="base", within=0.0):
+    """Assert that runs "t" and "u" had the same losses, step by step."""
+    a, b = stage_losses("u", stage), stage_losses("t", stage)
+    assert a and a == pytest.approx(b, abs=within, rel=0)
+
+
+def same_weights(step=6, stage="base"):
+    a, b = final_weights("u", step, stage), final_weights("t", step, stage)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def drop_steps(*steps, tag="t", stage="base"):
+    """Delete checkpoints, as if the run had been killed before they were written."""
+    for step in steps:
+        shutil.rmtree(common.find_checkpoint(tag, stage, step))
+
+
+def prepare_tiny_run(source, tokenizer):
+    for tag in ("t", "u"):
+        tokenizer.info = {"source": source, "settings": {}, "measures": {}}
+        tokenizer.save(common.run_dir(tag) / "tokenizer")
+    return source
 
 
 @pytest.fixture
 def tiny_run(text_source, tokenizer):
-    """A data source and a run "t" with a tokenizer."""
-    for tag in ("t", "u"):
-        tokenizer.info = {"source": text_source, "settings": {}, "measures": {}}
-        tokenizer.save(common.run_dir(tag) / "tokenizer")
-    return text_source
+    """A data source, and runs "t" and "u" with a tokenizer."""
+    return prepare_tiny_run(text_source, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """Train a stage of run "t" once for all tests: stage -> base directory that holds it."""
+
+    @functools.cache
+    def base_directory(stage):
+        folder = tmp_path_factory.mktemp(stage) / "base"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("NANOCHAT_BASE_DIR", str(folder))
+            if stage == "base":
+                write_tiny_source()
+                write_conversations("tiny")
+                prepare_tiny_run("tiny", TOKENIZER())
+                pretrain.main(chat_pretrain())
+            else:
+                shutil.copytree(base_directory("base"), folder)
+                run_stage(stage, "t")
+        return folder
+
+    return base_directory
+
+
+@pytest.fixture
+def unbroken(trained, base_dir):
+    """Make run "u" the one that trained a stage without a break, "t" one that has its parent."""
+
+    def make(stage):
+        shutil.rmtree(base_dir)
+        shutil.copytree(trained(stage), base_dir)
+        shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
+        shutil.rmtree(common.run_dir("t") / stage)
+        path = common.run_dir("t") / "metrics.jsonl"
+        kept = [x for x in common.read_log("t") if x["stage"] != stage]
+        path.write_text("".join(json.dumps(x) + "\n" for x in kept))
+
+    return make
 
 
 def test_pretraining_learns_saves_and_says_when_it_is_finished(tiny_run, capsys):
-    metrics = pretrain.main(tiny_pretrain(num_iterations=40, eval_every=20, matrix_lr=0.05))
+    settings = tiny_pretrain(num_iterations=40, eval_every=20, matrix_lr=0.05)
+    metrics = pretrain.main(settings)
     assert metrics["step"] == 40 and base_losses()[40] < base_losses()[1] - 0.5
     rates = [line["lr"] for line in common.read_log("t") if "lr" in line]
     assert rates == [common.trapezoid(i, 40, 10, 0.6, 0.05) for i in range(40)]
     out = capsys.readouterr().out
     assert "mfu" in out and "compile: off" in out and "left" in out
-    pretrain.main(tiny_pretrain(num_iterations=40, eval_every=20, matrix_lr=0.05))
-    assert "finished" in capsys.readouterr().out
+    assert pretrain.main(settings) == metrics and "finished" in capsys.readouterr().out
     with pytest.raises(common.MissingInput, match="--depth=1, not 2"):
-        pretrain.main(tiny_pretrain(num_iterations=40, depth=2, matrix_lr=0.05))
-
-
-def test_a_resumed_run_is_the_unbroken_run_bit_for_bit(tiny_run):
-    pretrain.main(tiny_pretrain(tag="u"))
-    pretrain.main(tiny_pretrain())
-    for step in (6, 4):  # as if killed after step 2, half of a later save written
-        shutil.rmtree(common.find_checkpoint("t", "base", step))
-    for step in (3, 4):
-        (common.run_dir("t") / "base" / f".step-00000{step}.partial").mkdir()
-    pretrain.main(tiny_pretrain())
-    assert not list((common.run_dir("t") / "base").glob(".*")), "what was half written goes"
-    a, b = final_weights("u", 6), final_weights("t", 6)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert base_losses("u") == base_losses("t")
-    lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
-    steps = [x["step"] for x in lines if "loss" in x]
-    assert steps == sorted(set(steps)), "the log repeats no step"
+        pretrain.main(dataclasses.replace(settings, depth=2))
+    meta = common.find_checkpoint("t", "base") / "meta.json"
+    saved = json.loads(meta.read_text())
+    meta.write_text(json.dumps({k: v for k, v in saved.items() if k != "version"}))
+    with pytest.raises(common.MissingInput, match="of version 1, .*--restart"):
+        pretrain.main(settings)
+    common.load_for_answers(common.ModelSettings(tag="t", device="cpu"))
 
 
 def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tiny_run, capsys):
@@ -6381,15 +5335,14 @@ def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tin
     assert "changed" not in capsys.readouterr().out, "the manifest does not say"
     sign_text(tiny_run, "b")
     pretrain.main(tiny_pretrain())
-    assert "finished; the text has changed since" in capsys.readouterr().out
+    assert "the text has changed since" in capsys.readouterr().out
     folder, have = common.run_dir("t") / "tokenizer", common.Tokenizer
     whole = have.load(folder)
     have(whole.pattern, whole.merges[:-1], whole.info).save(folder)
     with pytest.raises(common.MissingInput, match="another tokenizer"):
         pretrain.main(tiny_pretrain())
     whole.save(folder)
-    for step in (6, 4):
-        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    drop_steps(6, 4)
     for changes in ({}, {"source": "other"}):
         with pytest.raises(common.MissingInput, match="other data.*--restart"):
             pretrain.main(tiny_pretrain(**changes))
@@ -6399,35 +5352,24 @@ def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tin
     assert len(base_losses()) == 6
 
 
-def test_the_final_checkpoint_is_saved_before_any_evaluation(tiny_run, monkeypatch):
-    def crash(*args):
-        raise RuntimeError("evaluation failed")
-
-    monkeypatch.setattr(pretrain, "evaluate_bpb", crash)
-    with pytest.raises(RuntimeError, match="evaluation failed"):
-        pretrain.main(tiny_pretrain(num_iterations=2, eval_every=2, save_every=0))
-    assert not common.list_checkpoints("t", "base"), "the crash came before the first step"
-    calls = []
-
-    def crash_at_the_end(*args):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("evaluation failed")
-        return 1.0, 1
-
-    monkeypatch.setattr(pretrain, "evaluate_bpb", crash_at_the_end)
-    with pytest.raises(RuntimeError, match="evaluation failed"):
-        pretrain.main(tiny_pretrain(num_iterations=2, eval_every=2, save_every=0))
-    assert common.find_checkpoint("t", "base").name == "step-000002"
-
-
-def test_micro_batches_change_nothing_but_rounding(tiny_run):
-    pretrain.main(tiny_pretrain(tag="u", device_batch_size=3))
-    pretrain.main(tiny_pretrain(device_batch_size=1))
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys()
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=2e-4)
+@pytest.mark.parametrize(
+    ("changes", "within"),
+    [({"device_batch_size": 1}, 2e-4), ({"device_batch_size": 3, "plain": True}, 2e-4),
+     ({"compile": "yes"}, 1e-3), ({"compile": "yes", "recompute": True}, 1e-3),
+     ({"compile": "yes", "fp8": True}, 0.02)],
+    ids=str,
+)  # fmt: skip
+def test_what_changes_rounding_alone_changes_no_loss_by_more(unbroken, changes, within):
+    if "compile" in changes and not common.can_compile(CPU):
+        pytest.skip("no C++ compiler")
+    unbroken("base")
+    try:
+        pretrain.main(chat_pretrain(**changes))
+    finally:
+        common.use_plain(False)
+    same_losses(within=within)
+    meta = common.read_meta(common.find_checkpoint("t", "base"))
+    assert meta["compiled"] == ("compile" in changes)
 
 
 def test_a_run_whose_memory_runs_out_goes_on_with_the_same_losses(tiny_run, monkeypatch, capsys):
@@ -6437,18 +5379,17 @@ def test_a_run_whose_memory_runs_out_goes_on_with_the_same_losses(tiny_run, monk
     monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 2, first=3))
     pretrain.main(tiny_pretrain(**sizes))
     assert capsys.readouterr().out.count("memory ran out in step 2: on in passes of 2 rows") == 1
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=2e-4) for i in a)
-    assert (
-        a[1] == b[1] and common.read_meta(common.find_checkpoint("t", "base"))["micro_batch"] == 2
-    )
-    whole = final_weights("t", 6)
-    for step in (4, 6):  # what goes on with memory enough is the same run bit for bit
-        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    same_losses(within=2e-4)
+    before = base_losses()
+    assert before[1] == base_losses("u")[1]
+    assert common.read_meta(common.find_checkpoint("t", "base"))["micro_batch"] == 2
+    shutil.rmtree(common.run_dir("u"))
+    shutil.copytree(common.run_dir("t"), common.run_dir("u"))
+    drop_steps(4, 6)  # what goes on with memory enough is the same run bit for bit
     monkeypatch.setattr(common.GPT, "forward", FORWARD)
     pretrain.main(tiny_pretrain(**sizes))
-    assert all(torch.equal(x, whole[name]) for name, x in final_weights("t", 6).items())
-    assert base_losses() == b
+    same_weights()
+    same_losses()
     monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 0))
     with pytest.raises(common.Stop, match="not even one row fits"):
         pretrain.main(tiny_pretrain(restart=True, **sizes))
@@ -6466,50 +5407,20 @@ def test_all_ranks_take_fewer_rows_when_one_ranks_memory_runs_out(tiny_run):
     pretrain.main(pretrain.Settings(**{options!r}))
     """,
     )
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=1e-3) for i in a)
+    same_losses(within=1e-3)
     metas = [common.read_meta(path) for path in common.list_checkpoints("t", "base")]
     assert [meta["micro_batch"] for meta in metas] == [4, 2, 2]
 
 
 def test_an_fp16_run_resumes_bit_for_bit_and_recomputing_changes_nothing(tiny_run):
-    pretrain.main(tiny_pretrain(tag="u", dtype="float16"))
     pretrain.main(tiny_pretrain(dtype="float16"))
-    for step in (4, 6):
-        shutil.rmtree(common.find_checkpoint("t", "base", step))
+    shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
+    drop_steps(4, 6)
     pretrain.main(tiny_pretrain(dtype="float16", recompute=True))
-    a, b = final_weights("u", 6), final_weights("t", 6)
-    assert all(torch.equal(a[name], b[name]) for name in a) and base_losses("u") == base_losses("t")
+    same_weights()
+    same_losses()
     shard = common.load_file(common.find_checkpoint("t", "base"), "optimizer-000.pt", CPU)
     assert shard["optimizer"]["scaler"] == {"scale": 2.0**16, "steps": 6}
-
-
-@pytest.mark.parametrize("changes", [{}, {"recompute": True}, {"fp8": True}], ids=str)
-def test_a_compiled_run_follows_a_plain_one(tiny_run, changes):
-    if not common.can_compile(CPU):
-        pytest.skip("no C++ compiler")
-    for tag, choice in (("u", "no"), ("t", "yes")):
-        pretrain.main(tiny_pretrain(tag=tag, compile=choice, **changes))
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and len(a) == 6
-    assert max(abs(a[step] - b[step]) for step in a) < (0.02 if "fp8" in changes else 1e-3)
-    assert common.read_meta(common.find_checkpoint("t", "base"))["compiled"]
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_many_ranks_follow_one_rank_step_by_step(tiny_run, world_size):
-    pretrain.main(tiny_pretrain(tag="u"))
-    options = dataclasses.asdict(tiny_pretrain())
-    run_ranks(world_size, f"pretrain.main(pretrain.Settings(**{options!r}))")
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys()
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=1e-3)
-    for step in (6, 4):
-        shutil.rmtree(common.find_checkpoint("t", "base", step))
-    pretrain.main(tiny_pretrain())  # one rank goes on from what several saved
-    for step, loss in base_losses("t").items():
-        assert loss == pytest.approx(a[step], abs=1e-3)
 
 
 def test_ranks_differ_by_rounding_alone(tiny_run, tmp_path):
@@ -6534,25 +5445,21 @@ def test_ranks_differ_by_rounding_alone(tiny_run, tmp_path):
         losses.append(base_losses())
         shutil.rmtree(common.run_dir("t") / "base")
         (common.run_dir("t") / "metrics.jsonl").unlink()
-    assert len(losses[0]) == 20 and losses[0].keys() == losses[1].keys() == losses[2].keys()
-    for step, loss in losses[0].items():
-        assert [x[step] for x in losses] == pytest.approx([loss] * 3, abs=1e-9)
+    assert len(losses[0]) == 20
+    assert losses[1:] == [pytest.approx(losses[0], abs=1e-9)] * 2
 
 
 def test_a_run_goes_on_with_1_2_3_and_1_ranks_as_if_unbroken(tiny_run):
-    pretrain.main(tiny_pretrain(tag="u", num_iterations=8))
+    pretrain.main(tiny_pretrain(num_iterations=8))
+    shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
     options = dataclasses.asdict(tiny_pretrain(num_iterations=8))
-    pretrain.main(pretrain.Settings(**options))
     for step, world_size in ((2, 2), (4, 3), (6, 1)):
-        for later in range(step + 2, 10, 2):
-            shutil.rmtree(common.find_checkpoint("t", "base", later))
+        drop_steps(*range(step + 2, 10, 2))
         run_ranks(world_size, f"pretrain.main(pretrain.Settings(**{options!r}))")
         shards = len([*common.find_checkpoint("t", "base", 8).glob("optimizer-*.pt")])
         assert shards == world_size
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() == set(range(1, 9))
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=1e-3)
+    assert len(base_losses()) == 8
+    same_losses(within=1e-3)
 
 
 def torchrun(flags, settings, **environment):
@@ -6560,7 +5467,7 @@ def torchrun(flags, settings, **environment):
     plain = dataclasses.asdict(pretrain.Settings())
     words = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(settings).items()
              if v != plain[k] and not isinstance(v, bool)]  # fmt: skip
-    words += [f"--{k}" for k in ("restart",) if getattr(settings, k)]
+    words += ["--restart"] * settings.restart
     command = [sys.executable, "-m", "torch.distributed.run", *flags, HERE / "pretrain.py", *words]
     return [str(word) for word in command], {**os.environ, **environment}
 
@@ -6581,42 +5488,32 @@ def test_all_ranks_agree_on_the_number_of_their_start():
     # of the start that was then counted one rank died before it came here, and one after
     store.add("attempt", 1)
     store.set("here/2/1", "dead")
-    agreed = {}
-
-    def begin(rank):
-        agreed[rank] = common.agree_on_attempt(store, rank, 3)
-
-    threads = [threading.Thread(target=begin, args=(rank,), daemon=True) for rank in (2, 1, 0)]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.3)  # rank 0 comes last: the others read the count of the start before
-    for thread in threads:
-        thread.join(20)
-    assert agreed == {0: 3, 1: 3, 2: 3}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        agreed = []
+        for rank in (2, 1, 0):  # rank 0 comes last: the others read the count of the start before
+            agreed.append(pool.submit(common.agree_on_attempt, store, rank, 3))
+            time.sleep(0.3)
+        assert [one.result(20) for one in agreed] == [3, 3, 3]
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc has the ranks' ids")
 def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
-    if not Path("/proc/self/task").exists():
-        pytest.skip("the ranks' process ids are read from /proc")
     settings = tiny_pretrain(num_iterations=120, save_every=10, eval_every=0, keep=2, restart=True)
     options = {**dataclasses.asdict(settings), "tag": "u"}
     run_ranks(2, f"pretrain.main(pretrain.Settings(**{options!r}))")
     flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
     command, env = torchrun(flags, settings)
-    victims, said, killed = [(20, 1), (40, 0)], [], []
+    victims, resumed, killed = [(20, 1), (40, 0)], 0, 0.0
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
         for line in agent.stdout:
-            said.append(line)
             if victims and f"base {victims[0][0]:05d}/" in line:
-                killed.append(time.monotonic())
+                killed = time.monotonic()
                 os.kill(ranks_of(agent)[victims.pop(0)[1]], signal.SIGKILL)
             if "going on from" in line:
-                assert time.monotonic() - killed[-1] < 180
-    assert agent.returncode == 0 and not victims
-    assert sum("going on from" in line for line in said) == 2
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and len(a) == 120
-    assert max(abs(a[step] - b[step]) for step in a) < 1e-4
+                resumed += 1
+                assert time.monotonic() - killed < 180
+    assert agent.returncode == 0 and not victims and resumed == 2 and len(base_losses()) == 120
+    same_losses(within=1e-4)
     a, b = final_weights("u", 120), final_weights("t", 120)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
@@ -6658,25 +5555,18 @@ def test_no_compiler_no_fork_and_no_locks_are_needed(tiny_run, monkeypatch, capf
     child.start()
     child.join(120)
     assert child.exitcode == 0
-    assert base_losses("t") == base_losses("u")
+    same_losses()
 
 
 def test_ranks_need_no_shared_memory(tiny_run):
-    hide = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        'mount -t tmpfs -o ro none /dev/shm && exec "$@"',
-        "sh",
-    ]
+    hide = ["unshare", "--mount", "sh", "-c",
+            'mount -t tmpfs -o ro none /dev/shm && exec "$@"', "sh"]  # fmt: skip
     if not shutil.which("unshare") or subprocess.run([*hide, "true"], check=False).returncode:
         pytest.skip("mount namespaces are not allowed here")
     command, env = torchrun(["--standalone", "--nproc_per_node=2"], tiny_pretrain())
     subprocess.run([*hide, *command], env=env, check=True)
     pretrain.main(tiny_pretrain(tag="u"))
-    a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and all(a[i] == pytest.approx(b[i], abs=1e-3) for i in a)
+    same_losses(within=1e-3)
 
 
 @pytest.fixture
@@ -6734,18 +5624,17 @@ def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shar
         assert 0 not in codes and "must be a folder that all nodes share" in said[1], said
         return
     assert codes == [0, 0], said
+    same_losses(within=0.01)  # what is rounded grows while the loss falls steeply
     a, b = base_losses("u"), base_losses("t")
-    assert a.keys() == b.keys() and len(a) == 20
-    worst = max(abs(a[step] - b[step]) for step in a)
-    assert worst < 0.01, worst  # what is rounded grows while the loss falls steeply
-    assert all(abs(a[step] - b[step]) < 1e-3 for step in range(1, 9))
+    assert len(a) == 20 and all(abs(a[step] - b[step]) < 1e-3 for step in range(1, 9))
     rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
     assert [path.read_bytes() for path in rows[0]] == [path.read_bytes() for path in rows[1]] != []
 
 
 def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
-    settings = {**dataclasses.asdict(tiny_pretrain(num_iterations=100_000, eval_every=0,
-                                                   save_every=0, compile="no")), "keep": 2}  # fmt: skip
+    settings = dataclasses.asdict(
+        tiny_pretrain(num_iterations=100_000, eval_every=0, save_every=0, compile="no", keep=2)
+    )
     code = f"import pretrain; pretrain.main(pretrain.Settings(**{settings!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
@@ -6760,57 +5649,13 @@ def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
     assert step >= 3
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"total_batch_size": 100}, "would"),
-        ({"depth": 0}, "--depth"),
-        ({"depth": 999}, "--depth"),
-        ({"head_dim": 33}, "must divide"),
-        ({"n_kv_head": 3}, "must divide"),
-        ({"window_pattern": "Q"}, "letters"),
-        ({"tag": "../x"}, "--tag"),
-        ({"lr_scale": 0.0}, "--lr-scale"),
-        ({"warmdown": 1.5}, "--warmdown"),
-        ({"target_flops": -1.0}, "--target-flops"),
-        ({"target_flops": math.inf}, "--target-flops"),
-        ({"target_param_data_ratio": math.nan}, "--target-param-data-ratio"),
-        ({"plan_count": 0}, "--plan-count"),
-        ({"n_kv_head": -1}, "--n-kv-head"),
-        ({"seed": -1}, "--seed"),
-    ],
-)
-def test_wrong_pretraining_settings_are_value_errors(changes, words):
-    with pytest.raises(ValueError, match=words):
-        tiny_pretrain(**changes)
-
-
-@pytest.mark.parametrize("module", [midtrain, sft, rl, evaluate])
-def test_a_negative_seed_is_a_value_error(module):
-    with pytest.raises(ValueError, match="seed.* must be 0 or more"):
-        module.Settings(seed=-1)
-
-
-@pytest.mark.parametrize("name", ["num_iterations", "val_problems", "top_k", "warmup", "keep"])
-def test_negative_settings_of_rl_are_value_errors(name):
-    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} must be 0 or more"):
-        rl.Settings(**{name: -1})
-    with pytest.raises(ValueError, match="--val-problems must be 128 or less"):
-        rl.Settings(val_problems=129)
-    for value in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="temperature"):
-            rl.Settings(temperature=value)
-
-
-def test_the_width_is_64_a_block_in_heads_of_64_and_from_depth_8_of_128() -> None:
+def test_width_and_horizon_follow_from_depth_and_steps_flops_or_ratio():
     for depth, heads in ((1, 1), (4, 4), (7, 7), (8, 4), (10, 5), (20, 10)):
         config = pretrain.model_config(pretrain.Settings(depth=depth), 512)
         assert (config.n_head, config.n_embd) == (heads, 64 * depth)
     config = pretrain.model_config(pretrain.Settings(depth=4, head_dim=128), 512)
-    assert (config.n_head, config.n_embd) == (2, 256)
+    assert (config.n_head, config.n_embd, config.window_pattern) == (2, 256, "L")
 
-
-def test_the_horizon_follows_from_steps_flops_or_ratio():
     def horizon(**changes):
         chosen = pretrain.Settings(depth=20, **changes)
         return pretrain.derive_horizon(chosen, pretrain.model_config(chosen, 65536))
@@ -6820,10 +5665,10 @@ def test_the_horizon_follows_from_steps_flops_or_ratio():
     assert horizon(num_iterations=300).num_steps == 300
     assert horizon(num_iterations=21_362).batch_rows == d20.batch_rows
     config = pretrain.model_config(pretrain.Settings(depth=20), 65536)
-    flops = horizon(target_flops=1e19).tokens(2048) * config.flops_per_token()
+    flops = horizon(target_flops=1e19).num_rows * 2048 * config.flops_per_token()
     assert flops == pytest.approx(1e19, rel=0.01)
     half = horizon(target_param_data_ratio=10.0)
-    assert half.tokens(2048) == pytest.approx(d20.tokens(2048) / 2, rel=0.01)
+    assert half.num_rows == pytest.approx(d20.num_rows / 2, rel=0.01)
 
 
 def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(
@@ -6860,10 +5705,8 @@ def test_the_fit_to_pairs_equals_a_plain_count_and_nears_its_entropy(
 def test_the_fit_to_pairs_costs_a_small_share_or_is_left_out():
     settings = pretrain.Settings(depth=4, max_seq_len=512)
     config = pretrain.model_config(settings, 4096)
-    steps = {
-        n: pretrain.bigram_steps(settings, config, n) for n in (10**5, 10**6, 10**8, 2 * 10**9)
-    }
-    assert steps == {10**5: 0, 10**6: 60, 10**8: 60, 2 * 10**9: 0}
+    steps = [pretrain.bigram_steps(settings, config, n) for n in (10**5, 10**6, 10**8, 2 * 10**9)]
+    assert steps == [0, 60, 60, 0]
     assert pretrain.bigram_steps(dataclasses.replace(settings, bigram_steps=0), config, 10**8) == 0
 
 
@@ -6899,17 +5742,14 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     assert all(plain < recomputed for plain, recomputed, _ in limits[1:])
     assert not list(base_dir.iterdir())
     for name in common.PEAK_FLOPS:
-        plan = pretrain.Settings(depth=34, plan=True, plan_device=name, plan_count=8)
-        pretrain.main(plan)
-        total, rows = re.search(
-            r"memory +([\d.]+) GB .* (\d+) rows:", capsys.readouterr().out
-        ).groups()
-        fits = float(total) < 0.9 * pretrain.MEMORY_GB[name]
-        assert fits or rows == "1", name
+        pretrain.main(pretrain.Settings(depth=34, plan=True, plan_device=name, plan_count=8))
+        said = capsys.readouterr().out
+        total, rows = re.search(r"memory +([\d.]+) GB .* (\d+) rows:", said).groups()
+        assert float(total) < 0.9 * pretrain.MEMORY_GB[name] or rows == "1", name
 
 
 def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
-    text = (HERE / "README.md").read_text("utf-8")
+    text = (HERE / "docs" / "results.md").read_text("utf-8")
 
     def table(head):
         """The rows of numbers below a head, without their units."""
@@ -6931,16 +5771,14 @@ def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
 
 
 def test_samples_that_memory_has_no_room_for_end_no_run(tokenizer, monkeypatch, capsys):
-    run, model = common.Run("base", "t", None, CPU, 0, 1), random_model(vocab_size=300)
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("another")):
-        failing = unittest.mock.Mock(side_effect=error)
-        monkeypatch.setattr(pretrain.GPT, "create", failing)
-        if error.args == ("another",):
-            with pytest.raises(RuntimeError, match="another"):
-                pretrain.print_samples(run, model, tokenizer)
-        else:
-            pretrain.print_samples(run, model, tokenizer)
+    model = random_model(vocab_size=300)
+    failing = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    monkeypatch.setattr(pretrain.GPT, "create", failing)
+    pretrain.print_samples(ALONE, model, tokenizer)
     assert "sample: none, as memory is full" in capsys.readouterr().out
+    failing.side_effect = RuntimeError("another")
+    with pytest.raises(RuntimeError, match="another"):
+        pretrain.print_samples(ALONE, model, tokenizer)
 
 
 # midtrain.py, sft.py, rl.py --------------------------------------------------------------------
@@ -6961,23 +5799,33 @@ def write_lines(path, values):
     return path
 
 
-@pytest.fixture
-def chat_run(tiny_run):
-    """Runs "t" and "u" with equal base models, conversations of two kinds, and problems."""
-    folder = common.data_dir(tiny_run)
-    words = "red blue green tan".split()
-    talk = [one_turn(f"Say {w}.", f"{w.capitalize()} it is, {w}!") for w in words]
+COLOURS = ("red", "blue", "green", "tan")
+
+
+def write_conversations(source):
+    """Write conversations of two kinds, and problems, for all stages."""
+    folder = common.data_dir(source)
+    talk = [one_turn(f"Say {w}.", f"{w.capitalize()} it is, {w}!") for w in COLOURS]
     tools = [tool_chat(a, b) for a in range(1, 6) for b in range(1, 4)]
     write_lines(folder / "mid.jsonl", talk * 3 + tools)
     write_lines(folder / "sft.jsonl", talk + tools)
     write_lines(folder / "val.jsonl", talk[:2])
-    problem = {"messages": talk[0]["messages"][:1], "grade": "text", "answer": "red",
-               "accept": words, "reject": [], "kind": "problem"}  # fmt: skip
+    problem = {"grade": "text", "answer": "red", "accept": COLOURS, "reject": [], "kind": "problem"}
     problems = [{**problem, "messages": one["messages"][:1]} for one in talk] * 8
     write_lines(folder / "rl.jsonl", problems[:30])
-    for tag in ("t", "u"):
-        pretrain.main(tiny_pretrain(tag=tag, max_seq_len=64, total_batch_size=192))
-    return tiny_run
+
+
+def chat_pretrain(**changes):
+    return tiny_pretrain(**{"max_seq_len": 64, "total_batch_size": 192, **changes})
+
+
+@pytest.fixture
+def chat_run(trained, base_dir):
+    """Runs "t" and "u" with equal base models, conversations of two kinds, and problems."""
+    shutil.rmtree(base_dir)
+    shutil.copytree(trained("base"), base_dir)
+    shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
+    return "tiny"
 
 
 OFTEN = {"device": "cpu", "dtype": "float32", "save_every": 2, "log_every": 1, "keep": 0}
@@ -6989,43 +5837,46 @@ CHAT_STAGES = {
 }  # fmt: skip
 
 
-def run_stage(name, tag, **changes):
+def stage_settings(name, tag="t", **changes):
+    if name == "base":
+        return chat_pretrain(tag=tag, **changes)
     module, options = CHAT_STAGES[name]
+    return module.Settings(**{"tag": tag, **OFTEN, **options, **changes})
+
+
+def run_stage(name, tag, **changes):
     if name == "rl" and not common.list_checkpoints(tag, "mid"):
         midtrain.main(midtrain.Settings(tag=tag, **OFTEN, num_iterations=40))  # some are right
-    settings = module.Settings(**{"tag": tag, **OFTEN, **options, **changes})
+    module, settings = CHAT_STAGES[name][0], stage_settings(name, tag, **changes)
     return module, settings, module.main(settings)
-
-
-def stage_losses(tag, stage):
-    lines = [json.loads(x) for x in (common.run_dir(tag) / "metrics.jsonl").open()]
-    return {x["step"]: x["loss"] for x in lines if x["stage"] == stage and "loss" in x}
 
 
 def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run):
     flags = {"matrix_lr": 0.03, "head_lr": 0.005, "lr_scale": 0.7, "weight_decay": 0.1}
-    wanted = tiny_pretrain(tag="b", max_seq_len=64, total_batch_size=192, **flags)
-    tokens = common.run_dir("t") / "tokenizer"
-    shutil.copytree(tokens, common.run_dir("b") / "tokenizer")
+    wanted = chat_pretrain(restart=True, **flags)
     pretrain.main(wanted)
-    parent = common.find_checkpoint("b", "base")
+    parent = common.find_checkpoint("t", "base")
 
-    def begin(warm, **changes):
-        settings = sft.Settings(tag="b", lr_scale=0.5, **changes)
-        run = common.Run("sft", "b", settings, CPU, 0, 1)
-        return common.continue_stage(run, parent, None, False, torch.float32, warm)
+    def begin(warm_start, **changes):
+        settings = stage_settings("sft", lr_scale=0.5, warm_start=warm_start, **changes)
+        run = common.Run("sft", "t", settings, CPU)
+        model, optimizer, start, meta = common.begin_or_resume(
+            run, parent, common.Horizon(9, 3, ""), {}
+        )
+        assert start == 0 and meta["parent"] == common.parent_key(parent)
+        return model, optimizer
 
     def rates(model, *asked):
-        return [g["lr"] for g in common.optimizer_groups(model, *asked)]
+        return [0.35 * g["lr"] for g in common.optimizer_groups(model, *asked)]
 
-    model, optimizer = begin(warm=False)
+    model, optimizer = begin(warm_start=False)
     expected = rates(model, 0.03, wanted.embed_lr, 0.005, 0.1)
-    assert [g["lr"] for g in optimizer.groups] == pytest.approx([0.35 * lr for lr in expected])
+    assert [g["lr"] for g in optimizer.groups] == pytest.approx(expected)
     assert optimizer.groups[0]["weight_decay"] == 0.1
     assert not any(x.any() for unit in optimizer.units for x in unit.state.values())
-    model, warm = begin(warm=True, matrix_lr=0.01, weight_decay=0.0)
+    model, warm = begin(warm_start=True, matrix_lr=0.01, weight_decay=0.0)
     expected = rates(model, 0.01, wanted.embed_lr, 0.005, 0.0)
-    assert [g["lr"] for g in warm.groups] == pytest.approx([0.35 * lr for lr in expected])
+    assert [g["lr"] for g in warm.groups] == pytest.approx(expected)
     assert warm.groups[0]["weight_decay"] == 0
     saved = common.load_file(parent, "optimizer-000.pt", CPU)["optimizer"]
     assert warm.steps == saved["steps"] == 6
@@ -7034,24 +5885,23 @@ def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run)
         assert any(x.any() for x in unit.state.values())
 
 
-@pytest.mark.parametrize("name", CHAT_STAGES)
-def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
-    module, settings, _ = run_stage(name, "u")
-    settings = dataclasses.replace(settings, tag="t")
-    if name == "rl":
-        shutil.copytree(common.run_dir("u") / "mid", common.run_dir("t") / "mid")
+@pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
+def test_a_killed_stage_resumes_bit_for_bit(unbroken, name):
+    unbroken(name)
+    module, settings = pretrain if name == "base" else CHAT_STAGES[name][0], stage_settings(name)
     stage, given = module.__name__, dataclasses.asdict(settings)
     code = f"""
     import time
     save, steps = {stage}.save_checkpoint, []
 
-    def save_and_die(run, step, *rest):
-        run.wait_for_save()
-        steps.append(step)
+    def save_and_die(run, *rest):
+        common.finish_save(run)
+        steps.append(1)
         if len(steps) == 2:  # its files never become whole
             torch.save = lambda *_: time.sleep(60)
-        save(run, step, *rest)
+        save(run, *rest)
         if len(steps) == 2:
+            time.sleep(0.2)
             os.kill(os.getpid(), {signal.SIGKILL:d})
 
     {stage}.save_checkpoint = save_and_die
@@ -7061,15 +5911,17 @@ def test_a_killed_chat_stage_resumes_bit_for_bit(chat_run, name):
     whole = common.list_checkpoints("u", name)
     assert 1 <= len(common.list_checkpoints("t", name)) < len(whole)
     module.main(settings)
-    a, b = (common.load_file(common.find_checkpoint(tag, name), "model.pt", CPU) for tag in "ut")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert stage_losses("u", name) == stage_losses("t", name)
-    parent = {"rl": "mid"}.get(name, "base")
-    before = common.load_file(common.find_checkpoint("t", parent), "model.pt", CPU)
-    assert any(not torch.equal(a[key], before[key]) for key in a), "it learned something"
+    last = int(whole[-1].name[5:])
+    same_weights(last, name)
+    same_losses(name)
+    assert not list((common.run_dir("t") / name).glob(".*")), "what was half written goes"
+    if name != "base":
+        parent = CHAT_STAGES[name][1].get("start_from", "base")
+        a, b = final_weights("t", last, name), final_weights("t", 0, parent)
+        assert any(not torch.equal(a[key], b[key]) for key in a), "it learned something"
     rates = [x["lr"] for x in common.read_log("u") if x["stage"] == name and "lr" in x]
     shape = settings.warmup, settings.warmdown, settings.final_lr
-    assert rates == [common.trapezoid(i, len(rates), *shape) for i in range(len(rates))]
+    assert rates == [common.trapezoid(i, last, *shape) for i in range(last)]
 
 
 def test_pretraining_validates_on_text_that_it_does_not_train_on(text_source):
@@ -7094,98 +5946,90 @@ def test_the_validation_loss_is_of_all_rows_whatever_the_micro_batch(chat_run, t
 
 def test_the_best_validation_outlives_worse_ones_and_a_resume(base_dir):
     common.run_dir("t").mkdir(parents=True)
-    run = common.Run("sft", "t", None, CPU, 0, 1)
+    run = common.Run("sft", "t", None, CPU)
     for step, loss, best in ((0, 3.0, 3.0), (2, 1.0, 1.0), (4, 2.0, 1.0), (6, 0.5, 0.5)):
         run.log(step, val_loss=loss)
         assert run.metrics["best_val_loss"] == best
-    again = common.Run("sft", "t", None, CPU, 0, 1)
-    again.recall({"step": 4, "metrics": {"best_val_loss": 1.0}})
+    again = common.Run("sft", "t", None, CPU)
+    assert common.take_up_log(again, {"step": 4, "metrics": {"best_val_loss": 1.0}}) == {0, 2, 4}
     assert (again.metrics["best_val_loss"], again.metrics["val_loss"]) == (1.0, 2.0)
-    assert again.validated == {0, 2, 4}
 
 
 @pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
 def test_a_validation_that_broke_off_is_made_up_for_and_the_best_is_kept(
-    chat_run, name, monkeypatch
+    unbroken, name, monkeypatch
 ):
-    def train(tag):
-        if name == "base":
-            settings = tiny_pretrain(tag=tag, num_iterations=4, eval_every=2, restart=tag == "u")
-            return pretrain.main(settings)
-        return run_stage(name, tag)[2]
-
-    def validations(tag):
-        lines = [json.loads(x) for x in (common.run_dir(tag) / "metrics.jsonl").open()]
-        lines = [{k: v for k, v in x.items() if k != "time"} for x in lines]
-        return [x for x in lines if x["stage"] == name and any("val" in k for k in x)]
-
+    unbroken(name)
     module = pretrain if name == "base" else CHAT_STAGES[name][0]
     part = {"base": "evaluate_bpb", "rl": "validate"}.get(name, "evaluate_loss")
-    whole = train("u")
-    if name == "base":
-        shutil.rmtree(common.run_dir("t") / "base")
-        (common.run_dir("t") / "metrics.jsonl").unlink()
-    evaluate_, calls = getattr(module, part), []
+    timeless = {"time", "tok_per_s", "mfu", "data", "update", "left_s", "sampling_s"}
+
+    def timed(values):
+        return {key: value for key, value in values.items() if key not in timeless}
+
+    def validations(tag):
+        lines = [x for x in common.read_log(tag) if x["stage"] == name]
+        return [timed(x) for x in lines if any("val" in k for k in x)]
+
+    evaluate_, calls, saved, count = getattr(module, part), [], [], len(validations("u"))
 
     def break_off(*args):
         calls.append(args)
-        if len(calls) in (2, 4, 5):  # after a save in mid-run, and twice after the last
+        if len(calls) in (2, count + 1, count + 2):  # in mid-run, and twice at the end
             raise RuntimeError("it broke off")
         return evaluate_(*args)
 
     monkeypatch.setattr(module, part, break_off)
+    settings = stage_settings(name)
     for _ in range(9):
-        with contextlib.suppress(RuntimeError):
-            metrics = train("t")
+        try:
+            metrics = module.main(settings)
             break
-    assert len(calls) == len(validations("u")) + 3
-    assert validations("t") == validations("u")
-    assert [x["step"] for x in validations("t")][:2] == [0, 2]
-    timeless = {"tok_per_s", "mfu", "data", "update", "left_s", "sampling_s"}
-    assert {k: v for k, v in metrics.items() if k not in timeless} == {
-        k: v for k, v in whole.items() if k not in timeless
-    }
+        except RuntimeError:
+            saved.append(len(common.list_checkpoints("t", name)))
+    assert len(calls) == count + 3 and validations("t") == validations("u")
+    whole_run = len(common.list_checkpoints("u", name))
+    assert saved[1:] == [whole_run] * 2, "the model is saved before it is evaluated"
+    whole = common.Run(name, "u", None, CPU)
+    common.take_up_log(whole, common.read_meta(common.find_checkpoint("u", name)))
+    assert timed(metrics) == timed(whole.metrics)
     if name != "rl":
         key = "val_bpb" if name == "base" else "val_loss"
         assert metrics[f"best_{key}"] == min(x[key] for x in validations("t"))
-    assert train("t") == metrics, "it is finished, and says how it ended"
-    assert len(calls) == len(validations("u")) + 3
+    assert module.main(settings) == metrics, "it is finished, and says how it ended"
+    assert len(calls) == count + 3
 
 
-def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another(
-    chat_run, monkeypatch
-):
-    asked, pick = [], common.pick_dtype
-    monkeypatch.setattr(
-        common, "pick_dtype", lambda device, name="": asked.append(name) or torch.float32
-    )
-    base = common.read_meta(common.find_checkpoint("t", "base"))
-    assert base["dtype"] == "float32" and pick(CPU, base["muon_dtype"])
-    for dtype in ("float32", "bfloat16"):
-        run_stage("sft", "t", dtype=dtype, num_iterations=1, restart=True)
-    assert asked == [base["muon_dtype"], ""]
-    again = {"dtype": "bfloat16", "num_iterations": 2, "save_every": 1}
-    run_stage("sft", "t", **again, restart=True)
-    shutil.rmtree(common.list_checkpoints("t", "sft")[-1])
-    asked.clear()
-    run_stage("sft", "t", **again)
-    assert asked == ["float32"], "when it goes on it is what it was"
+def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another(chat_run):
+    def muon(step, **changes):
+        run_stage("sft", "t", num_iterations=step, save_every=1, **changes)
+        return common.read_meta(common.find_checkpoint("t", "sft"))["muon_dtype"]
+
+    base = common.find_checkpoint("t", "base") / "meta.json"
+    fast = str(common.pick_dtype(CPU))[6:]
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[fast]
+    base.write_text(json.dumps({**json.loads(base.read_text()), "muon_dtype": other}))
+    assert muon(1, dtype="float32") == other
+    assert muon(1, dtype="bfloat16", restart=True) == fast
+    meta = common.find_checkpoint("t", "sft") / "meta.json"
+    saved = {**json.loads(meta.read_text()), "muon_dtype": other}
+    saved["settings"]["num_iterations"] = 2
+    meta.write_text(json.dumps(saved))
+    assert muon(2, dtype="bfloat16") == other, "when it goes on it is what it was"
 
 
 @pytest.mark.parametrize("name", CHAT_STAGES)
-def test_two_ranks_follow_one_in_the_chat_stages(chat_run, name):
-    for tag in ("t", "u"):  # what bf16 makes of another order of sums would move a draw
+def test_two_ranks_follow_one_in_the_chat_stages(unbroken, name):
+    unbroken(name)
+    module, settings = CHAT_STAGES[name][0], stage_settings(name)
+    for tag in "tu":  # what bf16 makes of another order of sums would move a draw
         path = common.find_checkpoint(tag, "base") / "meta.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "muon_dtype": "float32"}))
-    module, settings, _ = run_stage(name, "u")
-    if name == "rl":
-        shutil.copytree(common.run_dir("u") / "mid", common.run_dir("t") / "mid")
-    options = {**dataclasses.asdict(settings), "tag": "t"}
+    module.main(dataclasses.replace(settings, tag="u", restart=True))
+    options = dataclasses.asdict(settings)
     run_ranks(2, f"{module.__name__}.main({module.__name__}.Settings(**{options!r}))")
-    a, b = stage_losses("u", name), stage_losses("t", name)
-    assert a.keys() == b.keys() and len(a) >= 3
-    for step in a:
-        assert a[step] == pytest.approx(b[step], abs=1e-3)
+    assert len(stage_losses("t", name)) >= 3
+    same_losses(name, within=1e-3)
     if name != "rl":
         a, b = ([x["val_loss"] for x in common.read_log(tag) if "val_loss" in x] for tag in "ut")
         assert len(a) >= 2 and a == pytest.approx(b, abs=1e-3) and all(a)
@@ -7264,6 +6108,12 @@ def test_the_rl_gradient_is_the_plain_policy_gradient(tokenizer):
     (total / count).backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+    for micro_batch in (1, 3, 5, 12):  # all samples are used whatever the micro-batch
+        accum = -(-12 // micro_batch)
+        batches = rl.group_batches(groups, micro_batch, accum, tokenizer.bos, CPU)
+        assert len(batches) == accum
+        rows = [row for b in batches for row in b.weights[:, 0].tolist() if row]
+        assert sorted(rows) == sorted([0.5, -0.5, -0.5, 0.5, -0.25, -0.25, 0.75, -0.25])
 
 
 def test_the_closing_token_is_learned_in_rl_and_the_tools_output_is_not(tokenizer):
@@ -7291,38 +6141,32 @@ def test_an_answer_keeps_its_closing_token_and_one_cut_off_has_no_reward(tokeniz
         (group,) = rl.answer_problems(engine, [problem], [0], chosen)
         assert [r.ids for r in group.replies] == [script[:most]] * 2
         assert group.rewards == [reward] * 2 and all(r.mask == [1] * most for r in group.replies)
-
-
-def test_all_samples_are_used_whatever_the_micro_batch(tokenizer):
-    groups = rl_groups(tokenizer)
-    for micro_batch in (1, 3, 5, 12):
-        accum = -(-12 // micro_batch)
-        batches = rl.group_batches(groups, micro_batch, accum, tokenizer.bos, CPU)
-        assert len(batches) == accum
-        rows = [row for b in batches for row in b.weights[:, 0].tolist() if row]
-        assert sorted(rows) == sorted([0.5, -0.5, -0.5, 0.5, -0.25, -0.25, 0.75, -0.25])
+    replies = [common.Reply([5], [1], reason) for reason in ("stop", "length", "stop", "length")]
+    groups = [rl.Group([1], replies, [1.0, 0.0, 0.0, 0.0]), rl.Group([1], replies[:2], [0.0, 0.0])]
+    rates = rl.pass_rates(groups, CPU)
+    assert rates["cut_off"] == 0.5 and rates["pass_at_1"] == pytest.approx(1 / 6)
+    assert rates["pass_at_k"] == 0.5 and rates["answer_tokens"] == 1
 
 
 def test_rl_learns_what_is_rewarded(chat_run):
-    words = "red blue green tan".split()  # of which the model knows no reason to prefer one
-    folder = common.data_dir(chat_run)
-    write_lines(folder / "mid.jsonl", [one_turn("Say it.", f"A {word} one.") for word in words * 8])
+    folder = common.data_dir(chat_run)  # the model knows no reason to prefer one of the words
+    write_lines(
+        folder / "mid.jsonl", [one_turn("Say it.", f"A {word} one.") for word in COLOURS * 8]
+    )
     problem = {"messages": one_turn("Say it.", "")["messages"][:1], "grade": "text",
                "answer": "tan", "accept": ["tan"], "reject": [], "kind": "problem"}  # fmt: skip
     write_lines(folder / "rl.jsonl", [problem] * 30)
     midtrain.main(midtrain.Settings(tag="t", **OFTEN, num_iterations=100))
     run_stage("rl", "t", num_iterations=30, problems_per_step=4, num_samples=8,
                               lr_scale=1.0, warmdown=0.0, save_every=0)  # fmt: skip
-    lines = [json.loads(x) for x in (common.run_dir("t") / "metrics.jsonl").open()]
-    rates = [x["pass_at_1"] for x in lines if x["stage"] == "rl" and "pass_at_1" in x]
+    rates = [x["pass_at_1"] for x in common.read_log("t") if "pass_at_1" in x]
     assert rates[0] < 0.7 and sum(rates[-5:]) / 5 > 0.9
 
 
 def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
     path = common.data_dir(chat_run) / "rl.jsonl"
     lines = [json.loads(line) for line in path.open()]
-    user = {"role": "user", "content": "word " * 40}
-    huge = {**lines[0], "messages": [user]}
+    huge = {**lines[0], "messages": [{"role": "user", "content": "word " * 40}]}
     write_lines(path, [huge, *lines, huge])
     run_stage("rl", "t", num_iterations=30 // 3 + 1)  # an epoch and more: none is met
     # of the first 3 of 32 one is too long: the next, which sft may have seen solved, takes no place
@@ -7330,14 +6174,6 @@ def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
     write_lines(path, [huge])
     with pytest.raises(common.MissingInput, match="beside 1 that leave no room"):
         run_stage("rl", "u")
-
-
-def test_answers_that_were_cut_off_are_counted():
-    replies = [common.Reply([5], [1], reason) for reason in ("stop", "length", "stop", "length")]
-    groups = [rl.Group([1], replies, [1.0, 0.0, 0.0, 0.0]), rl.Group([1], replies[:2], [0.0, 0.0])]
-    rates = rl.pass_rates(groups, CPU)
-    assert rates["cut_off"] == 0.5 and rates["pass_at_1"] == pytest.approx(1 / 6)
-    assert rates["pass_at_k"] == 0.5 and rates["answer_tokens"] == 1
 
 
 def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learned(
@@ -7401,42 +6237,9 @@ def test_the_base_runs_batch_and_decay_are_taken_where_none_is_given(chat_run, m
     assert decays == [0.5, 0.0, 0.25]
 
 
-def test_rows_are_made_anew_where_the_code_that_makes_them_has_changed(
-    chat_run, tokenizer, monkeypatch
-):
-    path, render, pack = (
-        common.data_dir(chat_run) / "sft.jsonl",
-        common.render_conversations,
-        common.pack_rows,
-    )
-
-    def rows():
-        chats, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
-        text = common.token_rows(chat_run, tokenizer, 64, 10**9, ALONE)
-        return [np.concatenate(one.arrays) for one in (chats, text)]
-
-    def first_half(tokenizer, conversations):
-        for ids, mask in render(tokenizer, conversations):
-            yield ids[: len(ids) // 2], mask[: len(ids) // 2]
-
-    def some(documents, T, **options):
-        yield from itertools.islice(pack(documents, T, **options), 3)
-
-    before, again = rows(), rows()
-    assert all(np.array_equal(a, b) for a, b in zip(before, again))
-    with monkeypatch.context() as patched:
-        patched.setattr(common, "render_conversations", first_half)
-        shorter = rows()
-        assert len(shorter[0]) < len(before[0]) and np.array_equal(shorter[1], before[1])
-        patched.setattr(common, "pack_rows", some)
-        assert [len(one) for one in rows()] == [3, 3]
-    assert all(np.array_equal(a, b) for a, b in zip(before, rows()))
-
-
 def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
-    rows, _ = common.conversation_rows(
-        common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
-    )
+    path = common.data_dir(chat_run) / "sft.jsonl"
+    rows, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
     model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
     raw, every = np.stack([rows.row(i) for i in range(len(rows))]), np.arange(len(rows))
     flags = raw >= common.NO_TARGET
@@ -7481,36 +6284,29 @@ def test_the_last_step_of_an_epoch_takes_the_rows_that_are_left(chat_run, name, 
     count = asked[0][0]
     _, _, metrics = run_stage(name, "t", restart=True, total_batch_size=64 * (count - 1))
     assert metrics["step"] == 2 and asked == [(count, count)] * 2
-    if name == "mid":
-        meta = common.read_meta(common.find_checkpoint("t", "mid"))
-        assert meta["mixture"]["text rows"] > 0
+    mixture = common.read_meta(common.find_checkpoint("t", name))["mixture"]
+    assert name == "sft" or mixture["text rows"] > 0
 
 
-def test_an_epoch_of_rl_meets_each_problem_once(chat_run):
-    run = SimpleNamespace(settings=rl.Settings(problems_per_step=4), rank=0, world_size=1)
+def test_one_epoch_meets_every_row_and_every_problem_once(chat_run, tokenizer):
+    path = common.data_dir(chat_run) / "sft.jsonl"
+    rows, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
+    whole = collections.Counter(tuple(rows.gather(np.array([i]))[0][0].tolist())
+                                for i in range(len(rows)))  # fmt: skip
+    for batch_rows, micro in ((3, 2), (4, 4), (5, 3)):
+        steps = -(-len(rows) // batch_rows)
+        batches = common.row_batches(rows, batch_rows, micro, 0, 0, CPU, len(rows))
+        seen = list(itertools.islice(batches, steps * common.accum_steps(batch_rows, micro)))
+        batches.close()
+        assert whole == collections.Counter(
+            tuple(row) for b in seen for row in b.ids.tolist() if set(row) != {tokenizer.bos}
+        )
+    run = common.Run("rl", "t", rl.Settings(problems_per_step=4), CPU)
     sampler = rl.Sampler(run, None, None, list(range(10)), 1, 1)
     met = [i for step in range(5) for i in sampler.problems_of(step)]
     assert sorted(met[:10]) == sorted(met[10:]) == list(range(10)) and met[:10] != met[10:]
     options = {"num_iterations": 0, "problems_per_step": 20, "save_every": 0}
     assert run_stage("rl", "t", **options)[2]["step"] == 2, "of 27 problems"
-
-
-def test_one_epoch_trains_on_every_row_once(chat_run, tokenizer):
-    rows, _ = common.conversation_rows(
-        common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE
-    )
-    for batch_rows, micro in ((3, 2), (4, 4), (5, 3)):
-        steps = -(-len(rows) // batch_rows)
-        batches = common.row_batches(rows, batch_rows, micro, 0, 0, CPU, len(rows))
-        accum = common.accum_steps(batch_rows, micro)
-        seen = list(itertools.islice(batches, steps * accum))
-        batches.close()
-        used = collections.Counter(
-            tuple(row) for b in seen for row in b.ids.tolist() if set(row) != {tokenizer.bos}
-        )
-        whole = collections.Counter(tuple(rows.gather(np.array([i]))[0][0].tolist())
-                                    for i in range(len(rows)))  # fmt: skip
-        assert used == whole
 
 
 def test_a_restart_that_cannot_begin_leaves_the_model(chat_run, monkeypatch):
@@ -7519,31 +6315,33 @@ def test_a_restart_that_cannot_begin_leaves_the_model(chat_run, monkeypatch):
     there = {stage: common.list_checkpoints("t", stage) for stage in ("base", "mid", "sft")}
     path = common.run_dir("t") / "metrics.jsonl"
     log = path.read_text()
-    small = {"max_seq_len": 64, "total_batch_size": 192, "restart": True}
     with pytest.raises(common.MissingInput, match="typo has no train text"):
-        pretrain.main(tiny_pretrain(source="typo", **small))
+        pretrain.main(chat_pretrain(source="typo", restart=True))
     for name in ("mid", "sft"):
         with pytest.raises(common.MissingInput, match="is missing"):
             run_stage(name, "t", restart=True, chats="typo")
     monkeypatch.setattr(common, "free_bytes", lambda device: 1.0)
-    with pytest.raises(common.MissingInput, match="--recompute"):
-        pretrain.main(tiny_pretrain(device_batch_size=0, **small))
+    with pytest.raises(common.Stop, match="--recompute"):
+        pretrain.main(chat_pretrain(device_batch_size=0, restart=True))
     for stage, folders in there.items():
         assert common.list_checkpoints("t", stage) == folders != []
     assert path.read_text() == log
 
 
 def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkeypatch):
-    model, optimizer, folder = saved_run(steps=(1, 2))
-    settings = tiny_pretrain(restart=True)
+    _, model, optimizer, folder = saved_run(steps=(1, 2))
 
     def start(again):
-        run = common.Run("base", "t", settings, CPU, 0, 1, again=again)
-        return run, *common.newest_checkpoint(run)
+        run = common.Run("base", "t", tiny_pretrain(restart=True), CPU, again=again)
+        return run, *common.newest_checkpoint(run, model.config, {})
 
     for again in (False, True):  # torchrun's second attempt, the first ended before training
         run, newest, saved = start(again)
         assert newest is None and saved == {} and folder.exists()
+    run.stopping = True  # Ctrl-C while the stage is set up
+    common.drop_replaced(run, 0)
+    assert folder.exists()
+    run.stopping = False
 
     def killed(path, **options):
         if Path(path).exists():
@@ -7551,79 +6349,61 @@ def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(shutil, "rmtree", killed)
-        run.begin(saved)
+        common.drop_replaced(run, 0)
     assert not run.dir.exists()
-    run.begin(saved)
+    common.drop_replaced(run, 0)
     assert [path.name for path in common.run_dir("t").iterdir()] == [], "nor what was half deleted"
-    new = common.save_checkpoint(run, 1, model, optimizer, {})
-    run.wait_for_save()
+    new = common.save_checkpoint(run, common.Step(1, 9), model, optimizer, {})
+    common.finish_save(run)
     assert start(True)[1] == new, "its third attempt goes on from what the second saved"
     assert start(False)[1] is None
 
 
-def test_a_restart_that_is_stopped_before_it_trains_drops_nothing(base_dir):
-    _, _, folder = saved_run(steps=(1, 2))
-    run = common.Run("base", "t", tiny_pretrain(restart=True), CPU, 0, 1)
-    _, saved = common.newest_checkpoint(run)
-    run.stopping = True  # Ctrl-C while the stage is set up
-    run.begin(saved)
-    assert folder.exists()
-    run.stopping = False
-    run.begin(saved)
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize("name", CHAT_STAGES)
-def test_a_chat_stage_wants_the_tokenizer_of_its_base_model(chat_run, name):
+def test_a_stage_wants_the_tokenizer_of_its_base_model(chat_run):
     path = common.run_dir("t") / "tokenizer" / "tokenizer.json"
     saved = json.loads(path.read_text())
     saved["merges"] = saved["merges"][:-1] + [[97, 122]]
     path.write_text(json.dumps(saved))
-    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
-        run_stage(name, "t", restart=True)
-    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
-        evaluate.main(evaluate.Settings(tag="t", device="cpu"))
+    shutil.copytree(common.run_dir("t") / "base", common.run_dir("t") / "mid")  # rl's parent
     chosen = SimpleNamespace(tag="t", stage="", step=0, device="cpu", dtype="", int8=False)
-    with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
-        common.load_for_answers(chosen)
+    wanting = [lambda name=name: run_stage(name, "t", restart=True) for name in CHAT_STAGES]
+    wanting += [lambda: evaluate.main(evaluate.Settings(tag="t", device="cpu"))]
+    for want in [*wanting, lambda: common.load_for_answers(chosen)]:
+        with pytest.raises(common.MissingInput, match="another tokenizer than its base model"):
+            want()
 
 
 def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
-    run = common.Run("base", "t", None, CPU, 0, 1)
-    with common.alone_at_work(run):
+    with common.alone_at_work(common.Run("base", "t", None, CPU)):
         with pytest.raises(common.MissingInput, match="another process is training base"):
             pretrain.main(tiny_pretrain())
         pretrain.main(tiny_pretrain(tag="u"))
     pretrain.main(tiny_pretrain())
 
 
-def test_a_stage_whose_parent_changed_says_so(chat_run):
-    run_stage("mid", "t")
-    pretrain.main(tiny_pretrain(max_seq_len=64, total_batch_size=192, seed=5, restart=True))
+def test_a_stage_whose_parent_changed_says_so(unbroken):
+    unbroken("mid")
+    pretrain.main(chat_pretrain(tag="u", seed=5, restart=True))
     with pytest.raises(common.MissingInput, match="another model than"):
-        run_stage("mid", "t")
-    run_stage("mid", "t", restart=True)
+        midtrain.main(stage_settings("mid", "u"))
+    midtrain.main(stage_settings("mid", "u", restart=True))
 
 
 @pytest.mark.parametrize("name", CHAT_STAGES)
-def test_a_stage_whose_conversations_changed_says_so(chat_run, name, capsys):
-    run_stage(name, "t")
-    path = common.data_dir(chat_run) / f"{name}.jsonl"
+def test_a_stage_whose_conversations_changed_says_so(unbroken, name, capsys):
+    unbroken(name)
+    module, settings = CHAT_STAGES[name][0], stage_settings(name, "u")
+    path = common.data_dir("tiny") / f"{name}.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:-1]), "utf-8")
     for _ in range(2):  # finished, then half trained
         with pytest.raises(common.MissingInput, match="other data.*--restart"):
-            run_stage(name, "t")
-        for folder in common.list_checkpoints("t", name)[1:]:
+            module.main(settings)
+        for folder in common.list_checkpoints("u", name)[1:]:
             shutil.rmtree(folder)
-    meta = common.list_checkpoints("t", name)[0] / "meta.json"
-    saved = json.loads(meta.read_text())
-    del saved["data"]  # as checkpoints once were
-    meta.write_text(json.dumps(saved))
     assert "finished" not in capsys.readouterr().out
-    run_stage(name, "t")
-    run_stage(name, "t", restart=True)
-    run_stage(name, "t")
+    module.main(dataclasses.replace(settings, restart=True))
+    module.main(settings)
     assert "finished" in capsys.readouterr().out
 
 
@@ -7715,31 +6495,38 @@ WRONG = [[*CALL[:3], {"type": "text", "text": " So it is 4."}], "It is Paris or 
          "I don\u2019t know.", "    return x"]  # fmt: skip
 
 
-def test_a_prompt_that_was_cut_to_the_context_is_said(tokenizer):
-    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 2)
-    items = [asking(text, grade="text", accept=["x"], answer="x") for text in ("a?", "word " * 40)]
-    got = evaluate.write_replies(engine, items, range(2), 4)
-    assert {reply.index: reply.cut for reply in got} == {0: False, 1: True}
-
-
 @pytest.mark.parametrize("right", [True, False])
-def test_replies_of_each_kind_are_graded_and_shown(tokenizer, right):
+def test_replies_of_each_kind_are_graded_and_shown(tokenizer, right, monkeypatch):
     replies = dict(zip((evaluate.question_of(i) for i in GRADED), RIGHT if right else WRONG))
-    got = evaluate.write_replies(said_by(tokenizer, replies), GRADED, range(4), 64)
-    got = sorted(got, key=lambda g: g.index)
-    assert [g.index for g in got] == [0, 1, 2, 3] and [g.right for g in got] == [right] * 4
-    assert not any(g.cut for g in got)
-    assert got[0].question == "What is 37 times 12?" and got[0].answer == "444"
-    assert got[0].reply == f"Let me see: [37*12][= 444] So it is {'444' if right else '4'}."
-    assert got[3].reply.startswith("    return") and "# " in got[3].reply
-    run = SimpleNamespace(rank=0, world_size=1, device=CPU, stopping=False, say=print)
+    got = list(evaluate.write_replies(said_by(tokenizer, replies), GRADED, 64))
+    clock, lines = itertools.count(0, 11), []
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
+    run = SimpleNamespace(rank=0, world_size=1, device=CPU, stopping=False, say=lines.append)
     record = evaluate.tally(run, "all", GRADED, got)
+    assert re.fullmatch(r"all +1/4  0.0 items/s  left 66 s", lines[0]), "a long task says so"
+    got.sort()
+    assert [g.number for g in got] == [0, 1, 2, 3] and [g.right for g in got] == [right] * 4
+    assert got[0].question == "What is 37 times 12?" and got[0].answer == "444"
+    assert got[0].reply == f"Let me see: [37*12 = 444] So it is {'444' if right else '4'}."
+    assert got[3].reply.startswith("    return") and "# " in got[3].reply
     assert record["score"] == right and record["items"] == 4 and record["low"] < record["high"]
-    assert record["unknown_said"] == (0 if right else 0.25)
+    assert record["unknown_said"] == (0 if right else 0.25) and record["cut"] == 0
     assert record["kinds"]["sum"] == [right, 1] and len(record["kinds"]) == 4
     shown = record["examples"]["right" if right else "wrong"]
-    assert len(shown) == 3 and shown[0]["reply"] == got[0].reply
+    assert [one["reply"] for one in shown] == [g.reply for g in got[:3]], "the first items"
     assert not record["examples"]["wrong" if right else "right"]
+
+
+def test_a_question_of_several_turns_has_its_roles_and_one_that_is_cut_is_said(tokenizer):
+    turns = [("user", "37*12?"), ("assistant", CALL), ("user", "Thanks")]
+    item = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    assert evaluate.question_of(item) == (
+        "user: 37*12?\nassistant: Let me see: [37*12 = 444] So it is 444.\nuser: Thanks"
+    )
+    engine = common.Engine(random_model(vocab_size=tokenizer.vocab_size), tokenizer, 2)
+    items = [asking(text, grade="text", accept=["x"], answer="x") for text in ("a?", "word " * 40)]
+    got = evaluate.write_replies(engine, items, 4)
+    assert {reply.number: reply.cut for reply in got} == {0: False, 1: True}
 
 
 @pytest.mark.parametrize(
@@ -7766,68 +6553,36 @@ def test_the_solutions_of_humaneval_pass_and_empty_ones_do_not():
         item = {**row, "tests": row["test"]}
         whole = f"```python\n{row['prompt']}{row['canonical_solution']}```"
         for reply, passed in ((row["canonical_solution"], 1), (whole, 1), ("    pass\n", 0)):
-            assert common.run_code(evaluate.program_of(item, reply)).passed == passed
-
-
-def test_a_conversation_of_several_turns_is_shown_with_its_roles():
-    item = {"messages": [{"role": "user", "content": "37*12?"},
-                         {"role": "assistant", "content": CALL},
-                         {"role": "user", "content": "Thanks"}]}  # fmt: skip
-    assert evaluate.question_of(item) == (
-        "user: 37*12?\nassistant: Let me see: [37*12][= 444] So it is 444.\nuser: Thanks"
-    )
-
-
-def test_examples_show_unlike_kinds_first():
-    items = [{"kind": kind} for kind in "aaaabbcc"]
-    outcomes = [evaluate.Graded(i, True, str(i), "", "") for i in (3, 5, 0, 7, 2, 6)]
-    assert [e["question"] for e in evaluate.pick_examples(items, outcomes)] == ["0", "5", "6"]
-    items = [{}] * 8
-    assert [e["question"] for e in evaluate.pick_examples(items, outcomes)] == ["0", "2", "3"]
-
-
-def test_a_long_task_shows_its_progress_and_the_time_left(monkeypatch):
-    clock, lines = itertools.count(0, 3), []
-    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock))
-    run = SimpleNamespace(rank=0, world_size=1, device=CPU, stopping=False, say=lines.append)
-    outcomes = (evaluate.Graded(i, True, "", "", "") for i in range(1200))
-    evaluate.tally(run, "letters", [{}] * 2000, outcomes)
-    wanted = r"letters +1,\d+/2,000  0.\d items/s  left \d+ min"
-    assert len(lines) > 100 and re.search(wanted, lines[-1])
+            assert evaluate.run_code(evaluate.program_of(item, reply)).passed == passed
 
 
 # The three kinds of CORE's questions, small
 
 
-def test_a_few_shot_prompt_is_laid_out_as_published():
-    choices = evaluate.CoreTask("choices", "", 1, "\nAnswer: ", 25)
-    items = [{"query": "Question: 1 + 1?", "choices": ["one", "two"], "gold": 1},
-             {"query": "Question: 1 + 2?", "choices": ["three", "two"], "gold": 0}]  # fmt: skip
-    assert evaluate.core_texts(choices, items, 0) == [
-        "Question: 1 + 2?\nAnswer: three\n\nQuestion: 1 + 1?\nAnswer: one",
-        "Question: 1 + 2?\nAnswer: three\n\nQuestion: 1 + 1?\nAnswer: two",
-    ]
-    assert evaluate.core_texts(choices._replace(shots=0), items, 1) == [
-        "Question: 1 + 2?\nAnswer: three", "Question: 1 + 2?\nAnswer: two",
-    ]  # fmt: skip
-    schema = evaluate.CoreTask("schema", "", 1, " ", 50)
-    items = [{"context_options": ["Ann because Ann", "Ann because Bob"], "continuation": "ran.",
-              "gold": 1},
-             {"context_options": ["It as she", "It as he"], "continuation": "fell.",
-              "gold": 0}]  # fmt: skip
-    assert evaluate.core_texts(schema, items, 1) == [
-        "Ann because Bob ran.\n\nIt as she fell.", "Ann because Bob ran.\n\nIt as he fell.",
-    ]  # fmt: skip
-    language = evaluate.CoreTask("language", "", 1, " ", 0)
-    items = [{"context": " The sky is\n", "continuation": "blue"},
-             {"context": "Grass is ", "continuation": "green"}]  # fmt: skip
-    assert evaluate.core_texts(language, items, 0) == [
-        "Grass is green\n\nThe sky is", "Grass is green\n\nThe sky is blue",
-    ]  # fmt: skip
+def core_task(kind, shots=0, delimiter=" "):
+    return evaluate.CoreTask("", kind, "", shots, delimiter, 25)
+
+
+@pytest.mark.parametrize(
+    ("kind", "items", "solved", "asked"),
+    [("choices", [{"query": "1 + 2?", "choices": ["three", "two"], "gold": 0},
+                  {"query": "1 + 1?", "choices": ["one", "two"], "gold": 1}],
+      "1 + 2?\nAnswer: three", ["1 + 1?\nAnswer: one", "1 + 1?\nAnswer: two"]),
+     ("schema", [{"context_options": ["Ann as Ann", "Ann as Bob"], "continuation": "ran", "gold": 1},
+                 {"context_options": ["It: she", "It: he"], "continuation": "fell", "gold": 0}],
+      "Ann as Bob\nAnswer: ran", ["It: she\nAnswer: fell", "It: he\nAnswer: fell"]),
+     ("language", [{"context": "Grass is ", "continuation": "green"},
+                   {"context": " The sky is\n", "continuation": "blue"}],
+      "Grass is\nAnswer: green", ["The sky is\nAnswer:", "The sky is\nAnswer: blue"])],
+)  # fmt: skip
+def test_a_few_shot_prompt_is_laid_out_as_published(kind, items, solved, asked):
+    texts = [f"{solved}\n\n{text}" for text in asked]
+    assert evaluate.core_texts(core_task(kind, 1, "\nAnswer: "), items, 1) == texts
+    assert evaluate.core_texts(core_task(kind, 0, "\nAnswer: "), items, 1) == asked
 
 
 def test_solved_examples_are_others_and_as_nanochat_draws_them():
-    task = evaluate.CoreTask("language", "", 4, " ", 0)
+    task = core_task("language", 4)
     items = [{"context": f"c{i}.", "continuation": f"w{i}"} for i in range(12)]
     for index in range(12):
         others = [i for i in range(12) if i != index]
@@ -7842,9 +6597,8 @@ def plain_scores(model, tokenizer, texts, prefix_of):
     """Mean nats and whether all is greedy of each text after its first tokens, one by one."""
     for text, prefix in zip(texts, prefix_of):
         ids = [tokenizer.bos, *tokenizer.encode(text)]
-        n = len(ids) - prefix
-        if len(ids) > model.config.max_seq_len + 1:
-            ids = [tokenizer.bos, *ids[-model.config.max_seq_len :]]
+        n, T = len(ids) - prefix, model.config.max_seq_len
+        ids = ids if len(ids) <= T + 1 else [tokenizer.bos, *ids[-T:]]
         logprobs = model(torch.tensor([ids[:-1]]))[0].log_softmax(-1)[-n:]
         targets = torch.tensor(ids[-n:])
         nats = -logprobs[torch.arange(n), targets].mean().item()
@@ -7867,76 +6621,66 @@ def core_engine(tokenizer):
 
 @pytest.mark.parametrize("rows", [0, 1, 3])
 @pytest.mark.parametrize("shots", [0, 2, 9])  # nine do not fit into the context
-def test_core_answers_batched_equal_those_of_plain_passes_one_at_a_time(tokenizer, rows, shots):
+@pytest.mark.parametrize("kind", ["choices", "schema", "language"])
+def test_core_answers_batched_equal_those_of_plain_passes_one_at_a_time(
+    tokenizer, kind, rows, shots
+):
     (engine, words), rng = core_engine(tokenizer), random.Random(0)
-    model, settings_ = engine.model, evaluate.Settings(device_batch_size=rows)
+    task, settings_ = core_task(kind, shots), evaluate.Settings(device_batch_size=rows)
 
     def sentence(n):
         return " ".join(rng.choice(words) for _ in range(n))
 
-    def answers(task, items):
-        return sorted(evaluate.answer_core(engine, task, items, range(12), settings_),
-                      key=lambda g: g.index)  # fmt: skip
+    def length(text):
+        return len(tokenizer.encode(text))
 
-    task = evaluate.CoreTask("choices", "", shots, " ", 25)
-    items = [{"query": sentence(rng.randrange(1, 9)), "gold": rng.randrange(3),
-              "choices": [f"{word} {sentence(rng.randrange(0, 3))}".strip()
-                          for word in rng.sample(words, 3)]} for _ in range(12)]  # fmt: skip
-    for got, item in zip(answers(task, items), items):
-        texts = evaluate.core_texts(task, items, got.index)
-        begun = len(tokenizer.encode(texts[0][: -len(item["choices"][0]) - 1])) + 1
-        scores = list(plain_scores(model, tokenizer, texts, [begun] * 3))
-        best = min(range(3), key=lambda i: scores[i][0])
-        assert got.reply == item["choices"][best] and got.right == (best == item["gold"])
-        assert got.cut == any(len(tokenizer.encode(t)) > 48 for t in texts)
-        assert got.cut or shots < 9
+    def make_item():
+        if kind == "language":
+            return {"context": sentence(rng.randrange(1, 9)), "continuation": sentence(2)}
+        if kind == "schema":
+            return {
+                "context_options": [f"{sentence(3)} {word}" for word in rng.sample(words, 2)],
+                "continuation": sentence(rng.randrange(1, 4)),
+                "gold": rng.randrange(2),
+            }
+        choices = [f"{word} {sentence(rng.randrange(3))}".strip() for word in rng.sample(words, 3)]
+        return {
+            "query": sentence(rng.randrange(1, 9)),
+            "gold": rng.randrange(3),
+            "choices": choices,
+        }
 
-    task = evaluate.CoreTask("schema", "", shots, " ", 50)
-    items = [{"context_options": [f"{sentence(3)} {word}" for word in rng.sample(words, 2)],
-              "continuation": sentence(rng.randrange(1, 4)), "gold": rng.randrange(2)}
-             for _ in range(12)]  # fmt: skip
-    for got, item in zip(answers(task, items), items):
-        texts = evaluate.core_texts(task, items, got.index)
-        n = len(tokenizer.encode(f" {item['continuation']}"))
-        begun = [len(tokenizer.encode(text)) + 1 - n for text in texts]
-        scores = list(plain_scores(model, tokenizer, texts, begun))
-        best = min((0, 1), key=lambda i: scores[i][0])
-        assert got.reply == item["context_options"][best] and got.right == (best == item["gold"])
+    def answers():
+        return sorted(evaluate.answer_core(engine, task, items, range(12), settings_))
 
-    task = evaluate.CoreTask("language", "", shots, " ", 0)
-    items = [{"context": sentence(rng.randrange(1, 9)), "continuation": sentence(2)}
-             for _ in range(12)]  # fmt: skip
-    rights = []
-    for i, item in enumerate(items):
+    items, rights = [make_item() for _ in range(12)], []
+    for i in range(12) if kind == "language" else ():
         for _ in range(2):  # what the model says indeed, as far as the examples change no more
-            item["continuation"] = answers(task, items)[i].reply.strip()
+            items[i]["continuation"] = answers()[i].reply.strip()
         if i % 3 == 0:  # half right
-            item["continuation"] = f"{item['continuation'].split()[0]} {sentence(1)}"
-    for got in answers(task, items):
-        texts = evaluate.core_texts(task, items, got.index)
-        ((_, right),) = plain_scores(model, tokenizer, texts[1:],
-                                     [len(tokenizer.encode(texts[0])) + 1])  # fmt: skip
-        assert got.right == right
-        rights.append(right)
+            items[i]["continuation"] = f"{items[i]['continuation'].split()[0]} {sentence(1)}"
+    for got, item in zip(answers(), items, strict=True):
+        texts = evaluate.core_texts(task, items, got.number)
+        options = item.get("choices") or item.get("context_options")
+        if kind == "language":
+            begun, texts = [length(texts[0]) + 1], texts[1:]
+        elif kind == "schema":
+            begun = [length(text) + 1 - length(f" {item['continuation']}") for text in texts]
+        else:
+            begun = [length(texts[0][: -len(options[0]) - 1]) + 1] * 3
+        scores = list(plain_scores(engine.model, tokenizer, texts, begun))
+        if options:
+            best = min(range(len(options)), key=lambda i: scores[i][0])
+            assert got.reply == options[best] and got.right == (best == item["gold"])
+        else:
+            assert got.right == scores[0][1]
+        assert got.cut == any(length(t) > 48 for t in texts) and (got.cut or shots < 9)
+        rights.append(got.right)
     assert not all(rights) and any(rights)
 
 
-def test_a_row_past_the_context_keeps_its_first_id_and_its_continuation(tokenizer):
-    model = random_model(vocab_size=tokenizer.vocab_size)
-    ids = torch.randint(tokenizer.vocab_size, (100,)).tolist()
-    rows = [(ids, 5), (ids[:20], 3), (ids[:33], 4), (ids[:34], 32), (ids, 90)]
-    got = dict(evaluate.continuation_logits(model, rows, evaluate.Settings()))
-    whole = model(torch.tensor([[ids[0], *ids[-32:-1]]]))[0]
-    torch.testing.assert_close(got[0], whole[-5:], rtol=1e-4, atol=1e-4)
-    short = model(torch.tensor([ids[:19]]))[0]
-    torch.testing.assert_close(got[1], short[-3:], rtol=1e-4, atol=1e-4)
-    full = model(torch.tensor([ids[:32]]))[0]
-    torch.testing.assert_close(got[2], full[-4:], rtol=1e-4, atol=1e-4)
-    assert [len(got[i]) for i in range(5)] == [5, 3, 4, 32, 32]
-
-
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_what_rows_have_in_common_is_computed_once(spare, changes, monkeypatch):
+def test_what_rows_have_in_common_is_computed_once(changes, monkeypatch):
     model, rng = random_model(**changes), random.Random(0)
     rows = []
     for start, tails in ((20, (3, 5, 1)), (9, (2, 9, 9)), (28, (4, 4)), (1, (20, 31, 2)),
@@ -7955,7 +6699,7 @@ def test_what_rows_have_in_common_is_computed_once(spare, changes, monkeypatch):
         return HIDDEN(model, ids, *args)
 
     for size, hidden in itertools.product((0, 3, 1), (scarce(HIDDEN, 2), counted)):
-        monkeypatch.setattr(common.GPT, "hidden", hidden)
+        monkeypatch.setattr(common.GPT, "trunk", hidden)
         computed.clear()
         options = evaluate.Settings(device_batch_size=size)
         got = dict(evaluate.continuation_logits(model, rows, options))
@@ -7970,29 +6714,59 @@ def test_letters_are_chosen_batched_as_one_at_a_time(tokenizer):
     items = [asking(" ".join(SENTENCES[i : i + i % 4]) + "?", grade="letter",
                     choices=["x"] * (2 + i % 4), answer=rng.choice("ABC"))
              for i in range(30)]  # fmt: skip
-    found = {}
-    for item in items:
+    found, cut = {}, set()
+    for i, item in enumerate(items):
         ids = common.render_prompt(tokenizer, item["messages"])
+        cut |= {i} if len(ids) > 40 else set()
         ids = ids if len(ids) <= 40 else [ids[0], *ids[-39:]]
         logits = model(torch.tensor([ids]))[0, -1]
         letters = "ABCDE"[: len(item["choices"])]
-        found[len(found)] = max(letters, key=lambda letter: logits[tokenizer.encode(letter)[0]])
+        found[i] = max(letters, key=lambda letter: logits[tokenizer.encode(letter)[0]])
+    assert len(set(found.values())) > 1 and cut
     for rows in (0, 1, 4):
         options = evaluate.Settings(device_batch_size=rows)
-        got = list(evaluate.choose_letters(engine, items, range(30), options))
-        assert {g.index: g.reply for g in got} == found and len(set(found.values())) > 1
-        assert all(g.right == (found[g.index] == items[g.index]["answer"]) for g in got)
-        assert {g.index for g in got if g.cut} == {i for i in range(30) if len(
-            common.render_prompt(tokenizer, items[i]["messages"])) > 40} != set()  # fmt: skip
+        got = list(evaluate.choose_letters(engine, items, options))
+        assert {g.number: g.reply for g in got} == found
+        assert all(g.right == (found[g.number] == items[g.number]["answer"]) for g in got)
+        assert {g.number for g in got if g.cut} == cut
+
+
+def test_the_likeliest_line_is_that_of_the_plain_formula_after_what_the_reply_says(tokenizer):
+    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=96)
+    engine, rng = common.Engine(model, tokenizer, 1), random.Random(0)
+    words = ["cat", "a dog", "the mat", "sat on it", "rat"]
+    items, written, best = [], [], {}
+    said = [("It sat.", "It sat.\n"), ("It is.\n- the cat B", "It is.\n"), ("- cat A", ""),
+            ("One.\n- two\n- three C", "One.\n- two\n")]  # fmt: skip
+    for i in range(12):
+        reply, stays = said[i % 4]
+        item = asking("Which?", grade="letter", choices=rng.sample(words, 2 + i % 3),
+                      answer=rng.choice("AB"))  # fmt: skip
+        items.append(item)
+        written.append(evaluate.Graded(i, False, "Which?", reply, item["answer"]))
+        prompt, nats = common.render_prompt(tokenizer, item["messages"]), {}
+        for choice, letter in zip(item["choices"], "ABCD"):
+            line = f"{stays}- {choice} {letter}"
+            ids = prompt + tokenizer.encode(line) + [tokenizer.specials["<|assistant_end|>"]]
+            losses = F.cross_entropy(
+                model(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:]), reduction="none"
+            )
+            nats[line] = losses[len(prompt) - 1 :].sum().item()  # what is common counts for none
+        best[i] = min(nats, key=nats.get)
+    for rows in (1, 5):
+        options = evaluate.Settings(device_batch_size=rows)
+        got = {g.number: g for g in evaluate.choose_lines(engine, items, written, options)}
+        assert {i: g.reply for i, g in got.items()} == best
+        assert all(g.right == best[i].endswith(items[i]["answer"]) for i, g in got.items())
+    assert len({line[-1] for line in best.values()}) > 1
 
 
 def test_core_is_the_mean_of_centred_scores_and_says_of_how_many():
-    sides = {"right": [], "wrong": []}
     records = {
         "copa": {"centred": -0.5, "baseline": 0.5, "low": 0.2, "high": 0.3, "items": 100,
-                 "seconds": 1.0, "examples": sides},
+                 "seconds": 1.0},
         "jeopardy": {"centred": 0.75, "baseline": 0.0, "low": 0.7, "high": 0.8, "items": 60,
-                     "seconds": 2.0, "examples": sides},
+                     "seconds": 2.0},
     }  # fmt: skip
     core = evaluate.core_mean(records)
     assert core["score"] == pytest.approx(0.125) and core["items"] == 160
@@ -8010,12 +6784,14 @@ def test_the_table_of_core_is_the_published_one_and_its_files_can_be_asked(token
     kinds = {"choices": "multiple_choice", "schema": "schema", "language": "language_modeling"}
     for facts in published:
         task = evaluate.CORE[facts["task"]]
-        assert kinds[task.kind] == facts["kind"] and task.shots == facts["num_fewshot"]
-        assert task.delimiter == facts["continuation_delimiter"]
-        assert task.baseline == facts["random_baseline"]
+        assert (kinds[task.kind], task.shots, task.delimiter, task.baseline) == (
+            facts["kind"], facts["num_fewshot"], facts["continuation_delimiter"],
+            facts["random_baseline"],
+        )  # fmt: skip
         if facts["file"] is None:
             continue
-        assert facts["file"].replace("_partial", "") == f"eval_data/{task.file}.jsonl"
+        own = evaluate.data_path(f"CORE/{task.name}", {"source": "x"}).parts[-3:]
+        assert facts["file"].replace("_partial", "") == "/".join(own)
         with open(folder / facts["file"], encoding="utf-8") as file:
             items = [json.loads(line) for line in itertools.islice(file, 12)]
         for index, item in enumerate(items[:3]):
@@ -8033,36 +6809,6 @@ def test_the_table_of_core_is_the_published_one_and_its_files_can_be_asked(token
 
 
 # The stage as a whole
-
-
-def test_the_likeliest_line_is_that_of_the_plain_formula_after_what_the_reply_says(tokenizer):
-    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=96)
-    engine, rng = common.Engine(model, tokenizer, 1), random.Random(0)
-    words = ["cat", "a dog", "the mat", "sat on it", "rat"]
-    items, written = [], []
-    for i in range(12):
-        choices = rng.sample(words, 2 + i % 3)
-        items.append(asking("Which?", grade="letter", choices=choices, answer=rng.choice("AB")))
-        said = ("It sat.", "It is.\n- the cat B", "- cat A", "One.\n- two\n- three C")[i % 4]
-        written.append(evaluate.Graded(i, False, "Which?", said, items[-1]["answer"]))
-    kept = ("It sat.\n", "It is.\n", "", "One.\n- two\n")
-    best = {}
-    for i, item in enumerate(items):
-        prompt, nats = common.render_prompt(tokenizer, item["messages"]), {}
-        for choice, letter in zip(item["choices"], "ABCD"):
-            line = f"{kept[i % 4]}- {choice} {letter}"
-            ids = prompt + tokenizer.encode(line) + [tokenizer.specials["<|assistant_end|>"]]
-            losses = F.cross_entropy(
-                model(torch.tensor([ids[:-1]]))[0], torch.tensor(ids[1:]), reduction="none"
-            )
-            nats[line] = losses[len(prompt) - 1 :].sum().item()  # what is common counts for none
-        best[i] = min(nats, key=nats.get)
-    for rows in (1, 5):
-        options = evaluate.Settings(device_batch_size=rows)
-        got = {g.index: g for g in evaluate.choose_lines(engine, items, written, options)}
-        assert {i: g.reply for i, g in got.items()} == best
-        assert all(g.right == best[i].endswith(items[i]["answer"]) for i, g in got.items())
-    assert len({line[-1] for line in best.values()}) > 1
 
 
 @pytest.fixture
@@ -8093,55 +6839,58 @@ def tiny_evaluate(**changes):
     return evaluate.Settings(**{"tag": "t", "device": "cpu", "dtype": "float32", **changes})
 
 
+def eval_file(name, tag="t"):
+    path = common.run_dir(tag) / "eval" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"done": {}}
+
+
 def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evaluated, capsys):
     report = evaluate.main(tiny_evaluate())
     tasks = report["tasks"]
     assert set(tasks) == {"val_bpb", "train_bpb", "facts_trained", "CORE"}
     assert tasks["facts_trained"]["items"] == 5 and len(report["samples"]) == 10
-    texts = list(common.read_texts(common.list_shards("tiny", "val")[0]))
-    assert tasks["val_bpb"]["items"] == len(texts), "a full pass"
     copa = tasks["CORE"]["tasks"]["copa"]
     assert copa["centred"] == pytest.approx((copa["score"] - 0.5) / 0.5)
     assert tasks["CORE"]["covered"] == 2 and tasks["CORE"]["tasks"]["squad"]["partial"]
     out = capsys.readouterr().out
-    assert "2 of 22 tasks" in out and "a part of the set" in out
+    assert "2 of 22 tasks" in out and "squad (a part of the set)" in out
     left_out = re.search("left out, .*", out)[0]
     assert "facts_unseen" in left_out and "CORE/piqa" in left_out and "copa" not in left_out
     evaluate.main(tiny_evaluate(report=True))
     markdown = (common.run_dir("t") / "report.md").read_text()
     named = re.search(r"Left out, .* \(base\): (.*)\.", markdown)
-    assert named and named[1] == left_out.split(": ")[1]
+    assert named and named[1] == left_out.split(": ")[1] and "    completion: " in markdown
     result = {"left_out": ["MMLU", "CORE/piqa", "HumanEval (it needs --run-code)"], "tasks": {},
               "done": {"HumanEval": [0, 1], "CORE/copa": [0, 1]}}  # fmt: skip
     record = evaluate.read_record("t")._replace(results={"base": result}, metas={})
     assert evaluate.score_blocks(record, "t")[-1].endswith("(base): MMLU, CORE/piqa.")
-    saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
-    assert saved == report
+    assert eval_file("base") == report
     with unittest.mock.patch.object(evaluate, "run_task", lambda *_: 1 / 0):
         assert evaluate.main(tiny_evaluate()) == report, "what is done is not done again"
 
     capsys.readouterr()
     tasks = evaluate.main(tiny_evaluate(stage="sft"))["tasks"]
-    assert set(tasks) == {
-        "val_bpb", "letters", evaluate.WRITTEN, "facts", "problems_new", "GSM8K"
-    }  # fmt: skip
+    written = {"letters", evaluate.WRITTEN, "facts", "problems_new", "GSM8K"}
+    assert set(tasks) == {"val_bpb", *written}
     left_out = re.search("left out, .*", capsys.readouterr().out)[0]
     assert "MMLU" in left_out and "HumanEval (it needs --run-code)" in left_out
-    for name, record in tasks.items():
-        if not name.endswith("bpb"):
-            assert 0 <= record["low"] <= record["score"] <= record["high"] <= 1
-            assert set(record["examples"]) == {"right", "wrong"} and record["seconds"] > 0
+    for record in map(tasks.get, written):
+        assert 0 <= record["low"] <= record["score"] <= record["high"] <= 1
+        assert set(record["examples"]) == {"right", "wrong"} and record["seconds"] > 0
     (example,) = tasks["GSM8K"]["examples"]["wrong"][:1]
     assert example["question"] == "What is 37 times 12?" and example["answer"] == "444"
 
 
-def test_the_documents_for_bits_per_byte_are_all_or_as_many_as_asked(evaluated):
-    for asked, items in ((0, 2), (1, 1)):
-        tasks = evaluate.main(tiny_evaluate(task="bpb", max_documents=asked))["tasks"]
-        assert tasks["val_bpb"]["items"] == tasks["train_bpb"]["items"] == items
-    for name in ("max_documents", "max_items"):
-        with pytest.raises(ValueError, match="must be 0 or more"):
-            tiny_evaluate(**{name: -1})
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"max_documents": -1}, "must be 0 or more"), ({"max_items": -1}, "must be 0 or more"),
+     ({"cost_per_hour": -1.0}, "cost-per-hour"), ({"source": "../x"}, "--source"),
+     ({"task": "MMLU,GSM"}, "'GSM' is none of .*MMLU"), ({"save_reference": "x"}, "--report"),
+     ({"task": "GSM8K,humaneval"}, "--run-code"), ({"task": "public"}, "--run-code")],
+)  # fmt: skip
+def test_wrong_settings_of_evaluation_are_value_errors(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_evaluate(**changes)
 
 
 def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
@@ -8159,31 +6908,21 @@ def test_conversations_are_those_that_the_stage_was_given(evaluated, capsys):
 
 
 def test_programs_run_only_where_that_is_allowed(evaluated, monkeypatch):
-    ran = []
-    monkeypatch.setattr(
-        evaluate, "run_code", lambda program: ran.append(program) or common.Outcome(True, "", "")
-    )
-    for options in ({"stage": "sft"}, {"stage": "sft", "task": "public"}):
-        with pytest.raises(ValueError, match="--run-code"):
-            tiny_evaluate(task="GSM8K,humaneval")
-        if "task" not in options:
-            evaluate.main(tiny_evaluate(**options))
+    ran, passed = [], evaluate.Outcome(True, "", "")
+    monkeypatch.setattr(evaluate, "run_code", lambda program: ran.append(program) or passed)
+    evaluate.main(tiny_evaluate(stage="sft"))
     assert not ran
     report = evaluate.main(tiny_evaluate(task="HumanEval", run_code=True))
     assert len(ran) == 1 and report["tasks"]["HumanEval"]["score"] == 1
     assert "def one_more" in ran[0] and ran[0].endswith("check(one_more)\n")
 
 
-def test_tasks_are_named_in_any_case_and_unknown_ones_list_the_choices(evaluated):
+def test_tasks_are_named_in_any_case_and_damaged_data_is_one_sentence(evaluated):
     assert tiny_evaluate(task="gsm8k, arc-easy,CORE").asked() == ["GSM8K", "ARC-Easy", "CORE"]
     assert tiny_evaluate(task="World").asked() == list(evaluate.WORLD_SETS)
-    with pytest.raises(ValueError, match="'GSM' is none of .*MMLU"):
-        tiny_evaluate(task="MMLU,GSM")
     with pytest.raises(common.MissingInput, match="no data for MMLU"):
         evaluate.main(tiny_evaluate(task="MMLU"))
-    path = common.data_dir("eval") / "core" / "eval_data" / evaluate.CORE["piqa"].file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("piqa.jsonl").write_text("{broken\n")
+    evaluate.data_path("CORE/piqa", {"source": "x"}).write_text("{broken\n")
     with pytest.raises(common.MissingInput, match="piqa.jsonl is damaged"):
         evaluate.main(tiny_evaluate(task="core"))
 
@@ -8201,7 +6940,7 @@ def test_evaluation_goes_on_task_by_task_after_a_crash(evaluated, monkeypatch):
     crash = True
     with pytest.raises(RuntimeError, match="killed"):
         evaluate.main(tiny_evaluate())
-    saved = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
+    saved = eval_file("base")
     assert list(saved["done"]) == done == ["bpb", "facts_trained", "CORE/copa"]
     assert saved["tasks"]["CORE"]["covered"] == 1
     crash = False
@@ -8231,58 +6970,36 @@ def test_evaluation_goes_on_task_by_task_after_a_crash(evaluated, monkeypatch):
     assert done == ["bpb"] and set(report["tasks"]) == {"val_bpb", "train_bpb"}
 
 
-def test_a_stop_comes_between_tasks_and_keeps_what_is_done(evaluated, monkeypatch):
-    plain = evaluate.run_task
-
-    def run_task(run, *rest):
-        run.stopping = len(saved()) == 1
-        return plain(run, *rest)
-
-    def saved():
-        path = common.run_dir("t") / "eval" / "sft.json"
-        return json.loads(path.read_text())["done"] if path.exists() else {}
-
-    monkeypatch.setattr(evaluate, "run_task", run_task)
-    with pytest.raises(common.Stop, match="run the same command again"):
-        evaluate.main(tiny_evaluate(stage="sft", task="bpb,letters,facts"))
-    assert list(saved()) == ["bpb"], "letters was broken off at once"
-
-
-def test_a_stop_of_several_ranks_is_no_error_that_torchrun_would_mend(evaluated):
-    options = dataclasses.asdict(tiny_evaluate(stage="sft", task="bpb,letters"))
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_comes_between_tasks_and_is_no_error_that_torchrun_would_mend(evaluated, ranks):
+    options = dataclasses.asdict(tiny_evaluate(stage="sft", task="bpb,letters,facts"))
     code = f"""
 import evaluate
 plain = evaluate.run_task
-def run_task(run, *rest):
-    run.stopping = run.rank == 1
-    return plain(run, *rest)
+def run_task(run, engine, task, *rest):
+    run.stopping = run.rank == run.world_size - 1 and (task == "letters" or {ranks} == 2)
+    return plain(run, engine, task, *rest)
 evaluate.run_task = run_task
 try:
     evaluate.main(evaluate.Settings(**{options!r}))
 except SystemExit as stop:
-    assert stop.code == 0, stop.code
+    assert stop.code == 0 if {ranks} == 2 else "run the same command again" in str(stop), stop
 else:
     raise AssertionError("it went on")"""
-    run_ranks(2, code)
-    saved = json.loads((common.run_dir("t") / "eval" / "sft.json").read_text())
-    assert list(saved["done"]) == ["bpb"]
+    run_ranks(ranks, code)
+    assert list(eval_file("sft")["done"]) == ["bpb"], "alone, letters is broken off at once"
 
 
-def test_a_task_measured_again_or_of_another_model_leaves_the_other_scores(evaluated, base_dir):
-    first = evaluate.main(tiny_evaluate(task="bpb,facts_trained"))
+def test_a_task_measured_again_or_of_another_model_leaves_the_other_scores(evaluated):
+    first = evaluate.main(tiny_evaluate(task="bpb,facts_trained"))["tasks"]
     again = evaluate.main(tiny_evaluate(task="facts_trained", restart=True))
-    assert set(again["tasks"]) == set(first["tasks"])
-    assert again["tasks"]["facts_trained"]["seconds"] != first["tasks"]["facts_trained"]["seconds"]
-    path = common.run_dir("t") / "eval" / "base.json"
-    shown = path.read_text()
+    assert set(again["tasks"]) == set(first) and first["val_bpb"]["items"] == 2, "all there are"
+    assert again["tasks"]["facts_trained"]["seconds"] != first["facts_trained"]["seconds"]
     shutil.copytree(common.data_dir("tiny"), common.data_dir("other"))
     other = evaluate.main(tiny_evaluate(task="bpb", source="other", max_documents=1))
-    assert other["tasks"]["val_bpb"]["items"] == 1 and path.read_text() == shown
+    assert other["tasks"]["val_bpb"]["items"] == other["tasks"]["train_bpb"]["items"] == 1
     step = common.find_checkpoint("t", "base").name
-    assert json.loads(path.with_name(f"base-{step}-other.json").read_text()) == other
-    for wrong, words in (({"source": "../x"}, "--source"), ({"bench_seeds": 0}, "1 or more")):
-        with pytest.raises(ValueError, match=words):
-            tiny_evaluate(**wrong)
+    assert eval_file("base") == again and eval_file(f"base-{step}-other") == other
 
 
 def test_two_ranks_score_as_one(evaluated):
@@ -8290,7 +7007,7 @@ def test_two_ranks_score_as_one(evaluated):
     one = evaluate.main(tiny_evaluate(task=names))
     options = dataclasses.asdict(tiny_evaluate(task=names, restart=True))
     run_ranks(2, f"import evaluate; evaluate.main(evaluate.Settings(**{options!r}))")
-    two = json.loads((common.run_dir("t") / "eval" / "base.json").read_text())
+    two = eval_file("base")
     assert two["done"] == one["done"]
     for name, record in [*one["tasks"].items(), *one["tasks"]["CORE"]["tasks"].items()]:
         other = two["tasks"].get(name) or two["tasks"]["CORE"]["tasks"][name]
@@ -8300,16 +7017,20 @@ def test_two_ranks_score_as_one(evaluated):
     assert one["tasks"]["letters"]["score"] in (3 / 7, 4 / 7)
 
 
+# The report
+
+HOSTILE = "</div><script>alert('x')</script> | **a** \n<img src='http://b/c'> & [<i>][= </b>]"
+
+
 def made_up_run(stages, tag="r"):
     """Write what the stages of a run leave on disk, with hostile words in it."""
     config = dataclasses.asdict(common.GPTConfig(512, 2, 32, 2, 2, 64))
     log = []
     for number, stage in enumerate(stages):
         steps = 2000 if stage == "base" else 40
-        loss = [9 / (i + 1) for i in range(steps)]
         for step in range(1, steps + 1):
             log.append({"stage": stage, "step": step, "time": 1e9 + step, "lr": 1 - step / steps,
-                        "loss": math.nan if step == 7 else loss[step - 1], "tok_per_s": 1e4})  # fmt: skip
+                        "loss": math.nan if step == 7 else 9 / step, "tok_per_s": 1e4})  # fmt: skip
             if stage == "rl":
                 log[-1] |= {"pass_at_1": step / 50, "pass_at_k": 0.9, "answer_tokens": 30.0}
             if step % 20 == 0:
@@ -8318,14 +7039,14 @@ def made_up_run(stages, tag="r"):
         meta = {"step": steps, "config": config, "settings": {"tag": tag, "note": HOSTILE} | options,
                 "source": "none", "seconds": 1800.0, "batch_tokens": 100}  # fmt: skip
         folder = common.run_dir(tag) / stage / f"step-{steps:06d}"
-        folder.mkdir(parents=True)
         common.write_json(folder / "meta.json", meta)
-        share = 0.25 + 0.1 * number
-        example = {"question": f"Who? {HOSTILE}", "reply": f"[2*3][= 6] {HOSTILE}", "answer": "A|B"}
-        record = {"score": share, "low": share - 0.0123, "high": share + 0.0345, "items": 1234,
+        score = 0.25 + 0.1 * number
+        example = {"question": f"Who? {HOSTILE}", "reply": f"[2*3 = 6] {HOSTILE}", "answer": "A|B"}
+        record = {"score": score, "low": score - 0.0123, "high": score + 0.0345, "items": 1234,
                   "seconds": 900.0, "examples": {"right": [example] * 3, "wrong": [example]}}  # fmt: skip
         tasks = {"val_bpb": {"score": 0.9 - 0.2 * number, "items": 50}, "facts": dict(record)}
-        tasks["facts"] |= {"unknown_said": 0.02 * number, "cut": 3, "kinds": {"a": [1, 9]}}
+        tasks["facts"] |= {"unknown_said": 0.02 * number, "cut": 3,
+                           "kinds": {HOSTILE: [1, 9], "b": [3, 9]}}  # fmt: skip
         if stage == stages[0]:
             tasks["letters"] = record
         result = {"checkpoint": folder.name, "tasks": tasks}
@@ -8334,15 +7055,12 @@ def made_up_run(stages, tag="r"):
     (common.run_dir(tag) / "metrics.jsonl").write_text(lines + '{"stage": "rl", "st')  # killed
 
 
-HOSTILE = "</div><script>alert('x')</script> | **a** \n<img src='http://b/c'> & [<i>][= </b>]"
-
-
 class Page(html.parser.HTMLParser):
-    """Holds that every tag is closed in order; collects tags, tables and text."""
+    """Holds that every tag is closed in order; collects tags, tables, text and curves."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.rows, self.text = [], [], [], ""
+        self.open, self.tags, self.rows, self.text, self.curves = [], [], [], "", {}
         self.feed(text)
         self.close()
         assert not self.open
@@ -8355,12 +7073,18 @@ class Page(html.parser.HTMLParser):
             self.rows[-1].append("")
         elif tag == "b" and self.open[-1] == "td":
             self.rows[-1][-1] += "*"
+        elif tag == "svg":
+            self.drawn = self.curves[dict(attrs)["aria-label"]] = []
         if tag != "meta":
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
-        assert tag in ("path", "circle", "polyline"), "no other tag of ours closes itself"
-        self.tags.append((tag, dict(attrs)))
+        assert tag in ("path", "polyline"), "no other tag of ours closes itself"
+        if tag == "polyline":
+            pairs = [pair.split(",") for pair in dict(attrs)["points"].split()]
+            points = [(float(x), float(y)) for x, y in pairs]
+            assert all(0 <= x <= 360 and 0 <= y <= 200 for x, y in points), "they are in the box"
+            self.drawn.append((dict(attrs)["class"], points))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -8388,16 +7112,18 @@ def test_the_report_is_whole_and_nothing_that_a_model_wrote_is_markup(base_dir, 
         assert not {"src", "href", "onerror"} & attrs.keys() and "//" not in str(attrs), tag
     style = text[text.index("<style>") : text.index("</style>")]
     assert "url(" not in style and "@import" not in style and "dark" in style
-    questions = 2 * (1 + (stages == ("base",)))  # of the newest stage: it has one task or two
-    assert page.text.count(HOSTILE) == len(stages) + questions, "settings, questions: all said"
-    assert ("code", {}) in page.tags and "2*3 = 6" in page.text, "a call of the tool is set off"
+    # of the newest stage, which has one task or two: in two examples a question and a reply each
+    assert page.text.count(HOSTILE) == 4 * (1 + (stages == ("base",)))
+    cells = [cell for row in page.rows for cell in row]
+    assert cells.count(" ".join(HOSTILE.split())) == len(stages) + 1, "settings and a kind"
+    assert "[2*3 = 6]" in page.text
     for line in markdown.splitlines():
         assert "<" not in line or line.startswith("    "), line
     missing = [stage for stage in evaluate.STAGES if stage not in stages]
     for words in (page.text, markdown):
-        assert (f"Not trained yet: {', '.join(missing)}." in words) == bool(missing)
+        assert f"Not trained yet: {', '.join(missing) or 'nothing'}." in words
         assert "lost their beginning to fit the context: facts 3" in words
-    assert capsys.readouterr().out.count("\n") == 6, "a header, four rows, and where it is"
+    assert capsys.readouterr().out.count("\n") == 7, "a header, four rows, and where it is"
     assert report() == (text, markdown), "it is the same again"
 
 
@@ -8407,10 +7133,8 @@ def test_the_reports_scores_are_those_on_disk_and_the_best_are_marked(base_dir, 
     printed = capsys.readouterr().out
     rows = {row[0]: row[1:] for row in Page(text).rows}
     assert rows["task"] == ["base", "mid", "sft", "rl", "items"]
-    results = {stage: json.loads((common.run_dir("r") / "eval" / f"{stage}.json").read_text())
-               for stage in evaluate.STAGES}  # fmt: skip
     for i, stage in enumerate(evaluate.STAGES):
-        tasks = results[stage]["tasks"]
+        tasks = eval_file(stage, "r")["tasks"]
         low, high = (f"{100 * tasks['facts'][key]:.1f}" for key in ("low", "high"))
         shown = f"{100 * tasks['facts']['score']:.1f} [{low}, {high}]"
         assert rows["facts"][i] == "*" * (stage == "rl") + shown
@@ -8419,7 +7143,7 @@ def test_the_reports_scores_are_those_on_disk_and_the_best_are_marked(base_dir, 
         assert rows[evaluate.REFUSED][i].startswith(denied)
         assert shown in markdown and shown in printed
     assert rows["letters"] == ["25.0 [23.8, 28.4]", "", "", "", "1,234"], "alone, none is the best"
-    line = next(line for line in markdown.splitlines() if line.startswith("| facts |"))
+    line = next(line for line in markdown.splitlines() if line.startswith("| facts "))
     cells = [cell.strip(" *") for cell in line.split("|")[2:-1]]
     assert cells == [cell.strip("*") for cell in rows["facts"]]
     order = list(rows)
@@ -8428,40 +7152,27 @@ def test_the_reports_scores_are_those_on_disk_and_the_best_are_marked(base_dir, 
 
 def test_the_reports_curves_keep_their_points_and_their_box(base_dir):
     made_up_run(("base", "rl"))
-    tags = Page(report()[0]).tags
-    curves, title = {}, ""
-    for tag, attrs in tags:
-        if tag == "svg":
-            title, (_, _, width, height) = attrs["aria-label"], map(float, attrs["viewbox"].split())
-        if tag == "polyline":
-            points = [tuple(map(float, pair.split(","))) for pair in attrs["points"].split()]
-            assert all(0 <= x <= width and 0 <= y <= height for x, y in points), title
-            curves.setdefault(title, []).append(points)
-    sizes = {title: [len(points) for points in found] for title, found in curves.items()}
+    curves = Page(report()[0]).curves
+    sizes = {title: [len(points) for _, points in found] for title, found in curves.items()}
     assert sizes == {
         "Loss, base": [300], "Validation, base": [100], "Learning rate, base": [300],
         "Speed, base": [300], "Loss, rl": [39], "Validation, rl": [2], "Reward, rl": [40, 40],
         "Length of answers, rl": [40], "Learning rate, rl": [40], "Speed, rl": [40],
     }, "of the losses one is not a number"  # fmt: skip
-    (rate,), (loss,) = curves["Learning rate, base"], curves["Loss, base"]
+    ((_, rate),), ((_, loss),) = curves["Learning rate, base"], curves["Loss, base"]
     assert [x for x, _ in loss] == sorted(x for x, _ in loss)
     assert [y for _, y in loss] == sorted(y for _, y in loss), "it falls, and downwards is more"
     (x0, y0), (x1, y1), (x2, y2) = rate[0], rate[100], rate[-1]
     assert (y1 - y0) / (x1 - x0) == pytest.approx((y2 - y0) / (x2 - x0), rel=0.01), "a line"
 
 
-@example(5e-324, 0.0, False)
-@given(st.floats(-1e6, 1e6), st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.booleans())
-def test_ticks_are_few_and_hold_the_values(low, span, log):
-    low = abs(low) + 1e-6 if log else low
-    high = (5 * low if log else low) + span  # a scale is logarithmic for such a range alone
-    found = evaluate.ticks(low, high, log)
-    assert found[0] <= low and high <= found[-1] and found == sorted(set(found))
-    assert 2 <= len(found) <= 14
-    if not log and span > 1e-6 * abs(low):
-        steps = [b - a for a, b in itertools.pairwise(found)]
-        digits = f"{steps[0]:.3e}"[:3]
-        assert max(steps) == pytest.approx(min(steps), rel=1e-2) and digits in ("1.0", "2.0", "5.0")
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=20))
+def test_a_chart_of_any_values_is_within_its_box(values):
+    points = list(enumerate(values))
+    drawn = Page(evaluate.draw("t", "u", {"a": points}, {"a": points[:1]})).curves["t"]
+    assert [name for name, _ in drawn] == ["grey", "c0"], "the reference is behind"
+    heights = [y for _, y in drawn[1][1]]
+    assert (max(values) - min(values) < 1e-3) or max(heights) - min(heights) > 80, "it fills it"
 
 
 def test_the_report_counts_time_and_cost(base_dir):
@@ -8473,222 +7184,147 @@ def test_the_report_counts_time_and_cost(base_dir):
     tokens = f"{40 * 4 * 8 * 30 / 1e3:.3g} k"  # steps, problems, samples, length
     assert rows["rl"] == ["40", "10,000", tokens, "30 min", "15 min", "3.00"]
     assert rows["all"][-3:] == ["60 min", "45 min", "7.00"]
-    assert "USD" not in report()[0]
-    with pytest.raises(ValueError, match="cost-per-hour"):
-        evaluate.Settings(cost_per_hour=-1.0)
 
 
-def test_the_report_says_how_much_text_and_how_many_conversations_were_learned(base_dir):
-    made_up_run(("base", "sft"))
-    path = common.find_checkpoint("r", "sft") / "meta.json"
-    common.write_json(path, {**json.loads(path.read_text()), "chats": "talks"})
-    for name in ("none", "talks"):
-        common.data_dir(name).mkdir(parents=True)
-    shard, chats = {"documents": 40, "characters": 9000}, {"sft.jsonl": {"conversations": 70}}
-    text = {"files": {"train-0.parquet": shard, "val.parquet": shard}}
-    common.write_json(common.data_dir("none") / "manifest.json", text)
-    common.write_json(common.data_dir("talks") / "manifest.json", {**text, "chats": chats})
-    rows = {row[0]: row[1] for row in Page(report()[0]).rows if len(row) == 2}
-    assert rows["text"] == "none: 80 documents, 18 k characters"
-    assert rows["chats"] == "talks: 70 for sft"
-    own = {"files": {f"{s}.jsonl": {"conversations": 5} for s in ("mid", "sft", "rl", "val")}}
-    common.write_json(common.data_dir("talks") / "conversations.json", own)
-    rows = {row[0]: row[1] for row in Page(report()[0]).rows if len(row) == 2}
-    assert rows["chats"] == "talks: 5 for mid, 5 for sft, 5 for rl"
-
-
-def test_scores_of_another_model_of_as_many_steps_are_said_to_be_old(base_dir):
+def test_old_scores_are_said_to_be_old_and_a_report_that_cannot_be_written_is_one_sentence(
+    base_dir,
+):
     made_up_run(("base",))
     path = common.run_dir("r") / "base" / "step-002000" / "meta.json"
-    meta = json.loads(path.read_text())
-    common.write_json(path, {**meta, "files": {"model.pt": [9, 9]}})
+    common.write_json(path, {**json.loads(path.read_text()), "files": {"model.pt": [9, 9]}})
     assert "base is at step-002000 and the scores are of another model" in Page(report()[0]).text
-
-
-def test_a_report_that_cannot_be_written_is_one_sentence(base_dir):
-    def refusal(tag):
-        with pytest.raises(common.MissingInput) as error:
-            report(tag)
-        assert "\n" not in str(error.value)
-        return str(error.value)
-
-    assert "no run has the tag 'nope'" in refusal("nope")
-    made_up_run(("base",))
     path = common.run_dir("r") / "eval" / "base.json"
     path.unlink()
     assert "base is at step-002000 and it is not evaluated" in Page(report()[0]).text
     path.write_text('{"tasks": ')
-    assert "damaged" in refusal("r")
+    for tag, words in (("nope", "no run has the tag 'nope'"), ("r", "damaged")):
+        with pytest.raises(common.MissingInput, match=words) as error:
+            report(tag)
+        assert "\n" not in str(error.value)
     shutil.rmtree(common.run_dir("r") / "base")
-    assert "run `python pretrain.py --tag=r`" in refusal("r")
+    with pytest.raises(common.MissingInput, match="run `python pretrain.py --tag=r`"):
+        report()
+
+
+def test_a_reference_run_is_drawn_in_grey_where_model_data_and_steps_are_the_same(
+    base_dir, tmp_path, monkeypatch
+):
+    made_up_run(("base", "rl"))
+    monkeypatch.setattr(evaluate, "REFERENCE", tmp_path / "reference")
+    page, markdown = report(save_reference=str(tmp_path / "reference"))
+    assert "grey" not in page.partition("<body>")[2], "none is there yet"
+    assert (tmp_path / "reference" / "report.md").read_text() == markdown
+    lines = (tmp_path / "reference" / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert len(lines) == 200 and [e["stage"] for e in events] == sorted(e["stage"] for e in events)
+    for stage, steps, last in (("base", 2000, 100), ("rl", 40, 2)):
+        own = [e for e in events if e["stage"] == stage]
+        trained = [e["step"] for e in own if "loss" in e]
+        assert trained[0] == 1 and trained[-1] == steps and trained == sorted(trained)
+        assert sum("val_bpb" in e for e in own) == min(last, 79)
+
+    def grey():
+        curves = Page(report()[0]).curves
+        return {title for title, found in curves.items() if found[0][0] == "grey"}
+
+    assert {"Loss, base", "Validation, base", "Loss, rl", "Reward, rl"} <= grey()
+    ((_, reference), (_, own)) = Page(report()[0]).curves["Learning rate, base"]
+    assert len(reference) < len(own) and reference[0] == own[0] and reference[-1] == own[-1]
+
+    def change(stage, **keys):
+        path = common.find_checkpoint("r", stage) / "meta.json"
+        common.write_json(path, {**json.loads(path.read_text()), **keys})
+
+    change("rl", chats="others")
+    assert {title.split(", ")[1] for title in grey()} == {"base"}, "rl had other problems"
+    change("rl", chats="none", seconds=1.0)
+    change("base", text="0123")
+    assert not grey(), "what was learned first is other text"
 
 
 # evaluate.py: bench and sandbox --------------------------------------------------------------
 
 
-def test_the_bench_of_a_gpu_asks_for_runs_that_there_are_and_divides_times(base_dir, monkeypatch):
-    asked = []
-
-    def logged(run, stage, tag, *flags):
-        """Stand in for a stage: log lines of a run with a slow start."""
-        cls = importlib.import_module(stage).Settings
-        asked.append((stage, tag, common.parse_settings(cls, "", list(flags))))
-        (common.run_dir(tag) / "base").mkdir(parents=True, exist_ok=True)
-        rate = 900.0 if stage == "sft" else 500.0 if "--window-pattern=L" in flags else 1000.0
-        lines = [{"val_bpb": 9.9, "step": 0}]
-        for step in range(1, 21):
-            slow = 50 * (step < 3)
-            lines.append({
-                "step": step, "loss": 1.0, "tok_per_s": rate - slow, "mfu": 0.5, "memory": 7.0,
-                "update": 0.04, "time": 100 + 2 * step + slow, "sampling_s": 1.2 + slow,
-                "data": 1.25 / 1.95, "left_s": (20 - step) * 1.95,
-            })  # fmt: skip
-            lines[-1]["time"] -= 50 * (step == 2)  # only the very first is slow to be there
-        return lines
-
-    monkeypatch.setattr(evaluate, "run_stage", logged)
-    monkeypatch.setattr(evaluate, "find_checkpoint", lambda tag, stage: tag)
-    config = common.GPTConfig(65536, 12, 768, 6, 6, 2048)
-    meta = {"config": dataclasses.asdict(config), "micro_batch": 64}
-    monkeypatch.setattr(evaluate, "read_meta", lambda folder: meta)
-    settings = evaluate.Settings(tag="t", bench="gpu", device="cpu")
-    with pytest.raises(common.MissingInput, match="needs an NVIDIA GPU"):
-        evaluate.main(settings)
-    with common.start_run("eval", settings) as run:
-        rows = evaluate.bench_gpu(run, settings)
-    assert [stage for stage, _, _ in asked] == ["pretrain"] * len(evaluate.GPU_RUNS) + ["sft", "rl"]
-    assert len({tag for stage, tag, _ in asked if stage != "pretrain"} | {asked[0][1]}) == 1
-    by_name = {name: one for name, (_, _, one) in zip(evaluate.GPU_RUNS, asked)}
-    assert by_name["d26 fp8"].fp8 and not by_name["d26 bfloat16"].fp8
-    assert all(one.max_seq_len == 2048 and one.depth == int(name[1:3])
-               for name, one in by_name.items())  # fmt: skip
-    first = rows["d12 bfloat16"]
-    assert (first["tok_per_s"], first["mfu"], first["memory"]) == (1000, 0.5, 7)
-    assert (first["update"], first["vocabulary"], first["rows"]) == (0.04, 65536, 64)
-    assert 40 < first["estimate"] < 141 and rows["d26 fp8"]["of bfloat16"] == 1
-    assert rows["sft"]["of pretraining"] == pytest.approx(0.9)
-    assert rows["rl"] == pytest.approx({"sampling": 0.6, "training": 0.35, "idle": 0.05})
-    assert json.loads((base_dir / "bench.json").read_text())["gpu"] == rows
-    assert list(common.run_dir("").iterdir()) == [common.run_dir(asked[0][1])]
+def logged(tag, stage, steps, start, **values):
+    """Write the log of a training whose first steps are slow."""
+    lines = [{"stage": stage, "step": step, "time": start + step, "loss": 1.0} | values
+             | ({"tok_per_s": 9.0} if step < 3 else {}) for step in range(1, steps + 1)]  # fmt: skip
+    common.run_dir(tag).mkdir(parents=True, exist_ok=True)
+    with (common.run_dir(tag) / "metrics.jsonl").open("a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_the_comparison_of_choices_weighs_what_each_costs(tiny_run, monkeypatch, capsys):
-    asked, stopped = [], []
-
-    def train(run, tag, depth, steps, flags):
-        """Stand in for training: smears cost half the pace, values gain a tenth, seeds differ."""
-        if len(asked) == 5 and not stopped:
-            stopped.append(tag)
-            raise KeyboardInterrupt
-        asked.append((tag, depth, steps, flags))
-        seed = next((int(f[-1]) for f in flags if f.startswith("--seed")), 0)
-        bpb = 2 + 0.1 * ("--no-value-embeds" in flags) + seed / 100 + 0.4 * (steps < 480)
-        rate = 4096 if "--no-smear" in flags else 2048
-        return {"steps": steps, "tokens": steps * 2048, "seconds": steps, "tok_per_s": rate,
-                "bpb": bpb}  # fmt: skip
-
-    monkeypatch.setattr(evaluate, "train_for_bench", train)
-    settings = evaluate.Settings(tag="t", bench="learn", device="cpu")
-    with pytest.raises(common.Stop):
-        evaluate.main(settings)
-    table = evaluate.main(settings)
-    out = capsys.readouterr().out
-    assert "going on after 5 runs" in out
-    assert "| depth 6, all choices | 3 | 983,040 | 480 | 2,048 | 2.010 (2.000 to 2.020) |  |" in out
-    quarter = "| 1 | 245,760 | 120"
-    assert f"| depth 4, all choices, a quarter of the time {quarter} | 2,048 | 2.400 | 2.400" in out
-    # twice the pace is half of the way, in the logarithm, to four times the tokens
-    assert f"| depth 4, without smear {quarter} | 4,096 | 2.400 | 2.205 |" in out
-    assert f"| depth 4, without value embeddings {quarter} | 2,048 | 2.500 | 2.500 |" in out
-    assert len({tag for tag, *_ in asked}) == len(asked), "no run takes another's place"
-    assert "t-d4-with-five-steps-of-muon" in {tag for tag, *_ in asked}
-    assert json.loads((common.base_dir() / "bench.json").read_text())["learning"] == table
-    turned = {flag for *_, flags in asked for flag in flags if "--seed" not in flag}
-    fields = {f.name.replace("_", "-") for f in dataclasses.fields(pretrain.Settings)}
-    assert {re.sub("^--(no-)?|=.*", "", flag) for flag in turned} < fields
-    assert turned == {*evaluate.CHOICES.values(), "--eval-every=0"}
-    evaluate.main(settings)
-    assert len({tag for tag, *_ in asked}) * 2 == len(asked), "once whole, it begins anew"
+def test_the_table_of_runs_has_every_stage_of_each_in_the_order_of_their_beginning(
+    base_dir, capsys
+):
+    settings_ = evaluate.Settings(tag="gpu", bench="runs", device="cpu")
+    with pytest.raises(common.MissingInput, match="no run gpu"):
+        evaluate.main(settings_)
+    common.write_json(base_dir / "bench.json", {"machine": "m"})
+    logged("gpu-late", "base", 20, 500, tok_per_s=1234567.0, mfu=0.5, memory=7.25)
+    logged("gpu-early", "base", 10, 100, tok_per_s=2000.0, data=0.01, update=0.04)
+    logged("gpu-early", "rl", 20, 200, tok_per_s=30.0, sampling_s=1.5, data=0.6)
+    logged("gpu2", "base", 10, 0, tok_per_s=1.0)
+    with (common.run_dir("gpu-early") / "metrics.jsonl").open("a") as file:
+        for score in (3.0, 2.5):
+            file.write(
+                json.dumps({"stage": "base", "step": 10, "time": 0, "val_bpb": score}) + "\n"
+            )
+    rows = evaluate.main(settings_)["runs of gpu"]
+    assert rows == {
+        "gpu-early, base": {"steps": 10, "tokens/s": 2000, "waiting for data %": 1,
+                            "optimizer %": 4, "bits per byte": 2.5},
+        "gpu-early, rl": {"steps": 20, "tokens/s": 30, "waiting for data %": 60,
+                          "sampling, s": 1.5},
+        "gpu-late, base": {"steps": 20, "tokens/s": 1234567, "MFU %": 50, "GB": 7.25},
+    }  # fmt: skip
+    assert list(rows) == ["gpu-early, base", "gpu-early, rl", "gpu-late, base"]
+    said = re.sub(" +", " ", capsys.readouterr().out)
+    assert "| training | steps | tokens/s | waiting for data % | optimizer % | bits" in said
+    assert "| gpu-early, base | 10 | 2000 | 1 | 4 | 2.5 |" in said and "1.23 M" in said
+    bench = json.loads((base_dir / "bench.json").read_text())
+    assert bench == {"machine": "m", "runs of gpu": rows}
 
 
-def test_a_training_that_was_stopped_is_no_measure(tiny_run, monkeypatch):
-    def stopped(command, **options):
-        run.stopping = True  # Ctrl-C in a terminal reaches this program and the stage
-        return subprocess.CompletedProcess(command, 0, "")
-
-    run = common.Run("eval", "t", None, CPU, 0, 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", stopped)
-        with pytest.raises(common.Stop, match="run the same command again"):
-            evaluate.run_stage(run, "pretrain", "t-one")
-    lines = [{"step": step, "time": step / 2, "loss": 1.0, "tok_per_s": 100 * step}
-             for step in (1, 10, 20, 23)]  # fmt: skip
-    lines += [{"step": step, "time": 9, "val_bpb": 3.0 - step / 23} for step in (0, 23)]
-    monkeypatch.setattr(evaluate, "run_stage", lambda *_: lines)
-    measures = evaluate.train_for_bench(run, "t-one", 1, 23, [])
-    assert measures["bpb"] == 2.0 and measures["seconds"] == 11.5
-    assert measures["tok_per_s"] == 2300, "its fastest tenth"
-    with pytest.raises(common.Stop, match="stopped at step 23"):
-        evaluate.train_for_bench(run, "t-one", 1, 40, [])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not common.can_compile(CPU), reason="no compiler here")
-def test_a_model_is_trained_for_the_comparison(tiny_run):
-    run = common.Run("eval", "t", None, CPU, 0, 1)
-    measures = evaluate.train_for_bench(run, "t-one", 1, 40, ["--smear"])
-    assert measures["tokens"] == 40 * 2048 and 0 < measures["seconds"] < 60
-    assert 0 < measures["bpb"] < 8
-    with pytest.raises(common.Stop, match="--no-such-flag"):
-        evaluate.train_for_bench(run, "t-two", 1, 40, ["--no-such-flag"])
-
-
-def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, tokenizer, monkeypatch, capsys):
-    tokenizer.info["measures"] = {"train_chars_per_s": 1e6, "encode_tokens_per_s": 1e6}
-    tokenizer.save(common.run_dir("t") / "tokenizer")
+def test_the_bench_measures_decoding_beside_its_bounds(tiny_run, monkeypatch, capsys):
     measure, seen = evaluate.bench_decoding, []
 
     def tiny(run, tokenizer, config, dtype, int8):
         seen.append((config.n_layer, config.vocab_size, int8))
-        shape = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 64}
-        return measure(run, tokenizer, dataclasses.replace(config, **shape, n_head=1, n_kv_head=1),
-                       torch.float32, int8)  # fmt: skip
+        shape = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_embd": 64, "n_head": 1}
+        config = dataclasses.replace(config, **shape, n_kv_head=1)
+        return measure(run, tokenizer, config, torch.float32, int8)
 
     monkeypatch.setattr(evaluate, "bench_decoding", tiny)
     monkeypatch.setattr(evaluate, "can_compile", lambda device: False)
-    monkeypatch.setattr(
-        evaluate, "training_rates", lambda tag: {f"{tag} pretraining, tokens/s": 5.0}
-    )
     evaluate.main(evaluate.Settings(tag="t", bench="speed", device="cpu", dtype="float32"))
-    assert seen == [(depth, vocab, int8) for depth, vocab in ((4, 4096), (12, 32768))
-                    for int8 in (False, True)]  # fmt: skip
-    report = json.loads((common.base_dir() / "bench.json").read_text())
-    said = capsys.readouterr().out
+    assert seen == [(4, 4096, False), (4, 4096, True), (12, 32768, False), (12, 32768, True)]
+    bench = json.loads((common.base_dir() / "bench.json").read_text())
+    said = re.sub(" +", " ", capsys.readouterr().out)
     for name in ("d4 float32", "d12 float32", "d12 float32 int8 weights"):
-        measured = report["decoding"][name]
+        measured = bench["decoding"][name]
+        assert 1e7 < measured["bandwidth"] < 1e13 and 1e7 < measured["matmul"] < 1e16
         assert f"| {name} | {measured['x1']:,.0f} ({measured['x1 of bound']:.0%}) | " in said
-        assert measured["history"] > 1990
-        for key in ("x1", "x16", "x64", "prefill"):
-            assert measured[key] > 10 and 0 < measured[f"{key} of bound"] < 3
-        for key in ("turn 1", "turn 10"):
-            assert 0 < measured[key] < 10 and 0 < measured[f"{key} of bound"] < 3
+        for key in ("x1", "x16", "x64", "prompt", "turn 1", "turn 10"):
+            assert 0 < measured[f"{key} of bound"] < 3
+            assert 0 < measured[key] < 10 if "turn" in key else measured[key] > 10
 
 
 @pytest.fixture(params=["best", "plain"])
 def sandbox(request, monkeypatch):
     """run_code in the best way that this system has, and without namespaces; both clean up."""
-    best = common.sandbox_way()
+    best = evaluate.sandbox_prefixes()
     monkeypatch.setenv("A_SECRET", "hunter2")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to nobody
         os.chmod(folder, 0o711)
         monkeypatch.setattr(tempfile, "tempdir", folder)
-        way = best if request.param == "best" else ([], best[1])
-        yield functools.partial(common.run_code, way=way)
+        prefixes = best if request.param == "best" else ([], best[1])
+        yield functools.partial(evaluate.run_code, prefixes=prefixes)
         assert os.listdir(folder) == []
 
 
 def test_the_sandbox_passes_what_is_right_and_fails_what_is_not(sandbox):
-    assert sandbox("print('\\u00e9' * 2)") == common.Outcome(True, "passed", "\u00e9\u00e9\n")
+    assert sandbox("print('\\u00e9' * 2)") == (True, "passed", "\u00e9\u00e9\n")
     wrong = sandbox("import sys\nprint('a')\nassert 1 == 2, 'b'")
     assert (wrong.passed, wrong.reason) == (False, "it ended with exit status 1")
     assert wrong.output.startswith("a\n") or wrong.output.endswith("a\n")
@@ -8722,13 +7358,10 @@ def test_the_sandbox_shows_a_program_nothing_of_ours(sandbox):
 
 @pytest.mark.parametrize(
     "program",
-    [
-        "while True: pass",
-        "import time; time.sleep(60)",
-        "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()",
-        "import os\nos.close(1), os.close(2)\nwhile True: pass",
-    ],
-)
+    ["while True: pass", "import time; time.sleep(60)",
+     "import signal\nsignal.signal(15, signal.SIG_IGN)\nwhile True: signal.pause()",
+     "import os\nos.close(1), os.close(2)\nwhile True: pass"],
+)  # fmt: skip
 def test_the_sandbox_ends_what_does_not_end(sandbox, program):
     began = time.perf_counter()
     outcome = sandbox(program, timeout_s=0.5)
@@ -8736,15 +7369,12 @@ def test_the_sandbox_ends_what_does_not_end(sandbox, program):
     assert time.perf_counter() - began < 30
 
 
-def test_the_sandbox_limits_cpu_time(sandbox):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
+def test_the_sandbox_limits_cpu_time_and_memory(sandbox):
     program = "import resource\nprint(resource.getrlimit(resource.RLIMIT_CPU))"
     assert sandbox(program, timeout_s=9.5).output == "(10, 10)\n"
     program = "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (11, 11))"
     assert not sandbox(program, timeout_s=9.5).passed, "it cannot be raised"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits memory")
-def test_the_sandbox_limits_memory(sandbox):
     assert sandbox("a = bytearray(30 << 20)", memory_bytes=99 << 20).passed
     outcome = sandbox("a = []\nwhile True: a.append(bytearray(1 << 20))", memory_bytes=99 << 20)
     assert not outcome.passed and "MemoryError" in outcome.output
@@ -8762,7 +7392,7 @@ def test_the_sandbox_limits_output_and_files(sandbox):
 
 
 def test_the_sandbox_limits_the_number_of_processes(sandbox):
-    if os.geteuid() == 0 and not common.sandbox_way()[1]:
+    if os.geteuid() == 0 and not evaluate.sandbox_prefixes()[1]:
         pytest.skip("root cannot become nobody here")
     program = """
         import os, time
@@ -8775,23 +7405,17 @@ def test_the_sandbox_limits_the_number_of_processes(sandbox):
         print(started)
     """
     outcome = sandbox(textwrap.dedent(program), timeout_s=10)
-    assert outcome.passed and int(outcome.output) < common.SANDBOX_PROCESSES
+    assert outcome.passed and int(outcome.output) < evaluate.SANDBOX_PROCESSES
     bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
     assert sandbox(bomb, timeout_s=0.5).reason == "it took longer than 0.5 s"
     # the dead count until the system's first process reaps them
     until(lambda: sandbox("import os\nif os.fork(): os.wait()").passed, 20)
 
 
-def running(mark):
-    """Say whether a process has `mark` in its command line."""
-    listed = subprocess.run(["ps", "-A", "-o", "args="], capture_output=True, text=True, check=True)
-    return mark in listed.stdout
-
-
 @pytest.mark.parametrize("ends", [True, False])
 @pytest.mark.parametrize("leaves_group", [False, True])
 def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
-    if leaves_group and not sandbox.keywords["way"][0]:
+    if leaves_group and not sandbox.keywords["prefixes"][0]:
         pytest.skip("without a namespace such a process outlives the program")
     mark = f"mark{random.randrange(1 << 60)}"
     program = f"""
@@ -8801,14 +7425,15 @@ def test_the_sandbox_kills_what_a_program_started(sandbox, ends, leaves_group):
         time.sleep(0.3 if {ends} else 60)
     """
     assert sandbox(textwrap.dedent(program), timeout_s=3 if ends else 0.6).passed == ends
-    until(lambda: not running(mark), 5)
+    listed = ["ps", "-A", "-o", "args="]
+    until(lambda: mark.encode() not in subprocess.check_output(listed), 5)
 
 
 def test_the_sandbox_has_no_network_where_namespaces_work(sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 5)"
-        assert sandbox(program).passed == (not sandbox.keywords["way"][0])
+        assert sandbox(program).passed == (not sandbox.keywords["prefixes"][0])
 
 
 def test_the_sandbox_removes_what_a_program_leaves(sandbox):
@@ -8827,7 +7452,7 @@ def test_the_sandbox_removes_what_a_program_leaves(sandbox):
 
 
 def test_the_sandbox_never_runs_a_program_as_root(sandbox):
-    if not sandbox.keywords["way"][1]:
+    if not sandbox.keywords["prefixes"][1]:
         pytest.skip("no way to lay down rights here")
     outcome = sandbox("import os\nprint(os.getuid())\nopen('/etc/nanochat-test', 'w')")
     assert outcome.output.split("\n")[0] != "0" and "Permission denied" in outcome.output
@@ -8836,18 +7461,50 @@ def test_the_sandbox_never_runs_a_program_as_root(sandbox):
 # chat.py -------------------------------------------------------------------------------------
 
 
-def test_chat_completes_from_a_flag_and_from_a_pipe(tiny_run, capsys, monkeypatch):
+def test_chat_answers_from_a_flag_and_from_a_pipe_by_the_last_stage(tiny_run, capsys, monkeypatch):
     pretrain.main(tiny_pretrain())
-    capsys.readouterr()
-    chat.main(chat.Settings(tag="t", prompt="The cat", temperature=0.0, max_tokens=5, device="cpu"))
-    first = capsys.readouterr().out
-    assert first.startswith("The cat") and first.endswith("\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\n\nA dog\n"))
-    chat.main(chat.Settings(tag="t", temperature=0.0, max_tokens=5, device="cpu"))
-    out = capsys.readouterr().out
-    assert out.startswith(first) and "A dog" in out
-    with pytest.raises(ValueError, match="temperature"):
-        chat.Settings(temperature=-1.0)
+    run = common.run_dir("t")
+    options = {"tag": "t", "device": "cpu", "temperature": 0.0, "max_tokens": 5}
+
+    def answer(*lines, **more):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        chat.main(chat.Settings(**options, **more))
+        return capsys.readouterr()
+
+    for stage in ("base", "mid", "sft", "rl"):
+        if stage != "base":
+            shutil.copytree(run / "base", run / stage)
+        said = answer(prompt="The cat")
+        assert said.err.startswith(f"({stage} model of run t, step-") and said.out.endswith("\n")
+        assert said.out.startswith("The cat") == (stage == "base")
+    first = answer(stage="base", prompt="The cat")
+    assert "(base model" in first.err
+    assert answer("The cat", "", "A dog", stage="base").out.startswith(f"{first.out}A dog")
+    assert "too long: it has" in answer("x" * 999, "The cat").err
+    assert answer("\udcff", "The cat").out.count("\n") >= 2
+    shutil.rmtree(run / "rl")
+    for more, error, message in [
+        ({"stage": "rl"}, common.MissingInput, "has no rl checkpoint: run `python rl.py"),
+        ({"stage": "base", "system": "x"}, common.Stop, "--system is for a model that chats"),
+        ({"prompt": "word " * 300}, common.Stop, "too long: it has [0-9]+ tokens"),
+    ]:
+        with pytest.raises(error, match=message):
+            answer(**more)
+    command = [sys.executable, HERE / "chat.py", "--device=cpu", "-p", "Hi", "--max-tokens=3"]
+    for words, code in ((["--tag=none-such"], 1), (["--tag=t", "-i", "base"], 0)):
+        pipes = {"capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run([*command, *words], check=False, **pipes)
+        assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
+        assert done.stdout.startswith("Hi") if code == 0 else done.stdout == ""
+    assert "(base model" in done.stderr
+
+
+@pytest.mark.parametrize("words", ["-i raw", "--top-p=0", "--max-tokens=0", "-t -1", "--seed=-1"])
+def test_chats_mistaken_flags_end_with_code_2(words):
+    with pytest.raises(SystemExit) as ended:
+        common.parse_settings(chat.Settings, "", words.split())
+    assert ended.value.code == 2
 
 
 class ScriptedTalk:
@@ -8860,11 +7517,8 @@ class ScriptedTalk:
     def stream_reply(self, messages, sampling):
         self.asked.append((messages, sampling.seed))
         said = messages[-1]["content"]
-        if said == "hang up":
-            yield "text", "well"
-            raise KeyboardInterrupt
-        if said == "hang up while calling":
-            yield from (("text", "It is"), ("python", "6*"))
+        if said.startswith("hang up"):
+            yield from [("text", "well"), ("python", "6*")][: 2 if "calling" in said else 1]
             raise KeyboardInterrupt
         if said[0].isdigit():
             yield from (("text", "It"), ("text", " is"), ("python", said[:2]), ("python", said[2:]))
@@ -8882,20 +7536,18 @@ def converse(base_dir, monkeypatch, capsys):
     """Run chat's main on lines as if piped, or typed; return what it printed."""
 
     def run(*lines, stage="sft", typed=False, context=256, **settings):
-        engine = ScriptedTalk(context)
+        engine, events = ScriptedTalk(context), iter(lines)
+
+        def read(prompt):
+            event = next(events, EOFError)
+            if isinstance(event, str):
+                return event
+            raise event
+
         monkeypatch.setattr(chat, "load", lambda settings: (engine, stage))
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        if typed:
-            events = iter(lines)
-
-            def read(prompt):
-                event = next(events, EOFError)
-                if isinstance(event, str):
-                    return event
-                raise event
-
-            monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-            monkeypatch.setattr("builtins.input", read)
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: typed)
+        monkeypatch.setattr("builtins.input", read)
         chat.main(chat.Settings(**settings))
         printed = capsys.readouterr()
         return SimpleNamespace(out=printed.out, err=printed.err, asked=engine.asked)
@@ -8910,9 +7562,8 @@ def test_chat_goes_on_over_the_turns_of_a_pipe_and_shows_calls(converse):
     parts = [("text", "It is"), ("python", "37*12"), ("output", "444"), ("text", ".")]
     assert [m["role"] for m in messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert [(p["type"], p["text"]) for p in messages[4]["content"]] == parts
-    assert [m["content"] for m in messages if m["role"] != "assistant"] == [
-        "Be brief.", "Hi", "37*12", "Bye"
-    ]  # fmt: skip
+    said = [m["content"] for m in messages if m["role"] != "assistant"]
+    assert said == ["Be brief.", "Hi", "37*12", "Bye"]
     assert [asked[1] for asked in run.asked] == [5, 6, 7]
 
 
@@ -8920,10 +7571,8 @@ def test_chat_commands(converse):
     run = converse("/regen", "one", "two", "/regen", "/reset", "three", "/quti now", "/help", "/quit",
                    "four", system="s")  # fmt: skip
     assert run.out == "You said one\nYou said two\nYou said two\nYou said three\n"
-    contents = [
-        [m["content"] for m in messages if m["role"] == "user"] for messages, _ in run.asked
-    ]
-    assert contents == [["one"], ["one", "two"], ["one", "two"], ["three"]]
+    users = [[m["content"] for m in messages if m["role"] == "user"] for messages, _ in run.asked]
+    assert users == [["one"], ["one", "two"], ["one", "two"], ["three"]]
     assert [seed for _, seed in run.asked] == [0, 1, 2, 3], "other chances"
     assert all(messages[0]["role"] == "system" for messages, _ in run.asked)
     notes = run.err.splitlines()
@@ -8943,22 +7592,17 @@ def test_a_conversation_longer_than_the_context_forgets_its_oldest_turns(convers
     users = [m["content"] for m in run.asked[11][0] if m["role"] == "user"]
     assert users == lines[12 - len(users) : 12] and len(users) > 1, "the newest, in order"
     assert all([m["role"] for m in messages[:2]] == ["system", "user"] for messages, _ in run.asked)
-    notes = run.err.splitlines()
-    assert any("oldest turns forgotten: 1" in line for line in notes)
-    assert len([line for line in notes if "too long: " in line]) == 1
-    before = [m for m in run.asked[-1][0] if "word word" in str(m["content"])]
-    assert not before, "the refused message is not remembered"
+    assert "oldest turns forgotten: 1" in run.err and run.err.count("too long: ") == 1
+    assert "word word" not in str(run.asked[-1][0]), "the refused message is not remembered"
 
 
 def test_ctrl_c_ends_an_answer_and_only_at_the_prompt_the_program(converse):
     C = KeyboardInterrupt
     run = converse("hang up", "a", "hang up while calling", C, "b", C, C, "c", typed=True)
-    assert [m[-1]["content"] for m, _ in run.asked] == [
-        "hang up", "a", "hang up while calling", "b"
-    ]  # fmt: skip
+    said = [m[-1]["content"] for m, _ in run.asked]
+    assert said == ["hang up", "a", "hang up while calling", "b"]
     said = [m["content"] for m in run.asked[-1][0] if m["role"] == "assistant"]
-    assert said[0] == [{"type": "text", "text": "well"}], "what came is remembered"
-    assert said[2] == [{"type": "text", "text": "It is"}], "half a call is not"
+    assert said[0] == said[2] == [{"type": "text", "text": "well"}], "but half a call is not kept"
     assert run.err.count("Ctrl-C once more") == 2 and run.out.startswith("well\nYou said a\n")
     assert converse("x", EOFError, "y", typed=True).out == "You said x\n"
     with pytest.raises(KeyboardInterrupt):
@@ -8967,17 +7611,15 @@ def test_ctrl_c_ends_an_answer_and_only_at_the_prompt_the_program(converse):
 
 def test_typed_lines_are_remembered_in_a_private_file(converse, base_dir):
     readline = pytest.importorskip("readline")
+    path = base_dir / "chat_history"
     readline.clear_history()
     readline.add_history("an earlier line")
-    converse("x", typed=True)
-    path = base_dir / "chat_history"
-    assert "an earlier line" in path.read_text() and path.stat().st_mode & 0o777 == 0o600
-    readline.clear_history()
-    path.chmod(0o644)
-    converse("x", "/quit", typed=True)
-    assert readline.get_history_item(1) == "an earlier line"
-    assert path.stat().st_mode & 0o777 == 0o600
-    readline.clear_history()
+    for line in (EOFError, "/quit"):
+        converse("x", line, typed=True)
+        assert "an earlier line" in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+        assert readline.get_history_item(1) == "an earlier line"
+        readline.clear_history()
+        path.chmod(0o644)
 
 
 def test_what_a_model_says_cannot_drive_the_terminal(converse):
@@ -8998,7 +7640,8 @@ def test_what_a_model_says_cannot_drive_the_terminal(converse):
         ("p:1+1|o:2|t:. So|p:2+2|o:4", "[1+1 = 2]. So [2+2 = 4]"),
         ("p:1+1|o:2|p:2+2|o:4|t:\nEnd", "[1+1 = 2] [2+2 = 4]\nEnd"),
         ("o:error|t:!", "[ = error]!"),
-        ("t:a|p:1+", "a [1+"),
+        ("t:a|p:1+", "a [1+]"),
+        ("t:a|p:1+|t:b", "a [1+] b"),
         ("t:a|t:|t:b", "ab"),
         ("", ""),
     ],
@@ -9015,61 +7658,9 @@ def test_how_calls_of_the_tool_are_shown(pieces, printed):
 
 def test_an_answer_is_printed_while_it_comes():
     told = []
-
-    def pieces():
-        for i in range(3):
-            told.append(i)
-            yield "text", f"{i} "
-
-    for i, text in enumerate(chat.show(pieces())):
+    pieces = (told.append(i) or ("text", f"{i} ") for i in range(3))
+    for i, text in enumerate(chat.show(pieces)):
         assert text == f"{i} " and told == list(range(i + 1))
-
-
-def test_chat_takes_the_last_stage_there_is_and_says_which(tiny_run, capsys, monkeypatch):
-    pretrain.main(tiny_pretrain())
-    run = common.run_dir("t")
-    options = {"tag": "t", "device": "cpu", "temperature": 0.0, "max_tokens": 5}
-    for stage in ("base", "mid", "sft", "rl"):
-        if stage != "base":
-            shutil.copytree(run / "base", run / stage)
-        capsys.readouterr()
-        chat.main(chat.Settings(prompt="The cat", **options))
-        printed = capsys.readouterr()
-        assert printed.err.startswith(f"({stage} model of run t, step-") and printed.out
-        assert printed.out.startswith("The cat") == (stage == "base")
-    chat.main(chat.Settings(stage="base", prompt="The cat", **options))
-    assert "(base model" in capsys.readouterr().err
-    for prompt in ("x" * 999, "\udcff"):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{prompt}\nThe cat\n"))
-        chat.main(chat.Settings(**options))
-    assert "too long: it has" in capsys.readouterr().err
-
-
-def test_chats_mistakes_are_one_sentence(tiny_run, capsys):
-    def run(*words):
-        command = [sys.executable, str(HERE / "chat.py"), "--device=cpu", "-p", *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.stderr.count("\n") == 1, done.stderr
-        return done
-
-    missing = run("Hi", "--tag=none-such")
-    assert missing.returncode == 1 and missing.stdout == ""
-    assert missing.stderr.startswith("no run has the tag 'none-such'")
-    pretrain.main(tiny_pretrain())
-    fine = run("Hi", "--tag=t", "--max-tokens=3")
-    assert fine.returncode == 0 and fine.stdout.startswith("Hi") and fine.stdout[-1] == "\n"
-    options = {"tag": "t", "device": "cpu"}
-    with pytest.raises(common.MissingInput, match="has no rl checkpoint: run `python rl.py"):
-        chat.main(chat.Settings(stage="rl", **options))
-    with pytest.raises(common.Stop, match="--system is for a model that chats"):
-        chat.main(chat.Settings(system="x", **options))
-    shutil.copytree(common.run_dir("t") / "base", common.run_dir("t") / "sft")
-    with pytest.raises(common.Stop, match="too long: it has [0-9]+ tokens"):
-        chat.main(chat.Settings(prompt="word " * 300, **options))
-    for words in (["-i", "raw"], ["--top-p=0"], ["--max-tokens=0"], ["-t", "-1"], ["--seed=-1"]):
-        with pytest.raises(SystemExit) as ended:
-            common.parse_settings(chat.Settings, "", words)
-        assert ended.value.code == 2
 
 
 # Serving -------------------------------------------------------------------------------------
@@ -9077,31 +7668,30 @@ def test_chats_mistakes_are_one_sentence(tiny_run, capsys):
 
 @contextlib.contextmanager
 def serving(tokenizer, slots=4, model=None, **changes):
-    """A server of a random model; yields it, its address and an engine that answers alone."""
-    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 128}
+    """A server of a random model, or of another; yields it and its address."""
     options = {"port": 0, "max_tokens": 12, "timeout_s": 5.0, **changes}
     server = serve.Server(serve.Settings(**options))
     server.said = []  # the log
     server.say = server.said.append
-    engine = common.Engine(model or random_model(**shape), tokenizer, slots)
-    worker = serve.Worker(engine, server.settings.max_waiting)
-    server.model = serve.Model("t-sft", ("t-sft", "t"), "sft", engine, worker)
+    engine = common.Engine(model or random_model(**served_shape(tokenizer)), tokenizer, slots)
+    server.model = served = serve.Model(engine, "t", "sft", server.settings.max_waiting)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
         yield server, f"http://127.0.0.1:{server.server_port}"
-        for _ in range(200):  # whatever a test did, nothing is left at work
-            if not worker.open and not engine.load:
-                break
-            time.sleep(0.02)
-        assert not worker.open and not engine.load
+        # whatever a test did, nothing is left running
+        until(lambda: not served.unfinished and not engine.load, 4)
         check_rows(engine)
         assert "Traceback" not in "\n".join(server.said)
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-        worker.stop()
+        served.stop()
+
+
+def served_shape(tokenizer, **changes):
+    return {"vocab_size": tokenizer.vocab_size, "max_seq_len": 128, **changes}
 
 
 @pytest.fixture
@@ -9110,253 +7700,259 @@ def served(tokenizer):
         yield server, url
 
 
+class Talker(torch.nn.Module):
+    """Stands in for a model: says one text to whatever it is asked, a token in `pause` seconds."""
+
+    def __init__(self, tokenizer, script, pause=0.0, context=1024):
+        super().__init__()
+        self.config = common.GPTConfig(tokenizer.vocab_size, 1, 8, 1, 1, context)
+        self.embed, self.blocks = torch.nn.Embedding(1, 1), torch.nn.ModuleList()
+        self.script, self.pause, self.dtype = script, pause, torch.float32
+        self.begins = tokenizer.specials["<|assistant_start|>"]
+
+    def trunk(self, ids, past):
+        keys = ids[..., None, None].float().expand(-1, -1, 1, 8)
+        held = past.append(0, keys, keys)[0][..., 0, 0]  # the ids of all positions so far
+        time.sleep(self.pause)
+        said = torch.zeros(*ids.shape, 1)  # tokens since the assistant began
+        for b, row in enumerate(past.positions.tolist()):
+            begins = (held[b] == self.begins).nonzero()[:, 0]
+            for t, position in enumerate(row):
+                before = begins[begins <= position].tolist()
+                said[b, t] = position - before[-1] if before else 0
+        return said
+
+    def logits(self, hidden):
+        index = hidden[..., 0].long().clamp(max=len(self.script) - 1)
+        chosen = torch.tensor(self.script)[index]
+        return 100.0 * F.one_hot(chosen, self.config.vocab_size).float()
+
+
+def talker(tokenizer, *texts, **options):
+    """A Talker that says texts, with 37*12 on the calculator between them."""
+    special, script = tokenizer.specials, []
+    for i, text in enumerate(texts):
+        if i:
+            call = tokenizer.encode("37*12")
+            script += [special["<|python_start|>"], *call, special["<|python_end|>"]]
+            script += [7] * (2 + len(tokenizer.encode("444")))  # the engine forces its own
+        script += tokenizer.encode(text)
+    return Talker(tokenizer, [*script, special["<|assistant_end|>"]], **options)
+
+
 def user(text):
     return [{"role": "user", "content": text}]
 
 
+def parts_of(*pairs):
+    return [{"type": kind, "text": text} for kind, text in pairs]
+
+
+def completed(url, status=200, path="/v1/chat/completions", headers=None, **body):
+    """The JSON of a request for completions, of "Hi" unless it says otherwise."""
+    asked = body if "prompt" in body or "messages" in body else {"messages": user("Hi"), **body}
+    response = requests.post(url + path, json=asked, headers=headers, timeout=60)
+    assert response.status_code == status, response.text
+    return response.json()
+
+
 def reply_alone(tokenizer, messages, max_tokens):
     """What a model says to messages when nobody else asks: parts, and why it ended."""
-    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 128}
-    engine = common.Engine(random_model(**shape), tokenizer, 1)
+    engine = common.Engine(random_model(**served_shape(tokenizer)), tokenizer, 1)
     prompt = common.render_prompt(tokenizer, messages)
     ((_, reply),) = engine.run([greedy(prompt, max_tokens, tool=True)])
     return reply, common.reply_parts(tokenizer, reply.ids)
 
 
-def events(response):
+def events(url, path="/v1/chat/completions", **body):
     """The events of a stream, parsed; the last must be [DONE]."""
+    asked = body if "prompt" in body else {"messages": user("Hi"), **body}
+    response = requests.post(url + path, json={**asked, "stream": True}, timeout=60)
     datas = [line[6:] for line in response.text.split("\n\n") if line]
-    assert datas[-1] == "[DONE]" and response.headers["Content-Type"].startswith(
-        "text/event-stream"
-    )
+    assert datas[-1] == "[DONE]", response.text
+    assert response.headers["Content-Type"].startswith("text/event-stream")
     return [json.loads(data) for data in datas[:-1]]
 
 
-def test_an_answer_is_what_the_model_says_alone_whole_and_streamed(served, tokenizer):
+def streamed(chunks):
+    """The text and the parts that a stream brings."""
+    deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
+    pieces = [d["part"] for d in deltas if "part" in d]
+    joined = [(kind, "".join(p["text"] for p in group))
+              for kind, group in itertools.groupby(pieces, lambda p: p["type"])]  # fmt: skip
+    return "".join(d.get("content", "") for d in deltas), parts_of(*joined)
+
+
+@pytest.mark.parametrize("text", ["Hi", "What is 2+2? \u00e9\u4e2d", "x" * 40])
+def test_an_answer_is_what_the_model_says_alone_whole_and_streamed(served, tokenizer, text):
     _, url = served
-    for text in ("Hi", "What is 2+2? \u00e9\u4e2d", "x" * 40):
-        reply, parts = reply_alone(tokenizer, user(text), 20)
-        asked = {"messages": user(text), "temperature": 0, "max_tokens": 20}
-        for path in ("/v1/chat/completions", "/chat/completions"):
-            body = requests.post(url + path, json=asked).json()
-            (choice,) = body["choices"]
-            assert body["object"] == "chat.completion" and body["model"] == "t-sft"
-            assert choice["message"]["role"] == "assistant" and choice["index"] == 0
-            assert choice["message"]["parts"] == parts
-            assert choice["finish_reason"] == reply.reason
-            prompt = len(common.render_prompt(tokenizer, user(text)))
-            assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": len(reply.ids),
-                                     "total_tokens": prompt + len(reply.ids)}  # fmt: skip
-        options = {"stream": True, "stream_options": {"include_usage": True}}
-        chunks = events(requests.post(url + "/v1/chat/completions", json={**asked, **options}))
-        assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
-        assert len({c["id"] for c in chunks}) == 1
-        deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
-        assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
-        assert "".join(d.get("content", "") for d in deltas) == choice["message"]["content"]
-        reasons = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]]
-        assert reasons == [None] * (len(reasons) - 1) + [reply.reason]
-        assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == body["usage"]
+    reply, parts = reply_alone(tokenizer, user(text), 20)
+    asked = {"messages": user(text), "temperature": 0, "max_tokens": 20}
+    for path in ("/v1/chat/completions", "/chat/completions"):
+        body = completed(url, path=path, **asked)
+        (choice,) = body["choices"]
+        assert (body["object"], body["model"]) == ("chat.completion", "t-sft")
+        assert choice["message"]["role"] == "assistant" and choice["index"] == 0
+        assert choice["message"]["parts"] == parts and choice["finish_reason"] == reply.reason
+        prompt = len(common.render_prompt(tokenizer, user(text)))
+        assert body["usage"] == {"prompt_tokens": prompt, "completion_tokens": len(reply.ids),
+                                 "total_tokens": prompt + len(reply.ids)}  # fmt: skip
+    chunks = events(url, stream_options={"include_usage": True}, **asked)
+    assert {c["object"] for c in chunks} == {"chat.completion.chunk"}
+    assert len({c["id"] for c in chunks}) == 1
+    deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[-1] == {}
+    assert streamed(chunks) == (choice["message"]["content"], parts)
+    reasons = [c["choices"][0]["finish_reason"] for c in chunks if c["choices"]]
+    assert reasons == [None] * (len(reasons) - 1) + [reply.reason]
+    assert chunks[-1]["choices"] == [] and chunks[-1]["usage"] == body["usage"]
 
 
-def test_openais_own_client_talks_to_it(served):
+def test_openais_own_client_talks_to_it(served, tokenizer):
     openai = pytest.importorskip("openai")
     _, url = served
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    asked = {"model": "t-sft", "messages": user("Hi"), "temperature": 0, "max_tokens": 8}
-    whole = client.chat.completions.create(**asked)
-    streamed = client.chat.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(streamed)
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
-    assert whole.choices[0].finish_reason in ("length", "stop")
-    done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
-    assert done.usage.completion_tokens <= 4
-    assert [model.id for model in client.models.list()] == ["t-sft"]
-    assert client.models.retrieve("t-sft").id == "t-sft"
-    with pytest.raises(openai.NotFoundError, match="t-sft"):
-        client.models.retrieve("gpt-4")
-    bare = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
-    assert [model.id for model in bare.models.list()] == ["t-sft"]
-    assert bare.models.retrieve("t-sft").id == "t-sft"
-    assert bare.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0).usage
-    with pytest.raises(openai.BadRequestError, match="temperature"):
-        client.chat.completions.create(**{**asked, "temperature": 5})
-    with pytest.raises(openai.NotFoundError, match="t-sft"):
-        client.chat.completions.create(**{**asked, "model": "gpt-4"})
-
-
-def test_openais_client_sends_back_an_answer_with_its_calls(served, tokenizer):
-    chat_types = pytest.importorskip("openai.types.chat")
-    openai = pytest.importorskip("openai")
-    _, url = served
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    parts = [{"type": "text", "text": "So"}, {"type": "python", "text": "37*12"},
-             {"type": "output", "text": "444"}]  # fmt: skip
+    for base in (f"{url}/v1", url):
+        client = openai.OpenAI(base_url=base, api_key="none", max_retries=0)
+        create = client.chat.completions.create
+        asked = {"model": "t-sft", "messages": user("Hi"), "temperature": 0, "max_tokens": 8}
+        whole = create(**asked)
+        chunks = list(create(**asked, stream=True, stream_options={"include_usage": True}))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+        assert whole.choices[0].finish_reason in ("length", "stop")
+        done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
+        assert done.usage.completion_tokens <= 4
+        assert [model.id for model in client.models.list()] == ["t-sft"]
+        assert client.models.retrieve("t-sft").id == "t-sft"
+        with pytest.raises(openai.NotFoundError, match="t-sft"):
+            client.models.retrieve("gpt-4")
+        with pytest.raises(openai.BadRequestError, match="temperature"):
+            create(**{**asked, "temperature": 5})
+        with pytest.raises(openai.NotFoundError, match="t-sft"):
+            create(**{**asked, "model": "gpt-4"})
+    # an answer with calls that is sent back as the client's own object
+    parts = parts_of(("text", "So"), ("python", "37*12"), ("output", "444"))
     made = {"role": "assistant", "content": "So [37*12 = 444]", "parts": parts}
-    message = chat_types.ChatCompletionMessage.model_validate(made)
+    message = type(whole.choices[0].message).model_validate(made)
     said = [*user("a"), message, *user("b")]
-    done = client.chat.completions.create(model="t", messages=said, max_tokens=1)
+    done = create(model="t", messages=said, max_tokens=1)
     same = [*user("a"), {"role": "assistant", "content": parts}, *user("b")]
     assert done.usage.prompt_tokens == len(common.render_prompt(tokenizer, same))
 
 
-def test_many_ask_at_once_and_get_what_each_gets_alone(served, tokenizer):
-    _, url = served
-    texts = [f"Say {n}" for n in range(24)]
-
-    def ask(text):
-        asked = {"messages": user(text), "temperature": 0, "max_tokens": 15}
-        return requests.post(url + "/v1/chat/completions", json=asked).json()
-
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        for text, body in zip(texts, pool.map(ask, texts)):
-            _, parts = reply_alone(tokenizer, user(text), 15)
-            assert body["choices"][0]["message"]["parts"] == parts
-
-
 def test_choices_differ_and_a_seed_repeats_them(served):
     _, url = served
-    asked = {"messages": user("Hi"), "n": 4, "seed": 7, "temperature": 1, "top_k": 0}
+    asked = {"n": 4, "seed": 7, "temperature": 1, "top_k": 0}
 
     def texts(**changes):
-        body = requests.post(url + "/v1/chat/completions", json={**asked, **changes}).json()
-        assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
-        return [choice["message"]["content"] for choice in body["choices"]]
+        choices = completed(url, **{**asked, **changes})["choices"]
+        assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+        return [choice["message"]["content"] for choice in choices]
 
     first = texts()
     assert len(set(first)) == 4 and texts() == first
-    assert not set(first) & set(texts(seed=8)), "seeds side by side share no sample"
+    assert not set(first) & set(texts(seed=8)), "neighbouring seeds share no sample"
     assert texts(seed=None) != texts(seed=None)
-    streamed = collections.Counter()
-    for chunk in events(
-        requests.post(url + "/v1/chat/completions", json={**asked, "stream": True})
-    ):
+    said = collections.defaultdict(str)
+    for chunk in events(url, **asked):
         for choice in chunk["choices"]:
-            streamed[choice["index"]] += len(choice["delta"].get("content", ""))
-    assert [streamed[i] for i in range(4)] == list(map(len, first))
+            said[choice["index"]] += choice["delta"].get("content", "")
+    assert [said[i] for i in range(4)] == first
 
 
 def test_completions_go_on_from_a_text(served, tokenizer):
     server, url = served
     alone = common.Engine(server.model.engine.model, tokenizer, 1)
     expected = "".join(alone.complete("The cat", common.Sampling(8, 0)))
-    asked = {"prompt": "The cat", "temperature": 0, "max_tokens": 8}
-    body = requests.post(url + "/v1/completions", json=asked).json()
+    path, asked = "/v1/completions", {"prompt": "The cat", "temperature": 0, "max_tokens": 8}
+    body = completed(url, path=path, **asked)
     assert body["object"] == "text_completion" and body["choices"][0]["text"] == expected
-    chunks = events(requests.post(url + "/v1/completions", json={**asked, "stream": True}))
+    chunks = events(url, path, **asked)
     assert "".join(c["choices"][0]["text"] for c in chunks) == expected
-    two = requests.post(url + "/v1/completions", json={**asked, "prompt": ["The cat", "A"]}).json()
-    assert two["choices"][0]["text"] == expected and len(two["choices"]) == 2
+    two = completed(url, path=path, **{**asked, "prompt": ["The cat", "A"]})["choices"]
+    assert two[0]["text"] == expected and len(two) == 2
     same = {"prompt": ["The cat"] * 4, "temperature": 2, "top_k": 0, "max_tokens": 8, "seed": 5}
-    drawn = [requests.post(url + "/v1/completions", json=same).json() for _ in range(2)]
-    texts = [[choice["text"] for choice in body["choices"]] for body in drawn]
+    texts = [[c["text"] for c in completed(url, path=path, **same)["choices"]] for _ in range(2)]
     assert texts[0] == texts[1] and len(set(texts[0])) == 4, "each draws its own"
 
 
-def test_a_stop_string_ends_an_answer_and_is_left_out(tokenizer):
-    script = [*tokenizer.encode("one two three four"), tokenizer.specials["<|assistant_end|>"]]
-    prompt = common.render_prompt(tokenizer, user("Go"))
-    for stop, said in (("three", "one two "), (["zz", " t"], "one"), ([], "one two three four")):
-        model = Scripted(tokenizer, script, len(prompt))
-        with serving(tokenizer, 1, model) as (_, url):
-            asked = {"messages": user("Go"), "temperature": 0, "stop": stop, "max_tokens": 50}
-            body = requests.post(url + "/v1/chat/completions", json=asked).json()
-            assert body["choices"][0]["message"]["content"] == said
-            assert body["choices"][0]["finish_reason"] == "stop"
-
-
-def test_a_call_of_the_calculator_is_shown_as_text_and_as_parts(tokenizer):
-    special = tokenizer.specials
-    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
-    gap = [7] * (2 + len(tokenizer.encode("444")))
-    script = [*tokenizer.encode("So"), *call, *gap, *tokenizer.encode("It is."),
-              special["<|assistant_end|>"]]  # fmt: skip
-    prompt = common.render_prompt(tokenizer, user("Go"))
-    with serving(tokenizer, 1, Scripted(tokenizer, script, len(prompt))) as (_, url):
-        asked = {"messages": user("Go"), "temperature": 0, "max_tokens": 50, "stream": True}
-        chunks = events(requests.post(url + "/v1/chat/completions", json=asked))
-        deltas = [c["choices"][0]["delta"] for c in chunks]
-        text = "".join(d.get("content", "") for d in deltas)
+@pytest.mark.parametrize(
+    ("texts", "stop", "said", "parts"),
+    [(["one two three four"], "three", "one two ", None), (["one two"], ["zz", " t"], "one", None),
+     (["one two"], [], "one two", None),
+     (["So", "It is."], [], "So [37*12 = 444] It is.",
+      [("text", "So"), ("python", "37*12"), ("output", "444"), ("text", "It is.")]),
+     (["", ", yes"], "4", "[37*12 = 444], yes",
+      [("python", "37*12"), ("output", "444"), ("text", ", yes")])],
+)  # fmt: skip
+def test_stop_strings_end_an_answer_and_calls_are_shown_as_text_and_as_parts(
+    tokenizer, texts, stop, said, parts
+):
+    parts = parts_of(*(parts or [("text", said)]))
+    with serving(tokenizer, 1, talker(tokenizer, *texts)) as (_, url):
+        asked = {"temperature": 0, "stop": stop, "max_tokens": 50}
+        (choice,) = completed(url, **asked)["choices"]
         assert (
-            text
-            == "So [37*12 = 444] It is."
-            == "".join(
-                chat.show(
-                    [("text", "So"), ("python", "37*12"), ("output", "444"), ("text", "It is.")]
-                )
-            )
+            choice["message"]["content"]
+            == said
+            == "".join(chat.show([(part["type"], part["text"]) for part in parts]))
         )
-        parts = [(d["part"]["type"], d["part"]["text"]) for d in deltas if "part" in d]
-        joined = [
-            (k, "".join(t for _, t in g)) for k, g in itertools.groupby(parts, lambda p: p[0])
-        ]
-        assert joined == [
-            ("text", "So"),
-            ("python", "37*12"),
-            ("output", "444"),
-            ("text", "It is."),
-        ]
+        assert choice["message"]["parts"] == parts and choice["finish_reason"] == "stop"
+        assert streamed(events(url, **asked)) == (said, parts)
+
+
+CALLED = parts_of(("python", "37*12"), ("output", "444"))
+TIGHT = [*parts_of(("text", "So")), *CALLED, *parts_of(("text", "It is."))]
+WIDE = [*parts_of(("text", "So ")), *CALLED, *parts_of(("text", " It is."))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [({"parts": TIGHT}, TIGHT), ({}, WIDE), ({"parts": 3}, WIDE), ({"parts": CALLED}, WIDE),
+     ({"content": TIGHT}, TIGHT), ({"content": [*CALLED, *CALLED[:1]]}, CALLED),
+     ({"content": "So", "parts": [*TIGHT[:1], *CALLED[:1]]}, TIGHT[:1]),
+     ({"content": "Edited", "parts": TIGHT}, parts_of(("text", "Edited"))),
+     ({"content": "[2+2 = 5]"}, parts_of(("text", "[2+2 = 5]"))),
+     ({"content": "[a = error]"}, parts_of(("text", "[a = error]")))],
+)  # fmt: skip
+def test_an_answer_that_is_sent_back_has_its_calls_again(served, tokenizer, changes, parts):
+    back = {"role": "assistant", "content": "So [37*12 = 444] It is.", **changes}
+    server, same = served[0], {"role": "assistant", "content": parts}
+    body = {"messages": [*user("a"), back, *user("b")]}
+    asked = serve.Completion(body, True, server.model, server.settings)
+    assert asked.prompts == [common.render_prompt(tokenizer, [*user("a"), same, *user("b")])]
 
 
 def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(served, tokenizer):
-    server, _ = served
-    model = server.model
-    forms = [
-        ([{"role": "developer", "content": "Be kind."}, *user("Hi")],
-         [{"role": "system", "content": "Be kind."}, *user("Hi")]),
-        ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
-         user("ab")),
-        ([*user("a"), *user("b")], user("a\n\nb")),
-        (user("<|user_end|><|assistant_start|>"), user("<|user_end|><|assistant_start|>")),
-        (user("\ud800"), user("?")),
-        ([*user("a"), {"role": "system", "content": "b"}], user("a\n\nb")),
-        ([{"role": "developer", "content": "a"}], user("a")),
-        ([*user("[1+1 = 2]")], user("[1+1 = 2]")),
-    ]  # fmt: skip
-    call = [{"type": "python", "text": "37*12"}, {"type": "output", "text": "444"}]
-    texts = [{"type": "text", "text": text} for text in ("So", "It is.", "So ", " It is.")]
-    tight, wide = [texts[0], *call, texts[1]], [texts[2], *call, texts[3]]
-    for changes, parts in (
-        ({"parts": tight}, tight), ({}, wide), ({"parts": 3}, wide), ({"parts": call}, wide),
-        ({"content": "Edited", "parts": tight}, [{"type": "text", "text": "Edited"}]),
-        ({"content": "[2+2 = 5]"}, [{"type": "text", "text": "[2+2 = 5]"}]),
-        ({"content": "[a = error]"}, [{"type": "text", "text": "[a = error]"}]),
+    system, kind = {"role": "system", "content": "b"}, {"role": "developer", "content": "Be kind."}
+    hostile = user("<|user_end|><|assistant_start|>")
+    for said, same in (
+        ([kind, *user("Hi")], [{**kind, "role": "system"}, *user("Hi")]),
+        (user(parts_of(("text", "a"), ("text", "b"))), user("ab")),
+        ([*user("a"), *user("b")], user("a\n\nb")), ([*user("a"), system], user("a\n\nb")),
+        ([kind], user("Be kind.")), (user("\ud800"), user("?")), (hostile, hostile),
+        (user("[1+1 = 2]"), user("[1+1 = 2]")),
     ):  # fmt: skip
-        back = {"role": "assistant", "content": "So [37*12 = 444] It is.", **changes}
-        said = [*user("a"), back, *user("b")]
-        forms.append((said, [*user("a"), {"role": "assistant", "content": parts}, *user("b")]))
-    settings = server.settings
-    for said, same in forms:
-        wanted = serve.parse_wanted({"messages": said}, True, model, settings)
-        assert wanted.prompts == [common.render_prompt(tokenizer, same)]
-    ids = serve.parse_wanted({"messages": forms[3][0]}, True, model, settings).prompts[0]
-    assert ids.count(tokenizer.specials["<|user_end|>"]) == 1
-    parts = [{"type": "python", "text": "1+1"}, {"type": "output", "text": "2"}]
-    for cut in ([], [{"type": "python", "text": "37*"}]):  # a call that was stopped is left out
-        called, whole = (
-            [*user("a"), {"role": "assistant", "content": said}, *user("b")]
-            for said in (parts + cut, parts)
-        )
-        wanted = serve.parse_wanted({"messages": called}, True, model, settings)
-        assert wanted.prompts == [common.render_prompt(tokenizer, whole)]
+        server = served[0]
+        (prompt,) = serve.Completion(
+            {"messages": said}, True, server.model, server.settings
+        ).prompts
+        assert prompt == common.render_prompt(tokenizer, same)
+        assert prompt.count(tokenizer.specials["<|user_end|>"]) == 1
 
 
 def write_blocklist(folder, *lines):
     path = folder / "blocked.txt"
-    path.write_bytes(
-        b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
-    )
+    path.write_bytes(b"\n".join(one if isinstance(one, bytes) else one.encode() for one in lines))
     return str(path)
 
 
-def test_an_input_that_is_blocked_is_refused(tokenizer, tmp_path):
+def test_what_is_blocked_is_refused_in_requests(tokenizer, tmp_path):
     path = write_blocklist(tmp_path, "# comment", "", r"\bsecret\b", "  caf\u00e9s?  ", "a b")
     with serving(tokenizer, blocklist=path) as (_, url):
 
-        def refused(path="/v1/chat/completions", **asked):
+        def refused(**asked):
+            path = "/v1/completions" if "prompt" in asked else "/v1/chat/completions"
             response = requests.post(url + path, json={"max_tokens": 1, **asked})
             error = response.json().get("error", {})
             assert response.status_code == (400 if error else 200)
@@ -9364,48 +7960,31 @@ def test_an_input_that_is_blocked_is_refused(tokenizer, tmp_path):
             assert not error or not re.search("secret|caf|comment", error["message"])
             return error.get("code") == "content_blocked" and error["param"]
 
-        for text in ("My SECRET.", "secret", "CAF\u00c9S", "A b"):
-            assert refused(messages=user(text)) == "messages", text
-            assert refused("/v1/completions", prompt=["fine", text]) == "prompt"
-            answer = {"role": "assistant", "content": [{"type": "output", "text": text}]}
+        for text in ("a SECRET.", "the caf\u00c9", "a b"):
+            assert refused(messages=user(text)) == "messages"
+            assert refused(prompt=["fine", text]) == "prompt"
+            answer = {"role": "assistant", "content": parts_of(("output", text))}
             assert refused(messages=[*user("Hi"), answer, *user("x")]) == "messages"
-            system = {"role": "system", "content": [{"type": "text", "text": text}]}
+            system = {"role": "system", "content": parts_of(("text", text))}
             assert refused(messages=[system, *user("x")]) == "messages"
-        cut = [{"type": "text", "text": "sec"}, {"type": "text", "text": "ret"}]
-        assert refused(messages=user(cut)) == "messages"
+        assert refused(messages=user(parts_of(("text", "sec"), ("text", "ret")))) == "messages"
         for text in ("secrets", "a  b", "# comment", ""):
-            assert not refused(messages=user(text)) and not refused("/v1/completions", prompt=text)
+            assert not refused(messages=user(text)) and not refused(prompt=text)
 
 
 def test_what_is_blocked_is_masked_in_answers_whole_and_streamed(tokenizer, tmp_path):
     path = write_blocklist(tmp_path, "three f", r"\b4\d+", "3.*2", "[a-z]{3} is")
-    special = tokenizer.specials
-    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
-    gap = [7] * (2 + len(tokenizer.encode("444")))
-    plain = [*tokenizer.encode("one three four"), special["<|assistant_end|>"]]
-    called = [*tokenizer.encode("two three"), *call, *gap, *tokenizer.encode("fWhat IS"),
-              special["<|assistant_end|>"]]  # fmt: skip
-    expected = {
-        "one [blocked]our": [("text", "one [blocked]our")],
-        "two three [[blocked] = [blocked]] fW[blocked]": [
-            ("text", "two three"), ("python", "[blocked]"), ("output", "[blocked]"),
-            ("text", "fW[blocked]")],
-    }  # fmt: skip
-    for script, (text, parts) in zip((plain, called), expected.items()):
-        model = Talker(tokenizer, script)
-        with serving(tokenizer, 1, model, blocklist=path) as (_, url):
-            asked = {"messages": user("Go"), "temperature": 0, "max_tokens": 50}
-            body = requests.post(url + "/v1/chat/completions", json=asked).json()
-            message = body["choices"][0]["message"]
-            assert [(part["type"], part["text"]) for part in message["parts"]] == parts
-            assert message["content"] == text
-            asked["stream"] = True
-            chunks = events(requests.post(url + "/v1/chat/completions", json=asked))
-            deltas = [c["choices"][0]["delta"] for c in chunks]
-            assert "".join(d.get("content", "") for d in deltas) == text
-            streamed = [(d["part"]["type"], d["part"]["text"]) for d in deltas if "part" in d]
-            joined = itertools.groupby(streamed, lambda part: part[0])
-            assert [(kind, "".join(t for _, t in group)) for kind, group in joined] == parts
+    for texts, said, parts in (
+        (["one three four"], "one [blocked]our", [("text", "one [blocked]our")]),
+        (["two three", "fWhat IS"], "two three [[blocked] = [blocked]] fW[blocked]",
+         [("text", "two three"), ("python", "[blocked]"), ("output", "[blocked]"),
+          ("text", "fW[blocked]")]),
+    ):  # fmt: skip
+        with serving(tokenizer, 1, talker(tokenizer, *texts), blocklist=path) as (_, url):
+            asked = {"temperature": 0, "max_tokens": 50}
+            message = completed(url, **asked)["choices"][0]["message"]
+            assert (message["content"], message["parts"]) == (said, parts_of(*parts))
+            assert streamed(events(url, **asked)) == (said, parts_of(*parts))
 
 
 BLOCKLISTS = [
@@ -9414,26 +7993,23 @@ BLOCKLISTS = [
 ]  # fmt: skip
 
 
-@given(
-    st.sampled_from(BLOCKLISTS),
-    st.lists(st.text("abcABC \n", max_size=12), max_size=12),
-)
+@given(st.sampled_from(BLOCKLISTS), st.lists(st.text("abcABC \n", max_size=12), max_size=12))
 def test_what_is_masked_does_not_depend_on_the_pieces(lines, pieces):
     with tempfile.TemporaryDirectory() as folder:
         blocklist = serve.read_blocklist(Path(write_blocklist(Path(folder), *lines)))
     masker, text = serve.Masker(blocklist), "".join(pieces)
     expected = re.sub("|".join(lines), "[blocked]", text, flags=re.IGNORECASE)
-    ready, held = [], 0
+    ready, waiting = [], 0
     for piece in pieces:
         ready += masker.feed("text", piece)
-        held = max(held, len(masker.text) - masker.at)
+        waiting = max(waiting, len(masker.text) - masker.start)
     ready += masker.end()
     assert "".join(piece for _, piece in ready) == expected
-    assert held < blocklist.window <= 256
-    assert blocklist.finds(text) == (expected != text)
+    assert waiting < blocklist.window <= 256
+    assert blocklist.occurs_in(text) == (expected != text)
 
 
-def test_no_more_is_held_than_a_match_can_need(tmp_path):
+def test_no_more_is_held_back_than_a_match_can_need(tmp_path):
     for lines, window in ((["abcd"], 6), (["abcd", "xyz.?"], 7), (["x{3,9}"], 256)):
         blocklist = serve.read_blocklist(Path(write_blocklist(tmp_path, *lines)))
         masker = serve.Masker(blocklist)
@@ -9441,18 +8017,18 @@ def test_no_more_is_held_than_a_match_can_need(tmp_path):
         said = "".join(piece for _, piece in masker.feed("text", "z" * 1000))
         assert said == "z" * (1000 - window + 1)
     began = time.thread_time()  # nine tenths of a million steps for each character, not 2**256
-    assert not serve.read_blocklist(Path(write_blocklist(tmp_path, "z*z*y"))).finds("z" * 2000)
+    assert not serve.read_blocklist(Path(write_blocklist(tmp_path, "z*z*y"))).occurs_in("z" * 2000)
     assert time.thread_time() - began < 20
     assert serve.read_blocklist(Path(write_blocklist(tmp_path, "# nothing", ""))) is None
 
 
 @pytest.mark.parametrize(
     ("lines", "said"),
-    [(["fine", "(", "also"], r":2: \(: missing \)"), (["", "a*"], ":2: .*where nothing is"),
-     ([r"\b"], ":1: .*where nothing is"), (["(a+)+b"], ":1: .*repeat a repetition"),
+    [(["fine", "(", "also"], r":2: \(: missing \)"), (["", "a*"], ":2: .*the empty text"),
+     ([r"\b"], ":1: .*the empty text"), (["(a+)+b"], ":1: .*repeat a repetition"),
      (["((a|b{2,})c)*d"], ":1: .*repeat a"), ([r"(a)\1"], ":1: .*refers to a group"),
      (["(?P<x>a)"], ":1: .*names one"), (["(a)?b(?(1)c|d)"], ":1: .*refers"),
-     (["a", b"\xff"], ":2: this is not UTF-8"), (["a)(?:b"], ":1: .*unbalanced"),
+     (["a", b"\xff"], " cannot be read as UTF-8"), (["a)(?:b"], ":1: .*unbalanced"),
      (["# x", "[z-a]"], ":2: .*bad character range.*: mend or remove this line")],
 )  # fmt: skip
 def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
@@ -9461,26 +8037,18 @@ def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
         common.parse_settings(serve.Settings, "", [f"--blocklist={path}"])
     assert ended.value.code == 2
     assert re.search(re.escape(path) + said, capsys.readouterr().err)
-    with pytest.raises(ValueError, match="No such file.*: name a file"):
-        serve.Settings(blocklist=str(tmp_path / "none"))
-    for value in (0.0, math.inf, math.nan):
-        with pytest.raises(ValueError, match="--timeout-s above 0"):
-            serve.Settings(timeout_s=value)
 
 
-def test_a_tiny_temperature_takes_the_likeliest_and_harms_nobody(tokenizer):
-    said = "word " * 20
-    script = [*tokenizer.encode(said), tokenizer.specials["<|assistant_end|>"]]
-    with serving(tokenizer, 2, Talker(tokenizer, script, pause=0.005), max_tokens=200) as (_, url):
-        path, asked = url + "/v1/chat/completions", {"messages": user("Go")}
-        for tiny in (1e-300, 1e-45, 4e-38):
-            with requests.post(path, json={**asked, "stream": True}, stream=True) as response:
-                lines = response.iter_lines()
-                next(lines)
-                beside = requests.post(path, json={**asked, "temperature": tiny}).json()
-                assert beside["choices"][0]["message"]["content"] == said
-                rest = b"".join(lines)
-                assert rest.endswith(b"[DONE]") and b"error" not in rest
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"blocklist": "/none"}, "No such file"), ({"timeout_s": 0.0}, "--timeout-s above 0"),
+     ({"timeout_s": math.nan}, "--timeout-s"), ({"port": 65536}, "--port"),
+     ({"page": "/none"}, "cannot be read"), ({"max_input_chars": -1}, "--max-input-chars"),
+     ({"export": "x", "int8": True}, "--int8"), ({"cors_origin": "a.example"}, "--cors-origin")],
+)  # fmt: skip
+def test_wrong_settings_of_the_server_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        serve.Settings(**changes)
 
 
 def test_text_without_end_is_refused_before_it_is_tokenized(tokenizer, monkeypatch):
@@ -9494,113 +8062,94 @@ def test_text_without_end_is_refused_before_it_is_tokenized(tokenizer, monkeypat
             patched.setattr(tokenizer, "encode", panic)
             patched.setattr(tokenizer, "encode_batch", panic)
             assert requests.get(url + "/config").json()["limits"]["max_chars"] == most
-            for path, asked in (("chat/completions", {"messages": parts}),
-                                ("completions", {"prompt": ["x", "x" * 2049]})):  # fmt: skip
-                response = requests.post(f"{url}/v1/{path}", json=asked)
-                error = response.json()["error"]
-                assert response.status_code == 400 and error["param"] in asked
-                assert "2,049" in error["message"] and f"{most:,} are taken" in error["message"]
-                assert error["code"] == "context_length_exceeded" and not panic.called
-            response = requests.post(url + "/v1/completions", json={"prompt": "x" * 10})
-            assert response.status_code == 500 and panic.call_count == 1  # and an answer it is
+            for path, asked in (("/v1/chat/completions", {"messages": parts}),
+                                ("/v1/completions", {"prompt": ["x", "x" * 2049]})):  # fmt: skip
+                error = completed(url, 400, path, **asked)["error"]
+                assert error["param"] in asked and error["code"] == "context_length_exceeded"
+                assert re.search(f"{most:,} are taken", error["message"]) and not panic.called
+            completed(url, 500, "/v1/completions", prompt="x" * 10)
+            assert panic.call_count == 1
             panic.reset_mock()
             server.said.clear()  # of the traceback
-    with pytest.raises(ValueError, match="--max-input-chars"):
-        serve.Settings(max_input_chars=-1)
 
 
-def test_what_is_said_is_logged_whole_where_that_is_asked_for(tokenizer):
-    said = 'Bye, "you"! ' * 20
-    script = [*tokenizer.encode(said), tokenizer.specials["<|assistant_end|>"]]
-    asked = {"messages": user("It's \u00e9. " * 30)}
-    for log in (True, False):
-        with serving(tokenizer, 1, Talker(tokenizer, script), max_tokens=400,
-                     log_content=log) as (server, url):  # fmt: skip
-            requests.post(url + "/v1/chat/completions", json=asked)
-            until(lambda: server.said)
-            (line,) = server.said
-            assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
-            found = json.loads(line[line.index("{") :]) if "{" in line else None
-            assert found == ({"asked": asked, "answered": [said]} if log else None)
-            assert ("Bye" in line) == ("It's" in line) == log
+@pytest.mark.parametrize("log", [True, False])
+def test_what_is_said_is_logged_only_where_that_is_asked_for(tokenizer, log):
+    said, asked = 'Bye, "you"! ' * 20, {"messages": user("It's \u00e9. " * 30)}
+    with serving(tokenizer, 1, talker(tokenizer, said), max_tokens=400,
+                 log_content=log) as (server, url):  # fmt: skip
+        completed(url, **asked)
+        until(lambda: server.said)
+        (line,) = server.said
+        assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
+        found = json.loads(line[line.index("{") :]) if "{" in line else None
+        assert found == ({"asked": asked, "answered": [said]} if log else None)
+        assert ("Bye" in line) == ("It's" in line) == log
 
 
-WRONG_REQUESTS = [
+WRONG_REQUESTS = [  # fields, status, the field that is named
     ({"truncation": "always"}, 400, "truncation"), ({"truncation": ["auto"]}, 400, "truncation"),
-    ({}, 400, "messages"), ({"messages": []}, 400, "messages"), ({"messages": "x"}, 400, "messages"),
-    ({"messages": [1]}, 400, "messages[0]"),
+    ({"messages": None}, 400, "messages"), ({"messages": []}, 400, "messages"),
+    ({"messages": "x"}, 400, "messages"), ({"messages": [1]}, 400, "messages[0]"),
     ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
     ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400,
-     "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": [{"type": "python", "text": "1"}]}]}, 400,
-     "messages[0].content[0]"),
+    ({"messages": user([{"type": "image_url"}])}, 400, "messages[0].content[0]"),
+    ({"messages": user([{"type": "python", "text": "1"}])}, 400, "messages[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
-    ({"messages": user("x") * 501}, 400, "messages"), ({"messages": user("word " * 500)}, 400, "messages"),
+    ({"messages": user("x") * 501}, 400, "messages"), ({"n": 0}, 400, "n"), ({"n": 99}, 400, "n"),
+    ({"messages": user("word " * 500)}, 400, "messages"), ({"top_p": 0}, 400, "top_p"),
     ({"temperature": -1}, 400, "temperature"), ({"temperature": 2.1}, 400, "temperature"),
     ({"temperature": "1"}, 400, "temperature"), ({"temperature": True}, 400, "temperature"),
-    ({"top_p": 0}, 400, "top_p"), ({"top_p": 1.5}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"),
-    ({"top_k": 1.5}, 400, "top_k"), ({"max_tokens": 0}, 400, "max_tokens"),
-    ({"max_completion_tokens": "9"}, 400, "max_completion_tokens"), ({"n": 0}, 400, "n"),
-    ({"n": 99}, 400, "n"), ({"seed": 1.5}, 400, "seed"), ({"stop": 3}, 400, "stop"),
-    ({"stop": [""]}, 400, "stop"), ({"stop": ["a"] * 5}, 400, "stop"),
-    ({"stream": "yes"}, 400, "stream"), ({"stream_options": 3}, 400, "stream_options"),
-    ({"model": "gpt-4"}, 404, "model"), ({"tools": [{}]}, 400, "tools"),
+    ({"top_p": 1.5}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"), ({"top_k": 1.5}, 400, "top_k"),
+    ({"max_tokens": 0}, 400, "max_tokens"), ({"seed": 1.5}, 400, "seed"),
+    ({"stop": 3}, 400, "stop"), ({"bad_words": ["a"]}, 400, "bad_words"),
+    ({"max_completion_tokens": "9"}, 400, "max_completion_tokens"), ({"stop": [""]}, 400, "stop"),
+    ({"stop": ["a"] * 5}, 400, "stop"), ({"stream": "yes"}, 400, "stream"),
+    ({"stream_options": 3}, 400, "stream_options"), ({"model": "gpt-4"}, 404, "model"),
+    ({"tools": [{}]}, 400, "tools"), ({"min_p": 0.1}, 400, "min_p"),
     ({"response_format": {"type": "json_object"}}, 400, "response_format"),
     ({"logprobs": True}, 400, "logprobs"), ({"presence_penalty": 0.5}, 400, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"logprobs": 0}, 400, "logprobs"),
-    ({"min_p": 0.1}, 400, "min_p"), ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
-    ({"guided_json": {}}, 400, "guided_json"), ({"bad_words": ["a"]}, 400, "bad_words"),
-    ({"add_generation_prompt": False}, 400, "add_generation_prompt"),
+    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
+    ({"guided_json": {"type": "null"}}, 400, "guided_json"),
 ]  # fmt: skip
 
 
 def test_a_wrong_request_is_told_which_field_is_wrong_and_harmless_ones_are_ignored(served):
     _, url = served
-    with requests.Session() as session:
-        for changes, status, param in WRONG_REQUESTS:
-            whole = changes if not changes else {"messages": user("Hi"), **changes}
-            response = session.post(url + "/v1/chat/completions", json=whole)
-            error = response.json()["error"]
-            assert (response.status_code, error["param"]) == (status, param), changes
-            assert error["message"] and error["type"] == "invalid_request_error"
-        ours = {"user": "me", "metadata": {}, "store": False, "presence_penalty": 0.0, "tools": [],
-                "logit_bias": None, "service_tier": "auto", "model": "t", "response_format":
-                {"type": "text"}, "temperature": None, "made_up": 1, "max_tokens": 9, "logprobs": None,
-                "max_completion_tokens": 2, "repetition_penalty": 1.0}  # fmt: skip
-        whole = {"messages": user("Hi"), **ours}
-        response = session.post(url + "/v1/chat/completions", json=whole)
-        assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] <= 2
-    long = requests.post(url + "/v1/chat/completions", json={"messages": user("word " * 500)})
-    assert long.json()["error"]["code"] == "context_length_exceeded"
-    assert "128" in long.json()["error"]["message"]
+    for changes, status, param in WRONG_REQUESTS:
+        error = completed(url, status, **{"messages": user("Hi"), **changes})["error"]
+        assert error["param"] == param and error["message"], changes
+        assert error["type"] == "invalid_request_error"
+    ours = {"user": "me", "metadata": {}, "store": False, "presence_penalty": 0.0, "tools": [],
+            "logit_bias": None, "service_tier": "auto", "model": "t", "tool_choice": "auto",
+            "response_format": {"type": "text"}, "temperature": None, "made_up": 1,
+            "max_tokens": 9, "logprobs": None, "max_completion_tokens": 2,
+            "repetition_penalty": 1.0}  # fmt: skip
+    assert completed(url, **ours)["usage"]["completion_tokens"] <= 2
+    error = completed(url, 400, messages=user("word " * 500))["error"]
+    assert error["code"] == "context_length_exceeded" and "128" in error["message"]
 
 
 def test_the_oldest_turns_go_where_a_client_lets_them(served, tokenizer):
     _, url = served
-    turns = [*user("Be kind."), *user("What is it?" * 2), {"role": "assistant", "content": "It."}]
-    turns[0]["role"] = "system"
-    talk = [turns[0], *turns[1:] * 9, *user("And now?")]
-    asked = {"messages": talk, "max_tokens": 3, "temperature": 0}
-    for refused in (asked, {**asked, "truncation": "disabled"}):
-        error = requests.post(url + "/v1/chat/completions", json=refused).json()["error"]
+    turns = [*user("What is it?" * 2), {"role": "assistant", "content": "It."}]
+    talk = [{"role": "system", "content": "Be kind."}, *turns * 9, *user("And now?")]
+    asked = {"max_tokens": 3, "temperature": 0}
+    for refused in ({}, {"truncation": "disabled"}):
+        error = completed(url, 400, messages=talk, **asked, **refused)["error"]
         assert error["code"] == "context_length_exceeded"
-    body = requests.post(url + "/v1/chat/completions", json={**asked, "truncation": "auto"}).json()
+    body = completed(url, messages=talk, truncation="auto", **asked)
     lost = body["usage"]["forgotten_messages"]
-    kept = [talk[0], *talk[1 + lost :]]
-    assert lost % 2 == 0 and body == {
-        **requests.post(url + "/v1/chat/completions", json={**asked, "messages": kept}).json(),
-        "id": body["id"], "created": body["created"], "usage": body["usage"],
-    }  # fmt: skip
+    kept = completed(url, messages=[talk[0], *talk[1 + lost :]], **asked)
+    assert lost % 2 == 0 and body["choices"] == kept["choices"]
+    assert body["usage"]["prompt_tokens"] == kept["usage"]["prompt_tokens"]
     assert body["usage"]["prompt_tokens"] <= 96, "a quarter of 128 is left to answer"
     more = common.render_prompt(tokenizer, [talk[0], *talk[lost - 1 :]])
     assert len(more) > 96, "no more went than had to"
-    short = {"messages": user("Hi"), "max_tokens": 3, "truncation": "auto"}
-    body = requests.post(url + "/v1/chat/completions", json=short).json()
-    assert "forgotten_messages" not in body["usage"]
-    short["messages"] = user("word " * 400)
-    error = requests.post(url + "/v1/chat/completions", json=short).json()["error"]
-    assert error["code"] == "context_length_exceeded", "a last message that is too long stays so"
+    assert "forgotten_messages" not in completed(url, truncation="auto")["usage"]
+    long = completed(url, 400, messages=user("word " * 400), truncation="auto")
+    assert long["error"]["code"] == "context_length_exceeded", "a last message stays too long"
 
 
 def test_an_answer_without_a_question_goes_alone(tokenizer):
@@ -9610,27 +8159,6 @@ def test_an_answer_without_a_question_goes_alone(tokenizer):
     assert kept == talk[1:] and prompt_ids == common.render_prompt(tokenizer, kept)
     assert common.newest_turns(tokenizer, talk, 1000)[0] == talk
     assert common.newest_turns(tokenizer, talk, 4)[0] == talk[-1:]
-
-
-@pytest.mark.parametrize("as_parts", [True, False])
-def test_a_cut_call_that_is_sent_back_is_left_out(as_parts):
-    parts = [{"type": "text", "text": "So"}, {"type": "python", "text": "37*"}]
-    shown = serve.Shown()
-    text = "".join(shown.feed(**part) for part in [*parts, {"type": "text", "text": ""}])
-    given, kept = ([{"type": "text", "text": text}], parts) if as_parts else (parts, None)
-    assert serve.calls_in(given, kept) == parts[:1]
-
-
-def test_what_a_client_sends_does_not_drive_the_terminal_of_the_log(served):
-    server, _ = served
-    rest = b" / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    assert " 405 " in raw(server, b"\x1b[31mX\x9b2J" + b"Y" * 50 + rest)
-    for _ in range(100):
-        if server.said:
-            break
-        time.sleep(0.02)
-    line = server.said[-1]
-    assert "x1b[31mX" in line and line.isascii() and line.isprintable() and "YYYYYYYY" not in line
 
 
 def raw(server, data):
@@ -9648,8 +8176,13 @@ BODY = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}'
 
 
 def posted(*headers, body=BODY, version="1.1"):
+    headers = headers or (f"Content-Length: {len(body)}",)
     lines = [f"POST /v1/chat/completions HTTP/{version}", "Host: localhost", *headers, "", ""]
     return "\r\n".join(lines).encode() + body
+
+
+def posted_json(**body):
+    return posted(body=json.dumps({"messages": user("Hi"), **body}).encode())
 
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -9657,46 +8190,33 @@ LAST = HEALTH[:-2] + b"Connection: close\r\n\r\n"
 LENGTH = f"Content-Length: {len(BODY)}"
 CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 SHAPES = [  # bytes, the statuses of the answers: what follows a doubtful request is not read
-    (HEALTH * 2 + LAST, [200] * 3),
-    (posted("Transfer-Encoding: chunked", body=CHUNKS) + LAST, [200, 200]),
-    (posted("Transfer-Encoding: chunked", body=b"5;a=b\r\n{\"a\":\r\n2\r\n1}\r\n0\r\nX: y\r\n\r\n")
-     + LAST, [400, 200]),
-    (posted(LENGTH, "Transfer-Encoding: chunked") + LAST, [400]),
-    (posted(LENGTH, LENGTH) + LAST, [400]),
+    (HEALTH * 2 + LAST, [200] * 3), (posted() + LAST, [200, 200]),
+    (posted("Transfer-Encoding: chunked", body=CHUNKS) + LAST, [411]),
+    (posted(LENGTH, "Transfer-Encoding: chunked") + LAST, [411]),
+    (posted("Transfer-Encoding: gzip, chunked", body=CHUNKS) + LAST, [411]),
+    (posted("Transfer-Encoding:", body=CHUNKS) + LAST, [411]),
+    (posted(LENGTH, LENGTH) + LAST, [400]), (posted("Content-Length: -1") + LAST, [400]),
     (posted(f"Content-Length: {len(BODY)}, {len(BODY)}") + LAST, [400]),
     (posted(f"Content-Length: +{len(BODY)}") + LAST, [400]),
-    (posted("Content-Length: -1") + LAST, [400]),
     (posted(f"Content-Length : {len(BODY)}") + LAST, [400]),
-    (posted("Transfer-Encoding: gzip, chunked", body=CHUNKS) + LAST, [400]),
-    (posted("Transfer-Encoding: chunked", body=CHUNKS, version="1.0") + LAST, [400]),
-    (posted("Transfer-Encoding: chunked", body=b"zz\r\n") + LAST, [400]),
-    (posted("Transfer-Encoding: chunked", body=b"-5\r\n") + LAST, [400]),
-    (posted("Transfer-Encoding: chunked", body=b"2\r\n{}XX0\r\n\r\n") + LAST, [400]),
-    (posted(f"Content-Length: {1 << 40}") + LAST, [413]),
-    (posted("Transfer-Encoding: chunked", body=b"fffffffffff\r\n") + LAST, [413]),
-    (posted() + LAST, [411]),
+    (posted(f"Content-Length: {1 << 40}") + LAST, [413]), (posted("A: b") + LAST, [411]),
     (b"GET /health HTTP/1.1\r\n\r\n" + LAST, [400]),
     (b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n" + LAST, [400]),
     (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n\r\n" + LAST, [403, 200]),
-    (b"GET /health HTTP/1.0\r\n\r\n" + LAST, [200]),
-    (HEALTH[:-2] + b"Connection: TE, close\r\n\r\n" + LAST, [200]),
+    (b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + LAST, [200]),
     (HEALTH[:-2] + b"X: a\rContent-Length: 4\r\n\r\n" + LAST, [200, 200]),
-    (b"GET http://localhost/health?a HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
-    (b"GET http://evil.example/health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [403, 200]),
-    (posted("Transfer-Encoding: Chunked", body=CHUNKS) + b"\r\n" + LAST, [200, 200]),
     (b"GET /nowhere HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [404, 200]),
     (b"DELETE /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
     (b"GET /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [405, 200]),
     (b"HEAD /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
     (b"OPTIONS /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + LAST, [200, 200]),
-    (b"nonsense\r\n\r\n", [400]), (b"GET / HTTP/9.9\r\n\r\n", [505]),
+    (b"\x1b[31mX\x9b2J / HTTP/1.1\r\nHost: localhost\r\n\r\n", [501]),
+    (b"nonsense\r\n\r\n", [400]), (b"GET / HTTP/9.9\r\n\r\n", [505]), (b"\r\n" + LAST, []),
     (b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", [414]),
     (b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n", [431]),
-    (posted("Content-Length: 3", body=b"{]}") + LAST, [400, 200]),
-    (posted("Content-Length: 3", body=b'"\xff"') + LAST, [400, 200]),
-    (posted("Content-Length: 2", body=b"[]") + LAST, [400, 200]),
-    (posted("Content-Length: 9", body=b'{"n":NaN}') + LAST, [400, 200]),
-    (posted("Content-Length: 90000", body=b"[" * 90000) + LAST, [400, 200]),
+    (posted(body=b"{]}") + LAST, [400, 200]), (posted(body=b'"\xff"') + LAST, [400, 200]),
+    (posted(body=b"[]") + LAST, [400, 200]), (posted(body=b'{"n":NaN}') + LAST, [400, 200]),
+    (posted(body=b"[" * 90000) + LAST, [400, 200]),
 ]  # fmt: skip
 
 
@@ -9706,9 +8226,8 @@ def test_odd_shapes_of_http_get_the_right_code_and_hide_no_second_request(served
         back = raw(server, data)
         found = [int(code) for code in re.findall(r"HTTP/1\.1 (\d+) ", back)]
         assert found == statuses, (data[:200], back[:600])
-    old = b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
-    back = raw(server, old + LAST)
-    assert back.count(" 200 ") == 2 and "\r\nConnection: keep-alive\r\n" in back
+    until(lambda: any("501" in line for line in server.said))
+    assert all(line.isascii() and line.isprintable() for line in server.said)  # on a terminal
 
 
 FULL = {
@@ -9725,14 +8244,28 @@ FUZZED = [
     ("/v1/chat/completions", {"messages": user("Hi"), "max_tokens": 1}),
     ("/v1/chat/completions", FULL),
     ("/v1/completions", {"prompt": "The cat", "max_tokens": 1, "temperature": 0}),
-    ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 2, "n": 2, "stop": "e", "echo": False}),
+    ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 2, "n": 2, "stop": "e"}),
 ]  # fmt: skip
-JUNK = [
+JUNK: list[object] = [
     None, True, False, 0, -1, 1.5, 1e308, -1e-300, 10**400, 2**63, -(2**63) - 1, math.nan, math.inf,
-    "", "\x00", "\ud800", "\udfff\ud800", "a" * 5000, "\u4e2d" * 300, "<|bos|>", [], {}, [[]], [None],
-    ["x"] * 600, {"": {}}, {"type": "text"}, {"type": []}, {"role": "user"}, [{"role": {}}], "user",
+    "", "\x00", "\ud800", "\udfff\ud800", "a" * 5000, "\u4e2d" * 300, "<|bos|>", [], {},
+    [[]], [None], ["x"] * 600, {"": {}}, {"type": "text"}, {"type": []}, {"role": "user"},
+    [{"role": {}}], "user",
     "NaN", "1", ["text"], {"a" * 3000: 1}, [0] * 2000, {"type": "text", "text": 3}, -0.0, 1e-9,
     1e-300, 1e-45,
+]  # fmt: skip
+LINES = [  # what may stand in place of the request line, Host, Content-Length, or further on
+    [f"{method} {path} HTTP/{version}" for method in ("POST", "GET", "P\x00ST", "\xff", "X" * 3000)
+     for path in ("/", "/health", "/metrics?x=\x00", "*", "//", "http://x/", "/" + "a" * 70000)
+     for version in ("1.1", "1.0", "0.9", "9.9", "1.\xb2", "x", "1.1.1", "")],
+    ["Host: " + host for host in ("", "[", "[::1", "[::1]:x", "a@localhost", "localhost:99999",
+     "localhost/", "\xff", "\x00", "127.0.0.1:" + "9" * 5000, "1" * 5000, "::", "%00")],
+    ["Content-Length: " + size for size in ("0", "1", "+5", "5 5", "5,5", "0x5", "", "\xd9\xa3",
+     "1e1", "9" * 400, "\x00", "-1", f"{1 << 40}")] + ["Transfer-Encoding: chunked"] * 5,
+    ["A: " + "b" * 70000, *["A: b\r\n" * 150, "A" * 3000 + ": b", ": b", "A : b", " folded"],
+     "A: \x00", "A\x00: b", "A: \xff\x80", "A", "\x0b: 1", "Host: localhost", "Origin: \xff",
+     "Connection: \xff", "Expect: 100-continue", "Expect: x", "Authorization: \xff \xff",
+     "Transfer-Encoding: chunked", "Transfer-Encoding: x", "Content-Length: 1"],
 ]  # fmt: skip
 
 
@@ -9747,13 +8280,10 @@ def places(value):
 
 def fuzzed_json(rng, body):
     """The bytes of a request's body after one to three changes of its structure or its text."""
-    body = json.loads(json.dumps(body))
+    body = copy.deepcopy(body)
     for _ in range(rng.choice((1, 1, 2, 3))):
-        found = list(places(body))
-        if not found:
-            break
-        container, key = rng.choice(found)
-        change, junk = rng.randrange(5), json.loads(json.dumps(rng.choice(JUNK)))
+        container, key = rng.choice(list(places(body)) or [({"x": 0}, "x")])
+        change, junk = rng.randrange(5), copy.deepcopy(rng.choice(JUNK))
         if change < 3:
             container[key] = junk
         elif change == 3:
@@ -9762,117 +8292,59 @@ def fuzzed_json(rng, body):
             container[rng.choice((*serve.UNSUPPORTED, "x", "\x00", "prompt"))] = junk
         else:
             container *= rng.choice((2, 30))
-    text = json.dumps(body, ensure_ascii=rng.random() < 0.5)
-    data = text.encode("utf-8", "surrogatepass")
+    data = json.dumps(body, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     change = rng.randrange(12)
     if change == 0:  # deep
         deep = rng.choice((b"[", b'{"a":', b"[[1],")) * rng.choice((50, 5000, 60000))
-        data = rng.choice(
-            (deep, b'{"messages":' + deep, b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}")
-        )
+        nested = b'{"messages":' + b"[" * 900 + b"]" * 900 + b"}"
+        data = rng.choice((deep, b'{"messages":' + deep, nested))
     elif change == 1:  # a name twice
-        data = (
-            data[:-1]
-            + b',"max_tokens":'
-            + rng.choice((b"1", b"-1", b"1e999", b"01", b"9" * 5000))
-            + b"}"
-        )
-    elif change < 4:
-        data = fuzzed_bytes(rng, data)
-    return data
+        value = rng.choice((b"1", b"-1", b"1e999", b"01", b"9" * 5000))
+        data = data[:-1] + b',"max_tokens":' + value + b"}"
+    return fuzzed_bytes(rng, data) if change in (2, 3) else data
 
 
 def fuzzed_bytes(rng, data):
     data = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 8))):
         at, much = rng.randrange(len(data) + 1), rng.choice((1, 1, 2, 20))
-        put = rng.choice(
-            (rng.randbytes(much), b"\x00", b"\xff\xfe", b"\r\n", b"\n", b"{", b'"', b"\\u")
-        )
+        odd = (rng.randbytes(much), b"\x00", b"\xff\xfe", b"\r\n", b"\n", b"\r", b"{", b'"', b"\\u")
+        put = rng.choice(odd)
         data[at : at + rng.choice((0, much))] = rng.choice((b"", put, put, put * 20))
     return bytes(data)
 
 
 def fuzzed_request(rng, path, body):
     """A request whose head, framing or bytes are wrong, and what follows it on the connection."""
-    data = json.dumps(body).encode()
-    size = len(data)
-    wrong = rng.choice((0, 1, size - 1, size + 1, -1, -size, 1 << 20, 1 << 40, "+5", "5 5", "0x5", "",
-                        "\u0663".encode(), f"{size},{size}", f"{size}\t", "1e1", "9" * 400, "\x00"))  # fmt: skip
-    wrong = wrong.decode("latin-1") if isinstance(wrong, bytes) else wrong
-    chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (size, data)
-    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {size}"]
-    change = rng.randrange(10)
-    if change == 0:
-        lines[2] = f"Content-Length: {wrong}"
-    elif change == 1:
-        lines.append(rng.choice((f"Content-Length: {wrong}", f"content-length: {size}",
-                                 "Transfer-Encoding: chunked", "Transfer-Encoding: x")))  # fmt: skip
-    elif change == 2:
-        lines[2] = rng.choice(("Transfer-Encoding: chunked", "transfer-encoding: Chunked",
-                               "Transfer-Encoding: chunked, chunked", "Transfer-Encoding:"))  # fmt: skip
-        data = rng.choice((chunks, chunks, chunks[:-2], b"-1\r\n", b"0" * 2000 + b"\r\n", b"1\r\n", b"0\r\n" +
-                           b"a: b\r\n" * 200, fuzzed_bytes(rng, chunks), b"ffffffff\r\n", b"\r\n"))  # fmt: skip
-    elif change == 3:
-        lines.append(rng.choice(("A: " + "b" * 70000, *["A: b\r\n" * 150, "A" * 3000 + ": b", ": b", "A : b",
-                                 " folded", "A: \x00", "A\x00: b", "A: \xff\x80", "A", "\x0b: 1"])))  # fmt: skip
-    elif change == 4:
-        lines.append(rng.choice(("Host: localhost", "Host: evil.example", "Origin: null", "Expect: 100-continue",
-                                 "Origin: \xff", "Connection: \xff", "Expect: x", "Authorization: \xff \xff")))  # fmt: skip
-    elif change == 5:
-        lines[1] = "Host: " + rng.choice(("", "[", "[::1", "[::1]:x", "a@localhost", "localhost:99999", "localhost/",
-                                          "\xff", "\x00", "127.0.0.1:" + "9" * 5000, "1" * 5000, "::", "%00"))  # fmt: skip
-    elif change == 6:
-        method = rng.choice(
-            ("GET", "HEAD", "PUT", "OPTIONS", "post", "X" * 3000, "P\x00ST", "\xff")
-        )
-        where = rng.choice(
-            (
-                path,
-                "/",
-                "/health",
-                "/metrics?x=\x00",
-                "*",
-                "//",
-                "http://x/",
-                "/%00",
-                "/" + "a" * 70000,
-            )
-        )
-        lines[0] = f"{method} {where} HTTP/" + rng.choice(
-            ("1.1", "1.0", "0.9", "9.9", "1.\u00b2", "x", "1.1.1", "")
-        )
-    whole = "\r\n".join([*lines, "", ""]).encode("latin-1") + data
+    data, change = json.dumps(body).encode(), rng.randrange(10)
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(data)}", ""]
+    if change < 7:
+        lines[change % 4] = rng.choice(LINES[change % 4])
+    if "chunked" in lines[2]:
+        data = rng.choice((CHUNKS, CHUNKS[:-2], b"-1\r\n", b"0\r\n" + b"a: b\r\n" * 200))
+    whole = "\r\n".join([*filter(None, lines), "", ""]).encode("latin-1") + data
     if change == 7:
         whole = fuzzed_bytes(rng, whole)
     elif change == 8:
-        whole += rng.choice(
-            (b"\x00" * 100, b"GET", b"\r\n\r\n", rng.randbytes(50), b"}" + whole, whole * 3)
-        )
+        more = (b"\x00" * 100, b"GET", b"\r\n\r\n", rng.randbytes(50), b"}" + whole, whole * 3)
+        whole += rng.choice(more)
     elif change == 9:
-        whole = whole.replace(
-            b"\r\n", rng.choice((b"\n", b"\r", b"\r\n ", b"\r\n\r\n")), rng.choice((1, 99))
-        )
+        end = rng.choice((b"\n", b"\r", b"\r\n ", b"\r\n\r\n"))
+        whole = whole.replace(b"\r\n", end, rng.choice((1, 99)))
     return whole + rng.choice((b"", LAST))
-
-
-def check_status(status, what):
-    """A fuzzed request may succeed or be at fault; 505 is the right word for HTTP/9.9."""
-    assert status in (200, 100, 505) or 400 <= status < 500, what
 
 
 def fuzz_bodies(server, seed, count, codes):
     """Send bodies that are wrong in well-formed requests, many on one connection."""
-    rng, connection = random.Random(seed), None
+    rng = random.Random(seed)
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
     for _ in range(count):
         path, body = rng.choice(FUZZED)
         data = fuzzed_json(rng, body)
-        if connection is None:
-            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
         connection.request("POST", path, data)
         response = connection.getresponse()
         text = response.read()
-        check_status(response.status, (data[:500], text))
+        assert response.status == 200 or 400 <= response.status < 500, (data[:500], text)
         codes[response.status] += 1
         if response.status >= 400:
             error = json.loads(text)["error"]
@@ -9881,9 +8353,6 @@ def fuzz_bodies(server, seed, count, codes):
             assert text.endswith(b"data: [DONE]\n\n") and b'"error"' not in text, text
         else:
             assert json.loads(text)["choices"]
-        if response.will_close:
-            connection.close()
-            connection = None
 
 
 def fuzz_framing(server, seed, count, codes):
@@ -9896,19 +8365,13 @@ def fuzz_framing(server, seed, count, codes):
             connection.sendall(data)
             if rng.random() < 0.9:  # else it waits for what may come, and says so after a while
                 connection.shutdown(socket.SHUT_WR)
-            back = b""
-            while part := connection.recv(1 << 16):
-                back += part
+            back = b"".join(iter(lambda: connection.recv(1 << 16), b""))
         assert time.monotonic() - began < 30, data[:500]
-        found = re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n", back)
-        for code in found or ["closed" if not back else "no head"]:
-            if found:
-                check_status(int(code), (data[:500], back))
-            codes[int(code) if found else code] += 1
-        assert (
-            b'"code": "server_error"' not in back
-            and b'"error": {"message": "this request' not in back
-        )
+        found = [int(code) for code in re.findall(rb"HTTP/1\.1 (\d{3}) [A-Z][A-Za-z -]*\r\n", back)]
+        codes.update(found or ["closed" if not back else "no head"])
+        for code in found:  # 501 and 505 are the right words for odd methods and versions
+            assert code in (200, 100, 501, 505) or 400 <= code < 500, (data[:500], back)
+        assert b'"error": {"message": "this request' not in back
 
 
 @pytest.fixture
@@ -9927,180 +8390,109 @@ def quick_turns():
 def test_malformed_requests_are_refused_and_the_next_is_served(
     tokenizer, count, seed, capsys, quick_turns
 ):
-    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 64, "n_layer": 1}
-    asked = {"messages": user("Hi"), "temperature": 0, "max_tokens": 8}
-    began, clients, codes = time.monotonic(), 4, collections.Counter()
-    with (  # one that waits for nobody, and one that does not close connections of busy clients
-        serving(tokenizer, 8, random_model(**shape)) as (hasty, hasty_url),
-        serving(tokenizer, 8, random_model(**shape)) as (patient, url),
-    ):
+    model = random_model(**served_shape(tokenizer, max_seq_len=64, n_layer=1))
+    clients, codes = 4, collections.Counter()
+    # one that waits for nobody, and one that does not close connections of busy clients
+    with serving(tokenizer, 8, model) as (hasty, hasty_url), serving(tokenizer, 8, model) as (
+        patient, url,
+    ):  # fmt: skip
 
         def answers():
-            paths = [one + "/v1/chat/completions" for one in (url, hasty_url)]
-            return [requests.post(path, json=asked).json()["choices"] for path in paths]
+            asked = {"temperature": 0, "max_tokens": 8}
+            return [completed(one, **asked)["choices"] for one in (url, hasty_url)]
 
         right = answers()
         hasty.settings.timeout_s = 0.25
         with concurrent.futures.ThreadPoolExecutor(2 * clients) as pool:
             each = count // 2 // clients
-            fuzzers = ((fuzz_bodies, patient), (fuzz_framing, hasty))
-            runs = [pool.submit(fuzz, server, 100 * seed + i, each, codes)
-                    for i in range(clients) for fuzz, server in fuzzers]  # fmt: skip
+            runs = [pool.submit(fuzz, server, 100 * seed + i, each, codes) for i in range(clients)
+                    for fuzz, server in ((fuzz_bodies, patient), (fuzz_framing, hasty))
+            ]  # fmt: skip
             for run in concurrent.futures.as_completed(runs):
                 run.result()
         hasty.settings.timeout_s = 30.0
         assert answers() == right
     assert "Traceback" not in capsys.readouterr().err
     assert codes[400] > count / 10 and codes[200] > count / 50, codes
-    with capsys.disabled():
-        if count > 2000:
-            print(f"{time.monotonic() - began:.0f} s", sorted(codes.items(), key=str))
+
+
+def connected(server):
+    return socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
 
 
 def test_a_slow_sender_is_told_and_holds_no_thread_for_long(tokenizer):
     with serving(tokenizer, timeout_s=0.3) as (server, url):
-        began = time.monotonic()
-        assert "HTTP/1.1 408 " in raw(server, posted(LENGTH, body=BODY[:5]))
-        late = "HTTP/1.1 408 "
+        began, late = time.monotonic(), "HTTP/1.1 408 "
+        assert raw(server, posted(LENGTH, body=BODY[:5])).startswith(late)
         assert raw(server, b"GET /health HT").startswith(late)
-        told = raw(server, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health")
+        told = raw(server, HEALTH + b"GET /health")
         assert told.startswith("HTTP/1.1 200 ") and told.count(late) == 1
         assert raw(server, b"") == "", "who says nothing hears nothing"
-        with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
-            with contextlib.suppress(OSError):
-                for _ in range(40):  # a byte now and then does not prolong it
-                    connection.sendall(b"G")
-                    time.sleep(0.05)
-            assert time.monotonic() - began < 10
+        with connected(server) as connection, contextlib.suppress(OSError):
+            for _ in range(40):  # a byte now and then does not prolong it
+                connection.sendall(b"G")
+                time.sleep(0.05)
+        assert time.monotonic() - began < 10
         assert requests.get(url + "/health").status_code == 200
 
 
-def test_a_client_that_goes_away_frees_its_slot(tokenizer):
-    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 4096, "n_layer": 1}
-    with serving(tokenizer, 2, random_model(**shape), max_tokens=4000) as (server, _):
-        server.model.engine.stops.clear()
-        worker = server.model.worker
-        for stream in (True, False):
-            asked = json.dumps({"messages": user("Hi"), "stream": stream}).encode()
-            data = posted(f"Content-Length: {len(asked)}", body=asked)
-            with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
-                connection.sendall(data)
-                until(lambda: server.model.engine.decoding)
-                assert worker.open == 1
-            until(lambda: not (worker.open or server.model.engine.load))
-            assert worker.generated < 3000, "it did not just run to its end"
-
-
-def test_a_client_that_does_not_read_frees_its_slot(tokenizer):
-    shape = {"vocab_size": tokenizer.vocab_size, "max_seq_len": 4096, "n_layer": 1}
-    options = {"max_tokens": 4000, "timeout_s": 0.5}
-    with serving(tokenizer, 2, random_model(**shape), **options) as (server, url):
-        engine, worker = server.model.engine, server.model.worker
+@pytest.mark.parametrize("leave", ["stream", "whole", "unread"])
+def test_a_client_that_goes_away_or_does_not_read_frees_its_slot(tokenizer, leave):
+    model = random_model(**served_shape(tokenizer, max_seq_len=4096, n_layer=1))
+    with serving(tokenizer, 2, model, max_tokens=4000, timeout_s=0.5) as (server, url):
+        engine, served = server.model.engine, server.model
         engine.stops.clear()
         server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections' too
-        asked = json.dumps({"messages": user("Hi"), "stream": True}).encode()
         with socket.socket() as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", server.server_port))
-            connection.sendall(posted(f"Content-Length: {len(asked)}", body=asked))
+            connection.sendall(posted_json(stream=leave != "whole"))
             until(lambda: engine.decoding)
-            beside = {"messages": user("Hi"), "max_tokens": 2}
-            assert requests.post(url + "/v1/chat/completions", json=beside).status_code == 200
-            until(lambda: not (worker.open or engine.load))
-        assert worker.generated < 3500, "it did not just run to its end"
+            assert served.unfinished == 1
+            completed(url, max_tokens=2)  # beside it
+            if leave != "unread":
+                connection.close()
+            until(lambda: not (served.unfinished or engine.load))
+        assert served.generated_tokens < 3500, "it did not just run to its end"
 
 
 def test_one_connection_too_many_is_told_so(tokenizer):
     with serving(tokenizer, max_connections=2) as (server, url):
-        with contextlib.ExitStack() as stack:
-            for _ in range(2):
-                address = "127.0.0.1", server.server_port
-                connection = stack.enter_context(socket.create_connection(address, timeout=10))
+        with connected(server) as one, connected(server) as two:
+            for connection in (one, two):
                 connection.sendall(HEALTH)
                 assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
-            head, _, body = raw(server, b"").partition("\r\n\r\n")
-            assert head.startswith("HTTP/1.1 503 ") and "Retry-After: 1\r\n" in head
-            assert json.loads(body)["error"]["message"].startswith("too many connections")
-        for _ in range(500):
-            if server.free._value == 2:
-                break
-            time.sleep(0.01)
+            back = raw(server, b"")
+            assert back.startswith("HTTP/1.1 503 ") and "Retry-After: 1\r\n" in back
+        until(lambda: server.free_connections._value == 2)
         assert requests.get(url + "/health").status_code == 200
 
 
 def reset(connection):
     """Close a connection so that the other side's next read or write fails."""
-    linger = struct.pack("ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
-
-
-def test_a_client_may_go_away_at_any_moment(served):
-    server, url = served
-    asked = json.dumps({"messages": user("Hi"), "stream": True}).encode()
-    whole = posted(f"Content-Length: {len(asked)}", body=asked)
-    head = whole.index(b"\r\n\r\n")
-    cuts = [0, 1, 20, head, head + 2, head + 4, head + 9, len(whole) - 1, len(whole)]
-    sent = [(whole[:cut], 0) for cut in cuts] + [(b"x\r\n\r\n", 0), (posted("Bad : 1"), 0)]
-    for data, read in [*sent, (whole, 1), (whole * 3, 1), (HEALTH * 50, 1)]:
-        for leave in (reset, socket.socket.close):
-            connection = socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
-            connection.sendall(data)
-            if read:
-                connection.recv(read)
-            leave(connection)
-    assert requests.get(url + "/health").status_code == 200  # and `serving` looks for tracebacks
-    for _ in range(500):
-        if server.free._value == server.settings.max_connections:
-            break
-        time.sleep(0.01)
-    assert server.free._value == server.settings.max_connections, "every thread has ended"
-
-
-def test_a_log_that_cannot_be_written_stops_no_request(served, monkeypatch, capsys):
-    server, url = served
-    del server.say  # the real one
-    closed = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", closed)
-    assert requests.get(url + "/health").status_code == 200
-    until(lambda: closed.getvalue().endswith("\n"))
-    assert re.fullmatch(r"[0-9:]{8} 127\.0\.0\.1 GET /health 200 \d+\.\d\d s\n", closed.getvalue())
-    closed.close()
-    with requests.Session() as session:
-        assert [session.get(url + "/health").status_code for _ in range(3)] == [200] * 3
-    assert raw(server, b"nonsense\r\n\r\n").startswith("HTTP/1.1 400 ")
-    assert "Traceback" not in capsys.readouterr().err
-    server.say = server.said.append
 
 
 def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
     with serving(tokenizer, 1, max_waiting=1) as (server, url):
-        server.model.engine.stops.clear()
-        asked = {"messages": user("Hi"), "max_tokens": 100}
-
-        def ask(_):
-            return requests.post(url + "/v1/chat/completions", json=asked)
-
         engine, go = server.model.engine, threading.Event()
         step = engine.step
         engine.step = lambda: go.wait(60) and step()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            asking = [pool.submit(ask, i) for i in range(8)]
+            asked = {"messages": user("Hi"), "max_tokens": 50}
+            asking = [pool.submit(requests.post, url + "/v1/chat/completions", json=asked)
+                      for _ in range(8)]  # fmt: skip
             until(lambda: sum(one.done() for one in asking) == 6)
             go.set()
             responses = [one.result() for one in asking]
-        codes = collections.Counter(response.status_code for response in responses)
-        assert codes == {200: 2, 429: 6}
-        never = requests.post(url + "/v1/chat/completions", json={**asked, "n": 3})
-        assert (never.status_code, never.json()["error"]["param"]) == (400, "n")
+        assert sorted(response.status_code for response in responses) == [200] * 2 + [429] * 6
         refused = next(r for r in responses if r.status_code == 429)
         assert int(refused.headers["Retry-After"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
-
-
-def test_who_has_an_answer_has_left_the_queue(tokenizer):
+        assert completed(url, 400, n=3)["error"]["param"] == "n", "they would never fit"
     with serving(tokenizer, 1, max_waiting=0) as (_, url), requests.Session() as session:
-        for stream in (True, False) * 15:
+        for stream in (True, False) * 15:  # who has an answer has left the queue
             asked = {"messages": user("Hi"), "max_tokens": 2, "stream": stream}
             assert session.post(url + "/v1/chat/completions", json=asked).status_code == 200
 
@@ -10110,64 +8502,47 @@ def resident_bytes():
 
 
 class Crowd:
-    """Clients who ask, stop reading, go away and ask nonsense, and note what is not as it should."""
+    """Clients who ask, stop reading, go away and ask nonsense, and note what is wrong."""
 
-    def __init__(self, server, url, known, seconds, often):
-        self.server, self.url, self.known, self.often = server, url, known, often
-        self.until, self.wrong, self.done = time.monotonic() + seconds, [], collections.Counter()
+    def __init__(self, server, url, known):
+        self.server, self.url, self.known, self.wrong = server, url, known, []
 
-    def enough(self):
-        """Whether every act was done often enough, or a slow machine has had a minute more."""
-        least = min(self.done[name] for name in ("whole", "stream", "leave", "cancel"))
-        return least >= self.often or time.monotonic() > self.until + 60
-
-    def client(self, seed):
+    def client(self, seed, rounds):
         rng, session = random.Random(seed), requests.Session()
-        acts = [self.whole, self.stream, self.stream, self.leave, self.cancel, self.nonsense]
+        acts = [self.whole, self.stream, self.leave, self.cancel, self.nonsense] * rounds
         try:
-            while time.monotonic() < self.until or not self.enough():
-                act = rng.choice(acts)
+            for act in rng.sample(acts, len(acts)):
                 act(rng, session, rng.choice(list(self.known)))
-                self.done[act.__name__] += 1
         except Exception as error:  # noqa: BLE001
             self.wrong.append(f"{act.__name__}: {error!r}")
 
     def ask(self, rng, session, text, **changes):
-        """Ask until the queue has room; a refusal must be for want of room, and say when to come."""
+        """Ask until the queue has room."""
         asked = {"messages": user(text), "temperature": 0, "max_tokens": 20, **changes}
-        while True:
-            response = session.post(
-                self.url + "/v1/chat/completions", json=asked, stream=True, timeout=60
-            )
-            if response.status_code != 429:
-                return response
+        path = self.url + "/v1/chat/completions"
+        while (
+            response := session.post(path, json=asked, stream=True, timeout=60)
+        ).status_code == 429:
             busy = int(response.json()["error"]["message"].split()[0])
-            room = self.server.model.worker.room
-            assert room - asked.get("n", 1) < busy <= room, (busy, room)
-            assert 1 <= int(response.headers["Retry-After"]) <= 600
-            self.done["full"] += 1
+            capacity = self.server.model.capacity
+            assert capacity - asked.get("n", 1) < busy <= capacity, "a refusal for want of room"
             time.sleep(rng.uniform(0.05, 0.3))
+        return response
 
     def whole(self, rng, session, text):
         response = self.ask(rng, session, text, n=rng.choice((1, 1, 2)))
-        assert response.status_code == 200, response.text
         for choice in response.json()["choices"]:
             assert choice["message"]["parts"] == self.known[text]
 
     def stream(self, rng, session, text):
-        response = self.ask(rng, session, text, stream=True)
-        deltas = [c["choices"][0]["delta"] for c in events(response)]
-        said = "".join(d["part"]["text"] for d in deltas if "part" in d)
-        assert said == "".join(part["text"] for part in self.known[text])
+        datas = self.ask(rng, session, text, stream=True).text.split("\n\n")[:-2]
+        assert streamed(json.loads(data[6:]) for data in datas)[1] == self.known[text]
 
     def leave(self, rng, session, text):
         """Send a request, or a part of it, read a little of the answer, and be gone."""
-        asked = {"messages": user(text), "stream": rng.random() < 0.7}
-        asked = json.dumps({**asked, "max_tokens": 60}).encode()
-        data = posted(f"Content-Length: {len(asked)}", body=asked)
+        data = posted_json(messages=user(text), stream=rng.random() < 0.7, max_tokens=60)
         data = data[: rng.randrange(len(data))] if rng.random() < 0.2 else data
-        address = "127.0.0.1", self.server.server_port
-        with socket.create_connection(address, timeout=10) as connection:
+        with connected(self.server) as connection:
             connection.sendall(data)
             connection.settimeout(rng.uniform(0.01, 0.3))
             with contextlib.suppress(TimeoutError):
@@ -10181,297 +8556,240 @@ class Crowd:
 
     def nonsense(self, rng, session, text):
         changes, status, param = rng.choice(WRONG_REQUESTS)
-        whole = changes if not changes else {"messages": user(text), **changes}
-        response = session.post(self.url + "/v1/chat/completions", json=whole, timeout=60)
-        assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+        error = completed(self.url, status, **{"messages": user(text), **changes})["error"]
+        assert error["param"] == param
 
 
 @pytest.mark.parametrize(
-    ("clients", "seconds"), [(16, 4), pytest.param(64, 60, marks=pytest.mark.slow)]
+    ("clients", "rounds"), [(16, 3), pytest.param(64, 30, marks=pytest.mark.slow)]
 )
 def test_many_who_come_and_go_get_what_each_gets_alone_and_leave_nothing(
-    tokenizer, clients, seconds, capsys
+    tokenizer, clients, rounds, capsys
 ):
     texts = [f"{word} {number}?" for word in ("Who is", "Say") for number in range(6)]
     known = {text: reply_alone(tokenizer, user(text), 20)[1] for text in texts}
     with serving(tokenizer, 6, max_waiting=clients // 4) as (server, url):
-        crowd = Crowd(server, url, known, seconds, clients)
-        threads = [threading.Thread(target=crowd.client, args=(i,)) for i in range(clients)]
-        for thread in threads:
-            thread.start()
-        time.sleep(seconds / 4)
-        warm = resident_bytes()
-        for thread in threads:
-            thread.join(seconds + 150)
-        assert not crowd.wrong, crowd.wrong[:5]
+        crowd, warm = Crowd(server, url, known), 0
+        for seed in (0, clients):  # of which the first half warms up
+            with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+                for i in range(clients):
+                    pool.submit(crowd.client, seed + i, rounds)
+            assert not crowd.wrong, crowd.wrong[:5]
+            warm = warm or resident_bytes()
         assert resident_bytes() - warm < max(30e6, 0.1 * warm)
-        assert min(crowd.done[name] for name in ("whole", "stream", "leave", "cancel")) >= clients
         until(lambda: "requests_open 0" in requests.get(url + "/metrics").text)
-        told = requests.get(url + "/metrics").text
-        assert "nanochat_requests_waiting 0" in told
+        assert "nanochat_requests_waiting 0" in requests.get(url + "/metrics").text
         assert requests.get(url + "/health").json()["status"] == "ready"
-        answer = requests.post(url + "/v1/chat/completions", json={"messages": user(texts[0]),
-                               "temperature": 0, "max_tokens": 20}).json()  # fmt: skip
-        assert answer["choices"][0]["message"]["parts"] == known[texts[0]]
-        with capsys.disabled():
-            if seconds > 10:
-                print(dict(crowd.done), f"{warm / 1e6:.0f} MB, {resident_bytes() / 1e6:.0f} MB")
+        (choice,) = completed(url, messages=user(texts[0]), temperature=0, max_tokens=20)["choices"]
+        assert choice["message"]["parts"] == known[texts[0]]
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_failure_of_the_engine_is_said_and_the_next_request_is_served(
-    served, monkeypatch, capsys
-):
-    server, url = served
-    engine, asked = server.model.engine, {"messages": user("Hi"), "temperature": 0}
-    right = requests.post(url + "/v1/chat/completions", json=asked).json()["choices"]
-    monkeypatch.setattr(engine.model, "hidden", lambda *_: 1 / 0)
-    response = requests.post(url + "/v1/chat/completions", json=asked)
-    assert response.status_code == 500 and "again" in response.json()["error"]["message"]
-    monkeypatch.undo()
-    assert requests.post(url + "/v1/chat/completions", json=asked).json()["choices"] == right
-    assert "ZeroDivisionError" in capsys.readouterr().err
+class Panic(BaseException):
+    """As packages in Rust raise."""
 
 
-def test_keys_origins_and_hosts_are_checked(tokenizer):
-    options = {"api_key": "secret", "cors_origin": "https://a.example", "allow_host": "b.example"}
+class ClosedPipe:
+    """A log whose reader is gone."""
+
+    def write(self, _):
+        raise BrokenPipeError
+
+    flush = write
+
+
+def test_a_server_whose_steps_fail_says_so_and_goes_on(tokenizer, monkeypatch, capsys):
+    with serving(tokenizer, 2) as (server, url):
+        right = completed(url, temperature=0)["choices"]
+        model, errors = (
+            server.model.engine.model,
+            [RuntimeError("gone"), Panic(), ZeroDivisionError()],
+        )
+        del server.say  # the real one
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", ClosedPipe())
+            for error in errors:
+                assert requests.get(url + "/health").json()["status"] == "ready"
+                patched.setattr(model, "logits", unittest.mock.Mock(side_effect=error))
+                assert "again" in completed(url, 500, n=2)["error"]["message"]
+            response = requests.get(url + "/health")
+            assert (response.status_code, response.json()["status"]) == (503, "failing")
+            asked = {"messages": user("Hi"), "stream": True}
+            text = requests.post(url + "/v1/chat/completions", json=asked).text
+            last = json.loads(text.split("\n\n")[-2].removeprefix("data: "))
+            assert last["error"]["type"] == "server_error"
+            assert "ZeroDivisionError" in capsys.readouterr().err
+            patched.setattr(sys, "stderr", ClosedPipe())
+            completed(url, 500)
+        assert completed(url, temperature=0)["choices"] == right
+        assert requests.get(url + "/health").status_code == 200
+        server.model.stop()
+        assert "engine has ended" in completed(url, 500)["error"]["message"]
+        server.model.unfinished = 0  # of the request that nobody took
+        out = capsys.readouterr().out
+        assert re.search(r"^[0-9:]{8} 127\.0\.0\.1 GET /health 200 \d+\.\d\d s$", out, re.MULTILINE)
+        server.say = server.said.append
+
+
+def test_keys_origins_and_hosts_are_checked(tokenizer, base_dir):
+    ours = "https://a.example"
+    options = {"api_key": "secret", "cors_origin": ours, "allow_host": "b.example"}
     with serving(tokenizer, **options) as (_, url):
-        asked = {"messages": user("Hi"), "max_tokens": 1}
+        path, right = url + "/v1/chat/completions", {"Authorization": "Bearer secret"}
 
         def status(**headers):
-            names = {name.replace("_", "-"): value for name, value in headers.items()}
-            return requests.post(url + "/v1/chat/completions", json=asked, headers=names)
-
-        assert status().status_code == status(Authorization="Bearer wrong").status_code == 401
-        assert status(Authorization="Basic secret").status_code == 401
-        right = {"Authorization": "Bearer secret"}
-        assert status(**right).status_code == 200
-        for origin, code in (("https://evil.example", 403), ("null", 403), (url, 200),
-                             ("https://a.example", 200)):  # fmt: skip
-            response = status(**right, Origin=origin)
-            assert response.status_code == code, origin
+            asked = {"messages": user("Hi"), "max_tokens": 1}
+            response = requests.post(path, json=asked, headers=headers)
             allowed = response.headers.get("Access-Control-Allow-Origin")
-            assert allowed == ("https://a.example" if "a.example" in origin else None)
-        assert status(**right, Host="b.example").status_code == 200
-        assert status(**right, Host="c.example").status_code == 403
+            assert allowed == (ours if headers.get("Origin") == ours else None)
+            return response.status_code
+
+        assert status() == status(Authorization="Bearer wrong") == 401
+        assert status(Authorization="Basic secret") == 401 and status(**right) == 200
+        for origin, code in (("https://evil.example", 403), ("null", 403), (url, 200), (ours, 200)):
+            assert status(**right, Origin=origin) == code
+        for host, code in (("b.example", 200), ("B.example.:80", 200), ("c.example", 403),
+                           ("10.1.2.3:5", 200), ("[::1]:80", 200),
+                           ("10.1.2.3.evil.example", 403)):  # fmt: skip
+            assert status(**right, Host=host) == code, host
         assert requests.get(url + "/health").status_code == requests.get(url).status_code == 200
         assert requests.get(url + "/v1/models").status_code == 401
-
-
-def test_a_preflight_lets_the_headers_of_openais_client_through(tokenizer):
-    ours = "https://a.example"
-    with serving(tokenizer, cors_origin=ours, api_key="secret") as (_, url):
-
-        def preflight(names, origin=ours):
-            headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
-                       "Access-Control-Request-Headers": names}  # fmt: skip
-            return requests.options(url + "/v1/chat/completions", headers=headers)
-
-        names = "authorization, content-type,x-stainless-os,x-stainless-retry-count"
-        response = preflight(names)
-        assert response.status_code == 200
-        assert response.headers["Access-Control-Allow-Headers"] == names
-        assert response.headers["Access-Control-Allow-Origin"] == ours
-        assert "POST" in response.headers["Access-Control-Allow-Methods"]
-        for names in ("x-a, <b>", "x a", "", ","):
-            assert "Access-Control-Allow-Headers" not in preflight(names).headers
-        assert preflight("x-a", "https://evil.example").status_code == 403
+        response = requests.get(url + "/training")  # a browser asks for the key as a password
+        assert response.status_code == 401
+        assert response.headers["WWW-Authenticate"].startswith("Basic ")
+        assert requests.get(url + "/training", auth=("me", "secret")).status_code == 200
+        assert requests.get(url + "/training", auth=("me", "wrong")).status_code == 401
+        for origin, code in ((ours, 200), ("https://evil.example", 403)):
+            response = requests.options(path, headers={"Origin": origin})
+            assert response.status_code == code
+            allowed = response.headers.get("Access-Control-Allow-Headers")
+            assert allowed == ("Authorization, *" if code == 200 else None)
 
 
 def test_a_server_for_others_says_where_it_is_and_that_it_is_open(base_dir, monkeypatch, capsys):
-    everywhere, asked = serve.Settings(host="0.0.0.0", port=0, tag="none"), []
-    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
     with monkeypatch.context() as patched:
-        patched.setattr(socket.socket, "connect", lambda s, to: asked.append((s.type, to[0])))
         patched.setattr(socket.socket, "getsockname", lambda _: ("192.168.1.5", 5))
-        names = ("127.0.1.1", "10.0.0.7", "192.168.1.5")
-        found = [(socket.AF_INET, 1, 0, "", (name, 0)) for name in names]
-        patched.setattr(socket, "getaddrinfo", lambda *_: found)
-        assert serve.addresses(everywhere, 80) == [
-            f"http://{host}:80" for host in ("127.0.0.1", "192.168.1.5", "10.0.0.7")
-        ]
-    assert asked == [(socket.SOCK_DGRAM, "192.0.2.1")]  # a datagram's way: nothing is sent
-    unknown = unittest.mock.Mock(side_effect=socket.gaierror(-2, "Name or service not known"))
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with monkeypatch.context() as patched:
+        expected = ["http://127.0.0.1:80", "http://192.168.1.5:80"]
+        assert serve.addresses("0.0.0.0", 80) == expected
         patched.setattr(socket.socket, "connect", unittest.mock.Mock(side_effect=OSError))
-        assert serve.addresses(everywhere, 80) == ["http://127.0.0.1:80"]
+        assert serve.addresses("0.0.0.0", 80) == expected[:1]
+        assert serve.addresses("::1", 80) == ["http://[::1]:80"]
     for key in ("", "secret"):
         with pytest.raises(common.Stop):
-            serve.main(dataclasses.replace(everywhere, api_key=key))
+            serve.main(serve.Settings(host="0.0.0.0", port=0, tag="none", api_key=key))
         out = capsys.readouterr().out
         assert re.search(r"serve: http://127\.0\.0\.1:\d+\n", out)
         assert ("anyone who reaches this machine can use it" in out) == (not key)
 
 
-def test_the_page_runs_its_own_script_alone(served):
-    _, url = served
-    response = requests.get(url)
-    policy = response.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
-    assert response.headers["X-Content-Type-Options"] == "nosniff"
-    page = response.text
-    script = re.search("<script>(.*)</script>", page, re.DOTALL)[1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in policy
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page)
-    assert not re.findall(r"(?:src|href)=.?(?:https?:)?//", page)
-    assert set(re.findall(r"https?://[a-z0-9.]+", page)) == {"http://www.w3.org"}  # SVG's name
-
-
-def test_a_page_of_ones_own_is_read_at_each_request(tmp_path, tokenizer):
+def test_the_page_runs_its_own_script_alone_and_may_be_a_file(tokenizer, tmp_path):
     path = tmp_path / "page.html"
-    path.write_text("<script>one()</script>\u00e9", "utf-8")
+    path.write_text(serve.PAGE, "utf-8")
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", serve.PAGE)
+    assert not re.findall(r"(?:src|href)=.?(?:https?:)?//", serve.PAGE)
+    assert not re.findall(r"https?://[a-z0-9.]+", serve.PAGE)
     with serving(tokenizer, page=str(path)) as (_, url):
-        for text in ("<script>one()</script>\u00e9", "<script>two()</script>"):
-            path.write_text(text, "utf-8")
+        for text in (serve.PAGE, "<script>one()</script>\u00e9", "<script>two()</script>"):
+            path.write_text(text, "utf-8")  # it is read at each request
             response = requests.get(url)
             assert response.content.decode() == text
-            digest = base64.b64encode(hashlib.sha256(text[8:13].encode()).digest()).decode()
-            assert f"script-src 'sha256-{digest}'" in response.headers["Content-Security-Policy"]
+            script = re.search("<script>(.*)</script>", text, re.DOTALL)[1]
+            digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+            policy = response.headers["Content-Security-Policy"]
+            assert f"script-src 'sha256-{digest}'" in policy and "default-src 'none'" in policy
+            assert "unsafe" not in policy
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
         path.unlink()
         response = requests.get(url)
         assert response.status_code == 503 and "cannot be read" in response.text
-    with pytest.raises(ValueError, match="cannot be read"):
-        serve.Settings(page=str(path))
 
 
-def test_the_training_view_reads_what_a_run_has_written(served, base_dir):
+def test_the_run_is_shown_as_it_goes_and_its_report_as_it_is_written(served, base_dir):
     _, url = served
-    assert requests.get(url + "/training").json() == {"tag": "main", "curves": {}, "scores": {}}
+    assert requests.get(url + "/training").status_code == 200
+    response = requests.get(url + "/report")
+    assert response.status_code == 404 and "evaluate.py --report --tag=main" in response.text
     folder = common.run_dir("main")
-    lines = [{"stage": "base", "step": i, "time": 1, "loss": 9 - i / 1000} for i in range(1000)]
     folder.mkdir(parents=True)
+    (folder / "report.html").write_text("<h1>Report</h1>")
+    assert requests.get(url + "/report").text == "<h1>Report</h1>"
+    lines = [{"stage": "base", "step": i, "time": 1, "loss": 9 - i / 1000, "<b>": math.nan}
+             for i in range(1001)]  # fmt: skip
     write_lines(folder / "metrics.jsonl", lines)
     with open(folder / "metrics.jsonl", "a") as file:
-        file.write(
-            '{"stage": "base", "step": 5, "loss": NaN}\n[1]\n3\n\n{"stage": [], "step": 1, "x": 1}\n'
-        )
         file.write('{"stage": "ba')
-    (folder / "eval").mkdir()
-    scores = {"tasks": {"facts": {"score": 0.5, "low": 0.4, "high": 0.6, "items": 10}}}
-    (folder / "eval" / "sft.json").write_text(json.dumps(scores))
-    (folder / "eval" / "rl.json").write_text('{"tasks": {"facts": 3}}')
-    found = requests.get(url + "/training").json()
-    points = found["curves"]["base"]["loss"]
-    assert points[0] == [0, 9] and points[-1] == [999, 8.001] and 200 < len(points) < 310
-    assert list(found["curves"]["base"]) == ["loss"]
-    assert found["scores"] == {"sft": {"facts": [0.5, 0.4, 0.6]}}
+    text = requests.get(url + "/training").text
+    assert "base: loss 8 at step 1,000 (8 to 9)" in text and "&lt;b&gt;" in text
+    points = [tuple(map(float, point.split(",")))
+              for point in re.search('points="([^"]*)"', text)[1].split()]  # fmt: skip
+    assert points[0] == (0, 0) and points[-1] == (100, 50) and 200 < len(points) < 310
+    assert all(y == pytest.approx(x / 2, abs=0.1) for x, y in points)
 
 
 def test_the_server_tells_how_it_is(served):
     server, url = served
-    health = requests.get(url + "/health").json()
-    assert health.pop("memory_bytes") > 1e6
-    assert health == {
-        "status": "ready",
-        "tag": "main",
-        "model": "t-sft",
-        "stage": "sft",
-        "device": "cpu",
-    }
+    assert requests.get(url + "/health").json() == {
+        "status": "ready", "tag": "main", "model": "t-sft", "stage": "sft", "device": "cpu"
+    }  # fmt: skip
     config = requests.get(url + "/config").json()
     assert config["defaults"]["temperature"] == server.settings.temperature
-    assert config["context"] == 128 and config["model"] == "t-sft"
-    asked = {"messages": user("Hi"), "max_tokens": 3}
-    requests.post(url + "/v1/chat/completions", json=asked)
+    assert config["context"] == 128 and config["model"] == "t-sft" and not config["completes"]
+    completed(url, max_tokens=3)
     label = 'nanochat_requests_total{path="/v1/chat/completions",code="200"}'
     until(lambda: label in requests.get(url + "/metrics").text)  # it is counted last
-    values = dict(line.rsplit(" ", 1) for line in requests.get(url + "/metrics").text.splitlines()
-                  if not line.startswith("#"))  # fmt: skip
-    for name in ("request", "first_token"):
-        found = [(key, int(v)) for key, v in values.items() if f"{name}_seconds_bucket" in key]
-        assert [float(key.split('"')[1]) for key, _ in found][-2:] == [60, math.inf]
-        counts = [v for _, v in found]
-        assert counts == sorted(counts) and counts[-1] == 1 and len(counts) == len(serve.BUCKETS)
-        took = float(values[f"nanochat_{name}_seconds_sum"])
-        assert counts == [int(took <= float(bound)) for bound in serve.BUCKETS]
-        assert values[f"nanochat_{name}_seconds_count"] == "1"
-    label = 'nanochat_requests_total{path="/v1/chat/completions",code="200"}'
-    assert values[label] == "1" and values["nanochat_slots"] == "4"
-    assert 1 <= int(values["nanochat_tokens_generated_total"]) <= 3
-    server.model.worker.generated = 123_456_789
-    assert "nanochat_tokens_generated_total 123456789\n" in requests.get(url + "/metrics").text
+    lines = requests.get(url + "/metrics").text.splitlines()
+    values = {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+    assert values[label] == values["nanochat_answers_total"] == 1 and values["nanochat_slots"] == 4
+    assert values["nanochat_first_token_seconds_total"] <= values["nanochat_answer_seconds_total"]
+    assert 1 <= values["nanochat_tokens_generated_total"] <= 3
     model, server.model = server.model, None
     assert requests.get(url + "/health").json()["status"] == "loading"
-    assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
+    completed(url, 503)
     server.model, server.draining = model, True
     assert requests.get(url + "/health").json()["status"] == "draining"
-    assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 503
+    completed(url, 503)
 
 
-def test_a_server_whose_steps_all_fail_says_so(tokenizer):
-    class Failing:
-        """A model whose device is gone."""
-
-        def __init__(self, model):
-            self.model = model
-
-        def __getattr__(self, name):
-            return getattr(self.model, name)
-
-        def hidden(self, *_):
-            raise failure
-
-    class PanicException(BaseException):
-        """What a package in Rust raises."""
-
-    with serving(tokenizer, 2) as (server, url):
-        engine, asked = server.model.engine, {"messages": user("Hi"), "max_tokens": 2}
-        sound, engine.model = engine.model, Failing(engine.model)
-        for failure in (RuntimeError("gone"), PanicException(), RuntimeError("gone")):
-            assert requests.get(url + "/health").json()["status"] == "ready"
-            two = {**asked, "n": 2}
-            assert requests.post(url + "/v1/chat/completions", json=two).status_code == 500
-        response = requests.get(url + "/health")
-        assert (response.status_code, response.json()["status"]) == (503, "failing")
-        streamed = requests.post(url + "/v1/chat/completions", json={**asked, "stream": True})
-        last = streamed.text.split("\n\n")[-2]
-        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
-        engine.model = sound
-        assert requests.post(url + "/v1/chat/completions", json=asked).status_code == 200
-        assert requests.get(url + "/health").status_code == 200
-
-
-def test_an_engine_outlives_its_log_and_nobody_waits_for_one_that_has_ended(tokenizer, monkeypatch):
-    class Closed:
-        """A log whose reader is gone."""
-
-        def write(self, _):
-            raise BrokenPipeError
-
-        def flush(self):
-            raise BrokenPipeError
-
-    def fail():
-        raise RuntimeError("gone")
-
-    asked = {"messages": user("Hi"), "max_tokens": 2}
-    with serving(tokenizer, 2) as (server, url):
-        worker, path = server.model.worker, url + "/v1/chat/completions"
-        with monkeypatch.context() as patched:
-            patched.setattr(sys, "stderr", Closed())
-            patched.setattr(worker.engine, "step", fail)
-            assert requests.post(path, json=asked).status_code == 500
-        assert requests.post(path, json=asked).status_code == 200
-        worker.stop()
-        response = requests.post(path, json=asked, timeout=20)
-        assert response.status_code == 500 and "engine has ended" in response.text
-
-
-def test_a_second_signal_ends_a_server_at_once(chat_run):
-    code = ("import common, serve, time\n"
-            "common.Engine.step = lambda self: time.sleep(0.1) or []\n"
-            "serve.main(serve.Settings(tag='t', stage='base', port=0, device='cpu'))")  # fmt: skip
-    command = [sys.executable, "-c", code]
+@contextlib.contextmanager
+def serving_apart(*setup):
+    """A server in a process of its own, which runs some code first; yields it, its address."""
+    main = "serve.main(serve.Settings(tag='t', stage='base', port=0, device='cpu'))"
+    command = [sys.executable, "-c", "\n".join(["import common, serve, time", *setup, main])]
     with (
         subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process,
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
-        url = next(line for line in process.stdout if "http" in line).split()[-1]
+        try:
+            url = next(line for line in process.stdout if "http" in line).split()[-1]
+            yield process, url, functools.partial(pool.submit, completed, url)
+        finally:
+            process.kill()
+
+
+def test_sigterm_ends_a_server_that_still_loads_at_once(base_dir):
+    with serving_apart("serve.load = lambda _: time.sleep(60)") as (process, url, _):
+        assert requests.get(url + "/health").json()["status"] == "loading"
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def test_sigterm_waits_for_answers_and_a_second_signal_does_not(chat_run):
+    slow = "whole = serve.Completion.whole\nserve.Completion.whole = lambda self: (" \
+           "print('made', flush=True), time.sleep(1), whole(self))[2]"  # fmt: skip
+    asked = {"path": "/v1/completions", "prompt": "The", "max_tokens": 2}
+    with serving_apart(slow) as (process, url, submit):
         assert any("ready" in line for line in process.stdout)
-        asked = {"prompt": "The", "max_tokens": 2}
-        answer = pool.submit(requests.post, url + "/v1/completions", json=asked)
+        answer = submit(**asked)
+        assert any("made" in line for line in process.stdout)
+        process.terminate()  # the answer is not yet sent
+        assert answer.result()["usage"]["completion_tokens"]
+        assert re.search("POST /v1/completions 200 .* tok/s\n$", process.stdout.read())
+        assert process.wait(20) == 0
+    with serving_apart("common.Engine.step = lambda self: time.sleep(0.1) or []") as (
+        process, url, submit,
+    ):  # fmt: skip
+        assert any("ready" in line for line in process.stdout)
+        answer = submit(**asked)
         until(lambda: "nanochat_requests_open 1" in requests.get(url + "/metrics").text)
         process.terminate()
         assert any("1 answers may end" in line for line in process.stdout)
@@ -10482,53 +8800,6 @@ def test_a_second_signal_ends_a_server_at_once(chat_run):
             answer.result()
 
 
-def test_sigterm_ends_a_server_that_still_loads_at_once(base_dir):
-    code = ("import serve, time; serve.load = lambda _: time.sleep(60); "
-            "serve.main(serve.Settings(port=0))")  # fmt: skip
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
-        url = process.stdout.readline().split()[-1]
-        assert requests.get(url + "/health").json()["status"] == "loading"
-        process.terminate()
-        assert process.wait(10) == 0
-
-
-def test_sigterm_waits_for_an_answer_that_is_not_yet_sent(chat_run):
-    code = ("import serve, time; whole = serve.Answer.whole\n"
-            "serve.Answer.whole = lambda self: print('made', flush=True) or time.sleep(1) or whole(self)\n"
-            "serve.main(serve.Settings(tag='t', stage='base', port=0, device='cpu'))")  # fmt: skip
-    command = [sys.executable, "-c", code]
-    with (
-        subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process,
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-    ):
-        url = next(line for line in process.stdout if "http" in line).split()[-1]
-        assert any("ready" in line for line in process.stdout)
-        asked = {"prompt": "The", "max_tokens": 2}
-        answer = pool.submit(requests.post, url + "/v1/completions", json=asked)
-        assert any("made" in line for line in process.stdout)
-        process.terminate()
-        assert answer.result().json()["usage"]["completion_tokens"]
-        log = process.stdout.read()
-        assert re.search("POST /v1/completions 200 .* tok/s\n$", log)
-        assert process.wait(20) == 0
-
-
-def test_sigterm_lets_what_runs_end(chat_run):
-    command = [sys.executable, "serve.py", "--tag=t", "--stage=base", "--port=0", "--device=cpu"]
-    with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, text=True) as process:
-        url = next(line for line in process.stdout if "http" in line).split()[-1]
-        assert any("ready" in line for line in process.stdout)
-        asked = {"prompt": "The", "max_tokens": 40, "stream": True}
-        with requests.post(url + "/v1/completions", json=asked, stream=True) as response:
-            lines = response.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            text = b"\n".join(lines)
-        assert text.rstrip().endswith(b"[DONE]")
-        assert process.wait(20) == 0
-
-
 def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monkeypatch, capsys):
     options = {"tag": "t", "stage": "base", "device": "cpu", "int8": True}
     failing = unittest.mock.Mock(side_effect=RuntimeError("no g++"))
@@ -10536,11 +8807,9 @@ def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monke
     monkeypatch.setattr(serve, "compile_or_not", lambda choice, *_: choice == "yes")
     engine, stage = serve.load(serve.Settings(compile="yes", **options))
     assert failing.called and "RuntimeError" in capsys.readouterr().out and stage == "base"
-    assert engine.model.head.weight.dtype == torch.int8 and engine.next_logits is None
+    assert engine.model.head.weight.dtype == torch.int8
     serve.load(serve.Settings(**options))
     assert failing.call_count == 1, "a small model is not compiled unasked"
-    with pytest.raises(ValueError, match="--int8"):
-        serve.Settings(export="x", **options)
     ids = [engine.tokenizer.bos, 5, 6]
     assert len(list(engine.generate(greedy(ids, 5)))) == 5
     chat_engine, _ = chat.load(chat.Settings(**options))
@@ -10548,119 +8817,46 @@ def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monke
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_kv_head": 2, "n_layer": 3}])
-def test_an_exported_model_is_the_same_to_transformers(tokenizer, tmp_path, changes):
+def test_an_exported_model_is_the_same_to_transformers(
+    tokenizer, tmp_path, changes, monkeypatch, capsys
+):
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "NanoChatForCausalLM"):
         pytest.skip("this transformers has no nanochat model")
-    shape = {**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size, **changes}
-    model = random_model(**shape)
-    serve.export(tmp_path / "out", model, tokenizer)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = random_model(**CONFIGS["bare"], vocab_size=tokenizer.vocab_size, **changes)
+    monkeypatch.setattr(serve, "load_for_answers", lambda _: (model, tokenizer, None))
+    folder = tmp_path / "out"
+    serve.main(serve.Settings(export=str(folder)))
+    assert capsys.readouterr().out == f"written: {folder}\n"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(theirs).__name__ == "NanoChatForCausalLM" and theirs.dtype == torch.float32
-    ids = torch.randint(tokenizer.vocab_size, (2, 30))
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    texts = [
-        "The cat sat.",
-        "  two  spaces\n\n\tand 12345 tabs",
-        "\u00e9\u4e2d\u6587 \U0001f600",
-        "don't WON'T",
-    ]
-    for text in texts:
-        assert words.encode(text, add_special_tokens=False) == tokenizer.encode(text)
-        assert words.decode(tokenizer.encode(text)) == text
-    chat_ = [{"role": "system", "content": "Be kind."}, *user("Hi"),
-             {"role": "assistant", "content": "Yes?"}, *user("Bye")]  # fmt: skip
-    rendered = words.apply_chat_template(chat_, add_generation_prompt=True, tokenize=False)
-    assert words.encode(rendered, add_special_tokens=False) == common.render_prompt(
-        tokenizer, chat_
-    )
-    assert words.eos_token_id == tokenizer.specials["<|assistant_end|>"]
-
-
-def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path):
-    bare = {**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size}
-    for changes, flag in (({"smear": True}, "--no-smear"), ({"skip": True}, "--no-skip"),
-                          ({"value_embeds": True}, "--no-value-embeds"),
-                          ({"window_pattern": "SL"}, "--window-pattern=L"),
-                          ({"bigram_rows": 64}, "--bigram-rows=0"),
-                          ({"qk_scale": 1.2}, "--qk-scale=1")):  # fmt: skip
-        with pytest.raises(common.Stop, match=flag):
-            serve.export(tmp_path / "out", random_model(**{**bare, **changes}), tokenizer)
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_export_of_a_run_is_one_command(chat_run, tmp_path, capsys):
-    out = tmp_path / "hf"
-    with pytest.raises(common.Stop, match="train one with .*--no-smear.*--bigram-rows=0"):
-        serve.main(serve.Settings(tag="t", export=str(out), device="cpu"))
-    plain = {"smear": False, "value_embeds": False, "skip": False, "qk_scale": 1.0}
-    shape = {"max_seq_len": 64, "total_batch_size": 192, "bigram_rows": 0}
-    pretrain.main(tiny_pretrain(restart=True, **shape, **plain))
-    serve.main(serve.Settings(tag="t", export=str(out), device="cpu", dtype="float32"))
-    assert capsys.readouterr().out.endswith(f"written: {out}\n")
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "NanoChatForCausalLM"):
-        pytest.skip("this transformers has no nanochat model")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
-    model = common.load_model(common.find_checkpoint("t", "base"), CPU, torch.float32)
     ids = torch.randint(model.config.vocab_size, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(theirs(ids).logits, model(ids), rtol=1e-4, atol=1e-4)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("The cat sat.", "  two  spaces\n\n\tand 12345 tabs", "don't WON'T",
+                 "\u00e9\u4e2d\u6587 \U0001f600"):  # fmt: skip
+        assert words.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+        assert words.decode(tokenizer.encode(text)) == text
+    talk = [{"role": "system", "content": "Be kind."}, *user("Hi"),
+            {"role": "assistant", "content": "Yes?"}, *user("Bye")]  # fmt: skip
+    rendered = words.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    ids = words.encode(rendered, add_special_tokens=False)
+    assert ids == common.render_prompt(tokenizer, talk)
+    assert words.eos_token_id == tokenizer.specials["<|assistant_end|>"]
 
 
-class Talker(torch.nn.Module):
-    """Stands in for a model: says one text to whatever it is asked, a token in `pause` seconds."""
-
-    def __init__(self, tokenizer, script, pause=0.0, context=1024):
-        super().__init__()
-        self.config = common.GPTConfig(tokenizer.vocab_size, 1, 8, 1, 1, context)
-        self.embed = torch.nn.Embedding(1, 1)
-        self.script, self.pause, self.dtype = script, pause, torch.float32
-        self.begins = tokenizer.specials["<|assistant_start|>"]
-
-    def cast_weights(self):
-        return self
-
-    def hidden(self, ids, cache, counts=None):
-        positions = cache.begin(ids).positions
-        time.sleep(self.pause)
-        said = torch.zeros(*ids.shape, 1)  # tokens since the assistant began
-        for b, row in enumerate(positions.tolist()):
-            begins = (cache.ids[b] == self.begins).nonzero()[:, 0]
-            for t, position in enumerate(row):
-                before = begins[begins <= position].tolist()
-                said[b, t] = position - before[-1] if before else 0
-        return said
-
-    def logits(self, hidden):
-        index = hidden[..., 0].long().clamp(max=len(self.script) - 1)
-        chosen = torch.tensor(self.script)[index]
-        return 100.0 * F.one_hot(chosen, self.config.vocab_size).float()
-
-
-ANSWER = """Hello **you**, <b>not bold</b> <script>document.title = "owned"</script>
-
-- one
-- two
-
-| a | b |
-| - | - |
-| 1 | 2 |
-
-```
-x = 1
-```
-"""
-
-
-def answer_script(tokenizer, text=ANSWER):
-    """A text after a call of the calculator."""
-    special = tokenizer.specials
-    call = [special["<|python_start|>"], *tokenizer.encode("37*12"), special["<|python_end|>"]]
-    gap = [7] * (2 + len(tokenizer.encode("444")))
-    return [*call, *gap, *tokenizer.encode(text), special["<|assistant_end|>"]]
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [({"smear": True}, "--no-smear"), ({"skip": True}, "--no-skip"), ({"bigram_rows": 64},
+     "--bigram-rows=0"), ({"value_embeds": True}, "--no-value-embeds"), ({"qk_scale": 1.2},
+     "--qk-scale=1"), ({"window_pattern": "SL"}, "--window-pattern=L")],
+)  # fmt: skip
+def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path, changes, flag):
+    model = random_model(**{**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size, **changes})
+    with pytest.raises(common.Stop, match=flag):
+        serve.export(tmp_path / "out", model, tokenizer)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")
@@ -10677,36 +8873,27 @@ def chromium():
 
 
 @contextlib.contextmanager
-def opened(chromium, url, **options):
-    """The page in a browser of its own; no error of its script is let pass."""
-    context = chromium.new_context(viewport={"width": 1024, "height": 768}, **options)
-    errors = []
-    context.on("weberror", lambda error: errors.append(str(error.error)))
-    context.on("dialog", lambda dialog: dialog.accept("Renamed"))
-    context.set_default_timeout(10_000)
-    page = context.new_page()
-    try:
-        page.goto(url)
-        yield page
-        assert not errors
-    finally:
-        context.close()
+def talking(tokenizer, chromium, model, slots=1, color_scheme="light", **options):
+    """A server of a model and its page; no error of the page's script is let pass."""
+    permissions, errors = ["clipboard-read", "clipboard-write"], []
+    with serving(tokenizer, slots, model, **{"max_tokens": 400, **options}) as (server, url):
+        context = chromium.new_context(color_scheme=color_scheme, permissions=permissions,
+                                       viewport={"width": 1024, "height": 768})  # fmt: skip
+        context.on("weberror", lambda error: errors.append(str(error.error)))
+        context.on("dialog", lambda dialog: dialog.accept("Renamed"))
+        context.set_default_timeout(10_000)
+        page = context.new_page()
+        try:
+            page.goto(url)
+            yield server, url, page
+            assert not errors
+        finally:
+            context.close()
 
 
-def has_value(page, field, value):
-    """Wait until a field of the settings has a value, which /config or another tab brings."""
-    found = pytest.importorskip("playwright.sync_api").expect(page.locator(field))
-    found.to_have_value(value, timeout=10_000)
-
-
-@contextlib.contextmanager
-def talking(tokenizer, chromium, model, slots, **options):
-    """A server of a model and its page; yields the server, its address and the page."""
-    with (
-        serving(tokenizer, slots, model, **options) as (server, url),
-        opened(chromium, url) as page,
-    ):
-        yield server, url, page
+def send(page, text):
+    page.fill("#text", text)
+    page.press("#text", "Enter")
 
 
 def answered(page, number):
@@ -10716,635 +8903,274 @@ def answered(page, number):
     return article
 
 
-def send(page, text):
-    page.fill("#text", text)
-    page.press("#text", "Enter")
+def press(page, name):
+    page.get_by_role("button", name=name).first.click()
 
 
-@pytest.fixture
-def cut(monkeypatch):
-    """What shuts all connections that servers have taken."""
-    connections, setup = [], serve.Handler.setup
-    monkeypatch.setattr(
-        serve.Handler, "setup", lambda self: connections.append(self.request) or setup(self)
-    )
-
-    def shut():
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-    return shut
+def count(page):
+    return page.locator("article").count()
 
 
 @pytest.mark.browser
 def test_the_page_asks_streams_and_keeps_what_was_said(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer), pause=0.03)
-    with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
+    text = "Hello **you**, <b>not bold</b> <script>document.title = 'owned'</script>\n\n- one\n" \
+           "# Big\n\n```js\nx = 1\n  y\n```\nEnd."  # fmt: skip
+    model = talker(tokenizer, "", text, pause=0.02)
+    with talking(tokenizer, chromium, model) as (server, _, page):
         page.fill("#text", "<img src=x onerror=\"document.title='owned'\">")
-        page.press("#text", "Enter")
-        said = page.locator("article.assistant .said")
-        said.get_by_text("Hello").wait_for()
-        lengths = []
-        for _ in range(30):
-            lengths.append(len(said.inner_text()))
-            page.wait_for_timeout(20)
-        assert len(set(lengths)) > 3, "it comes piece by piece"
+        with page.expect_request("**/v1/chat/completions") as request:
+            page.press("#text", "Enter")
+        knobs = {"temperature", "top_k", "top_p", "max_tokens"}
+        assert not knobs & request.value.post_data_json.keys(), "they are the server's to choose"
+        lengths = set()
+        while not page.get_by_text("a second").count():
+            lengths.add(len(page.inner_text("article.assistant .said")))
+        assert len(lengths) > 3, "it comes piece by piece"
         first = answered(page, 0)
-        assert page.title() != "owned" and "<img" in page.locator("article.user").inner_text()
+        assert page.title() != "owned" and "<img" in page.inner_text("article.user")
         assert first.locator(".card").inner_text().split() == ["37*12", "=", "444"]
-        assert first.locator("strong").inner_text() == "you"
+        assert first.locator("strong").all_inner_texts() == ["you", "Big"]
         assert "<b>not bold</b> <script>" in first.inner_text()
-        assert first.locator("li").count() == 2 and first.locator("td").count() == 2
-        assert first.locator("pre code").inner_text() == "x = 1"
+        assert first.locator("pre code").inner_text() == "x = 1\n  y"
         assert first.inner_text().endswith("a second, finished")
-
-        page.fill("#text", "And again?")  # a second turn, by the button
-        page.click("#send")
-        answered(page, 1)
-        page.locator("article.assistant").nth(1).get_by_role("button", name="Regenerate").click()
-        answered(page, 1)
-        assert page.locator("article").count() == 4
+        for button, copied in (("Copy", "x = 1\n  y"), (".tools button", "[37*12 = 444] " + text)):
+            button = first.get_by_text(button).first if button == "Copy" else first.locator(button)
+            button.first.click()
+            first.get_by_text("Copied").first.wait_for()
+            assert page.evaluate("navigator.clipboard.readText()") == copied
+            page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+            page.reload()  # without HTTPS there is another way; and what was said is kept
+        model.pause = 0
+        send(page, "And again?")
+        assert answered(page, 1) and count(page) == 4
         page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
         assert page.input_value("#text") == "And again?"
-        page.fill("#text", "Edited")
-        page.press("#text", "Enter")
-        answered(page, 1)
+        send(page, "Edited")
+        answered(page, 1).get_by_role("button", name="Regenerate").click()
+        assert answered(page, 1) and count(page) == 4
         assert page.locator("article.user").nth(1).inner_text().startswith("Edited")
 
-        page.click("#options")  # settings are used at once, and kept
+        press(page, "Settings")  # they are used at once, and kept
+        page.fill("#temperature", "1.5")
         page.fill("#max_tokens", "5")
-        page.click("#close")
-        page.fill("#text", "Short")
-        page.press("#text", "Enter")
-        assert "5 tokens" in answered(page, 2).inner_text()
-        page.fill("#text", "not yet sent")
-        page.reload()
-        assert page.locator("article").count() == 6 and page.input_value("#text") == "not yet sent"
-        assert page.input_value("#max_tokens") == "5"
+        page.fill("#system", "Be kind.")
+        page.keyboard.press("Escape")
+        server.settings.top_k = 7
+        for _ in range(2):
+            with page.expect_request("**/v1/chat/completions") as request:
+                send(page, "Short")
+            body = request.value.post_data_json
+            page.locator("#log").get_by_text("5 tokens").last.wait_for()
+            assert body["messages"][0] == {"role": "system", "content": "Be kind."}
+            chosen = {name: body[name] for name in knobs & body.keys()}
+            assert chosen == {"temperature": 1.5, "max_tokens": 5}
+            page.reload()
+            until(lambda: page.input_value("#top_k") == "7")
+        press(page, "Settings")
+        press(page, "Back to the server's values")
+        assert page.input_value("#max_tokens") == "400" and not page.input_value("#system")
+        page.keyboard.press("Escape")
 
-        page.click("#new")
-        assert page.locator("article").count() == 0 and page.locator("#chats li").count() == 2
-        page.fill("#find", "again?")
-        assert page.locator("#chats li").count() == 0
-        page.fill("#find", "edited")
-        assert page.locator("#chats li").count() == 1
+        with page.expect_download() as download:
+            press(page, "Export")
+        assert "**Answer:** [37*12 = 444] Hello" in Path(download.value.path()).read_text()
+        press(page, "New chat")
+        assert count(page) == 0 and page.locator("#chats li").count() == 2
+        for wanted, found in (("again?", 0), ("edited", 1)):
+            page.fill("#find", wanted)
+            assert page.locator("#chats li").count() == found
         page.locator("#chats li button").first.click()
-        assert page.locator("article").count() == 6
+        assert count(page) == 8
         page.locator("#chats li button[title=Rename]").click()
         page.fill("#find", "")
         assert page.locator("#chats").get_by_text("Renamed").count() == 1
-        with page.expect_download() as download:
-            page.select_option("#export", "json")
-        kept = json.loads(Path(download.value.path()).read_text())
-        assert len(kept["messages"]) == 6
-        page.locator("#chats li button[title=Delete]").first.click()
-        assert page.locator("#chats li").count() == 1
+        press(page, "Delete Renamed")
+        assert page.locator("#chats li").count() == 1 and count(page) == 0
 
 
 @pytest.mark.browser
-def test_the_page_stops_an_answer_and_says_what_went_wrong(tokenizer, chromium, cut):
-    model = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
-    with talking(tokenizer, chromium, model, 1, max_tokens=900, max_waiting=0) as (
-        server,
-        url,
-        page,
-    ):
-        page.fill("#text", "Go")
-        page.press("#text", "Enter")
-        page.get_by_text("word word").wait_for()
-        assert page.inner_text("#send") == "Stop"
-        busy = requests.post(url + "/v1/completions", json={"prompt": "x"})
-        assert busy.status_code == 429
-        page.click("#send")
-        page.get_by_text("stopped", exact=True).wait_for()
-        until(lambda: not server.model.worker.open)  # the slot is free
+def test_the_page_says_what_went_wrong_and_loses_nothing(tokenizer, chromium, monkeypatch):
+    connections, setup = [], serve.Handler.setup
+    monkeypatch.setattr(serve.Handler, "setup",
+                        lambda self: connections.append(self.request) or setup(self))  # fmt: skip
+    model = talker(tokenizer, "word " * 60)
+    with talking(tokenizer, chromium, model, max_waiting=0, api_key="secret",
+                 max_messages=8) as (server, url, page):  # fmt: skip
+        trouble, notice = page.locator(".trouble"), page.locator("#notice")
+        send(page, "One")
+        trouble.get_by_text("wants its key").wait_for()
+        assert page.evaluate("document.activeElement.id") == "key"
+        for key, words in (("\u0161ecret", "odd characters"), ("secret", "word")):
+            if not page.is_visible("#key"):
+                press(page, "Settings")
+            page.fill("#key", key)
+            page.keyboard.press("Escape")
+            press(page, "Try again")
+            page.locator("article.assistant").get_by_text(words).wait_for()
+        assert answered(page, 0) and count(page) == 2 and page.inner_text("#send") == "Send"
 
         long = "many words " * 2000
-        page.fill("#text", long)
-        page.press("#text", "Enter")
-        page.locator(".trouble").get_by_text("too long").wait_for()
+        send(page, long)
+        trouble.get_by_text("too long").wait_for()
         page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
         assert page.input_value("#text") == long, "nothing that was typed is lost"
+        send(page, "Two")
+        answered(page, 1)
+        server.draining = True  # what is to be replaced stays until something has come
+        press(page, "Regenerate")
+        trouble.get_by_text("shutting down").wait_for()
+        assert count(page) == 4 and page.get_by_text("word word").count() == 2
+        press(page, "Edit")
+        send(page, "Half")
+        trouble.get_by_text("shutting down").wait_for()
+        assert count(page) == 4 and page.input_value("#text") == "Half"
+        server.draining = False
+        press(page, "Try again")
+        answered(page, 1)
+        assert page.locator(".trouble").count() == 0
 
-        page.fill("#text", "Go on")  # and now the server goes away
-        page.press("#text", "Enter")
-        page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
-        cut()
-        page.locator(".trouble").wait_for()
-        until(lambda: not server.model.worker.open)
-        page.get_by_role("button", name="Try again").click()
-        page.locator("article.assistant").nth(1).get_by_text("word").wait_for()
-        page.click("#send")
+        model.pause = 0.05
+        send(page, "Three")
+        page.locator("article.assistant").nth(2).get_by_text("word").wait_for()
+        right = {"Authorization": "Bearer secret"}
+        completed(url, 429, headers=right)
+        press(page, "Stop")
+        page.get_by_text("stopped", exact=True).wait_for()
+        until(lambda: not server.model.unfinished)  # the slot is free
+        press(page, "Regenerate")
+        page.locator("article.assistant").nth(2).get_by_text("word").wait_for()
+        with page.expect_request("**/config"):
+            for connection in connections:  # the connection breaks
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            trouble.get_by_text("cannot be reached").wait_for()
+        until(lambda: not server.model.unfinished)
+        asked = {"messages": user("Hi"), "stream": True}  # somebody else is answered
+        with requests.post(url + "/v1/chat/completions", json=asked, stream=True,
+                           headers=right) as response:  # fmt: skip
+            next(response.iter_lines())
+            press(page, "Try again")
+            trouble.get_by_text("Many people").wait_for()
+        until(lambda: not server.model.unfinished)
+        model.pause = 0
+        press(page, "Try again")
+        for number, text in enumerate(("Three", "Four", "Five", "Six"), 2):
+            if number > 2:
+                send(page, text)
+            note = answered(page, number).inner_text()
+        assert "messages forgotten" in note, "a conversation goes on without end"
+
+        page.route("**/config", lambda route: route.abort())
+        page.reload()
+        notice.get_by_text("cannot be reached").wait_for()
+        served, server.model = server.model, None
+        page.unroute("**/config")
+        notice.get_by_text("loading its model").wait_for()
+        server.model = served
+        notice.wait_for(state="hidden")
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 768, 1440])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (390, "light"), (1440, "dark")])
 def test_the_page_fits_phones_and_wide_screens_in_light_and_dark(
-    tokenizer, chromium, width, scheme, tmp_path, base_dir
+    tokenizer, chromium, width, scheme
 ):
-    model = Talker(tokenizer, answer_script(tokenizer))
-    with (
-        serving(tokenizer, 1, model, max_tokens=400) as (_, url),
-        opened(chromium, url, color_scheme=scheme) as page,
+    with talking(tokenizer, chromium, talker(tokenizer, "Fine."), color_scheme=scheme) as (
+        *_,
+        page,
     ):
         page.set_viewport_size({"width": width, "height": 844})
-        page.fill("#text", "Hi there, a rather long message that must wrap on a phone " * 3)
-        page.press("#text", "Enter")
+        send(page, "Hi there, a rather long message that must wrap on a phone " * 3)
         answered(page, 0)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        light = sum(map(int, re.findall(r"\d+", shade)[:3])) > 384
-        assert light == (scheme == "light")
-        assert page.locator("#chats").is_visible() == (width > 720)
-        if width < 720:
+        assert (sum(map(int, re.findall(r"\d+", shade)[:3])) > 384) == (scheme == "light")
+        chats = page.locator("#chats")
+        assert chats.is_visible() == (width > 720)
+        for close in (
+            lambda: page.keyboard.press("Escape"), lambda: page.mouse.click(width - 10, 600),
+            lambda: page.locator("#chats li.now > button").first.click(),
+        ) if width < 720 else ():  # fmt: skip
             page.click("#menu")
-            assert page.locator("#chats").is_visible()
-            page.locator("#chats li button").first.click()
-            assert not page.locator("#chats").is_visible()
-            page.click("#menu")
-            page.mouse.click(width - 10, 600)
-            assert not page.locator("#chats").is_visible()
-        page.screenshot(path=tmp_path / f"{width}-{scheme}.png")
-        page.click("#view")
-        page.get_by_text("No scores yet").wait_for()
-        page.click("#view")
-        assert page.locator("article").count() == 2
+            assert chats.is_visible()
+            close()
+            assert not chats.is_visible() and count(page) == 2
 
 
 @pytest.mark.browser
 def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 2, max_tokens=99) as (_, url, page):
+    with talking(tokenizer, chromium, talker(tokenizer, "Fine."), 2) as (_, url, page):
         other = page.context.new_page()
         other.goto(url)
         for tab, text in ((page, "First"), (other, "Second")):
+            press(tab, "New chat")
             send(tab, text)
             answered(tab, 0)
         third = page.context.new_page()
         third.goto(url)
         third.locator("#chats").get_by_text("First").click()
+        press(page, "Edit")
+        page.fill("#text", "kept")
         send(third, "More")
         answered(third, 1)
-        for words, number in (("kept", 0), ("moved", 1)):
-            edited = page.locator("article.user").nth(number)
-            edited.get_by_role("button", name="Edit").click()
-            page.fill("#text", words)
-            third.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
-            send(third, f"Again {number}")
-            answered(third, 1)
-            page.locator("article.user").nth(1).get_by_text(f"Again {number}").wait_for()
-            assert page.input_value("#text") == words
-            going_on = page.locator("article.user.editing").count()
-            assert going_on == (number == 0), "only an edit of what is still there goes on"
-            if going_on:
-                page.keyboard.press("Escape")
+        page.locator("article.user").nth(1).get_by_text("More").wait_for()
+        assert page.input_value("#text") == "kept" and page.locator(".editing").count() == 1
+        press(third, "Edit")
+        send(third, "Moved")  # the message that is edited is no more: what was typed is a draft
+        page.locator("article.user").first.get_by_text("Moved").wait_for()
+        assert page.input_value("#text") == "kept" and page.locator(".editing").count() == 0
         page.fill("#text", "")
         third.close()
-        page.click("#new")
-        send(page, "Third")
-        answered(page, 0)
-        other.locator("#chats").get_by_text("Third").wait_for()
-        page.locator("#chats").get_by_text("Second").wait_for()
-        for tab, now in ((page, "Third"), (other, "Second")):
+        for tab, now in ((page, "First"), (other, "Second")):
             for _ in range(2):
                 names = tab.locator("#chats li > button:first-child").all_inner_texts()
-                assert sorted(names) == ["First", "Second", "Third"]
-                assert tab.inner_text("#title") == now and tab.locator("article").count() == 2
+                assert sorted(names) == ["First", "Second"]
+                assert tab.inner_text("#title") == now and count(tab) == 2
                 tab.reload()
-        page.get_by_role("button", name="Delete First").click()
-        other.locator("#chats").get_by_text("First").wait_for(state="detached")
-        page.click("#options")
+        press(page, "Settings")
         page.fill("#max_tokens", "77")
-        has_value(other, "#max_tokens", "77")
-        page.get_by_role("button", name="Delete Second").click()  # there it is open
-        other.locator("#title").get_by_text("Third").wait_for()
-
-
-@pytest.mark.browser
-def test_an_edit_takes_nothing_away_until_it_is_sent(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
-        for i, text in enumerate(("One", "Two")):
-            send(page, text)
-            answered(page, i)
-        page.fill("#text", "a draft")
-        first = page.locator("article.user").first
-
-        def edit():
-            first.get_by_role("button", name="Edit").click()
-            assert page.input_value("#text") == "One" and page.locator("article").count() == 4
-            page.fill("#text", "half")
-
-        def unharmed():
-            return page.locator("article").count() == 4 and page.input_value("#text") == "a draft"
-
-        edit()
-        page.reload()  # what was typed is kept, as a draft
-        assert page.locator("article").count() == 4
-        assert page.input_value("#text") == "a draft\nhalf"
-        page.fill("#text", "a draft")
-        edit()
-        page.click("#new")
-        assert page.input_value("#text") == "a draft\nhalf"
-        page.get_by_role("button", name="Who are you?").click()
-        answered(page, 0)
-        assert page.input_value("#text") == "a draft\nhalf", "an idea takes no draft"
-        page.locator("#chats").get_by_text("One").click()
-        page.fill("#text", "a draft")
-        edit()
+        until(lambda: other.input_value("#max_tokens") == "77")
         page.keyboard.press("Escape")
-        assert unharmed()
-        edit()
-        first.get_by_role("button", name="Cancel").click()
-        assert unharmed()
-        edit()
-        page.locator("article.user").nth(1).get_by_role("button", name="Edit").click()
-        assert page.input_value("#text") == "Two"
-        page.keyboard.press("Escape")
-        assert page.input_value("#text") == "a draft\nhalf", "one edit does not lose another's"
-        page.fill("#text", "a draft")
-        edit()
-        page.press("#text", "Enter")
-        answered(page, 0)
-        assert page.locator("article").count() == 2 and first.inner_text().startswith("half")
-        assert page.input_value("#text") == "a draft"
-
-
-@pytest.mark.browser
-def test_a_long_conversation_goes_on_and_stays_where_it_is_read(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine. " * 12), context=256)
-    with talking(tokenizer, chromium, model, 1, max_messages=8, max_tokens=99) as (*_, page):
-        page.set_viewport_size({"width": 800, "height": 400})
-        for i in range(9):
-            send(page, f"Question {i}")
-            note = answered(page, i).inner_text()
-            assert i or "forgotten" not in note
-        assert "messages forgotten" in note, "neither tokens nor messages without end"
-        page.evaluate("document.getElementById('log').scrollTop = 0")
-        page.locator("article.user").first.get_by_role("button", name="Edit").click()
-        assert page.evaluate("document.getElementById('log').scrollTop") == 0
-        page.keyboard.press("Escape")
-        assert page.evaluate("document.getElementById('log').scrollTop") == 0
-
-
-@pytest.mark.browser
-def test_settings_go_back_to_the_servers(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (*_, page):
-        has_value(page, "#max_tokens", "99")
-        page.click("#options")
-        page.fill("#max_tokens", "3")
-        page.fill("#system", "Be kind.")
-        page.get_by_role("button", name="Back to the server's values").click()
-        assert page.input_value("#max_tokens") == "99" and page.input_value("#system") == ""
-        page.reload()
-        has_value(page, "#max_tokens", "99")
-        assert page.input_value("#system") == ""
-
-
-@pytest.mark.browser
-def test_what_is_to_be_replaced_is_kept_until_something_has_come(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 1, max_tokens=99) as (server, _, page):
-        for i, text in enumerate(("One", "Two")):
-            send(page, text)
-            answered(page, i)
-        count = page.locator("article").count
-        first, undo = (page.locator("article.user").first,
-                       page.get_by_role("button", name="Undo"))  # fmt: skip
-        server.draining = True
-        page.get_by_role("button", name="Regenerate").click()
-        page.get_by_role("button", name="Try again").click()
-        page.locator("#log").get_by_text("shutting down").wait_for()
-        undo.click()
-        answered(page, 1)
-        assert count() == 4 and not undo.count()
-
-        server.draining = False
-        model.pause = 3
-        page.get_by_role("button", name="Regenerate").click()
-        page.get_by_role("button", name="Stop").wait_for()
-        page.reload()  # before anything of it has come
-        undo.click()
-        answered(page, 1)
-        model.pause = 0
-        server.draining = True
-        page.get_by_role("button", name="Regenerate").click()
-        page.locator("#log").get_by_text("shutting down").wait_for()
-        send(page, "Three")
-        page.locator("#log").get_by_text("shutting down").wait_for()
-        assert (
-            count() == 6 and page.locator("article.assistant").nth(1).get_by_text("Fine.").count()
-        )
-
-        first.get_by_role("button", name="Edit").click()
-        send(page, "half")
-        page.locator("#log").get_by_text("shutting down").wait_for()
-        assert count() == 2
-        page.reload()
-        undo.click()
-        assert count() == 6 and page.input_value("#text") == "half", "and it can be sent again"
-        assert "One" in first.inner_text()
-        page.press("#text", "Enter")
-        page.locator("#log").get_by_text("shutting down").wait_for()
-        server.draining = False
-        page.get_by_role("button", name="Try again").click()
-        answered(page, 0)
-        assert count() == 2 and first.inner_text().startswith("half") and not undo.count()
-
-
-@pytest.mark.browser
-def test_settings_reach_the_request_and_only_changed_ones_are_kept(tokenizer, chromium):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    knobs = {"temperature", "top_k", "top_p", "max_tokens"}
-    with (
-        serving(tokenizer, 1, model, max_tokens=99) as (server, url),
-        opened(chromium, url, color_scheme="light") as page,
-    ):
-
-        def sent(text):
-            with page.expect_request("**/v1/chat/completions") as request:
-                send(page, text)
-            answered(page, page.locator("article.assistant").count() - 1)
-            return request.value.post_data_json
-
-        assert not knobs & sent("Hi").keys(), "the server's defaults are its own to change"
-        page.click("#options")
-        page.fill("#temperature", "1.5")
-        page.fill("#max_tokens", "50")
-        page.fill("#max_tokens", "")
-        page.fill("#system", "Be kind.")
-        page.select_option("#theme", "dark")
-        page.click("#close")
-        server.settings.top_k = 7
-        for _ in range(2):
-            body = sent("Again")
-            assert body["messages"][0] == {"role": "system", "content": "Be kind."}
-            chosen = {name: body[name] for name in knobs & body.keys()}
-            assert chosen == {"temperature": 1.5, "max_tokens": 50}
-            shade = page.evaluate("getComputedStyle(document.body).backgroundColor")
-            assert sum(map(int, re.findall(r"\d+", shade)[:3])) < 384
-            page.reload()
-            has_value(page, "#top_k", "7")
-            assert page.input_value("#temperature") == "1.5"
-            assert page.input_value("#max_tokens") == "50"
-
-
-# The view of a training that looks every 100 ms instead of every 5 s.
-SOON = "const real = setInterval; window.setInterval = (f, ms) => real(f, ms / 50)"
-
-
-@pytest.mark.browser
-def test_the_page_asks_for_a_key_once_and_goes_on_with_it(tokenizer, chromium, base_dir):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 1, max_tokens=99, api_key="secret") as (
-        server,
-        _,
-        page,
-    ):
-        page.add_init_script(SOON)
-        page.reload()
-        send(page, "Hi")
-        page.locator(".trouble").get_by_text("wants its key").wait_for()
-        assert page.evaluate("document.activeElement.id") == "key"
-        page.click("#close")
-        looking = []
-        page.on("request", lambda r: looking.append(r) if r.url.endswith("/training") else None)
-        page.click("#view")
-        page.locator("#notice").get_by_text("wants its key").wait_for()
-        assert page.evaluate("document.activeElement.id") == "key"
-        for request in looking:  # those sent before the first was refused
-            request.response().finished()
-        page.wait_for_timeout(300)
-        page.click("#close")
-        looks = sum("/training" in line for line in server.said)
-        page.wait_for_timeout(500)
-        assert looks == sum("/training" in line for line in server.said) > 0
-        assert not page.is_visible("#drawer")
-        page.click("#options")
-        for key in ("\u0161ecret", "secret"):
-            page.fill("#key", key)
-            page.press("#key", "Tab")
-            if key != "secret":
-                page.locator("#notice").get_by_text("a key can't have").wait_for()
-        page.click("#close")
-        page.get_by_text("No scores yet").wait_for()
-        assert page.inner_text("#notice") == ""
-        page.click("#view")
-        page.get_by_role("button", name="Try again").click()
-        answered(page, 0)
-        send(page, "More")
-        answered(page, 1)
-        assert page.locator("article").count() == 4
-
-
-@pytest.mark.browser
-def test_the_page_says_what_it_cannot_do(tokenizer, chromium, base_dir):
-    model = Talker(tokenizer, answer_script(tokenizer, "Fine."))
-    with talking(tokenizer, chromium, model, 1, max_tokens=99, max_waiting=0) as (
-        server,
-        url,
-        page,
-    ):
-        notice = page.locator("#notice")
-        page.get_by_text("This is t-sft").wait_for()
-        page.route("**/config", lambda route: route.abort())  # the server is away
-        page.reload()
-        notice.get_by_text("cannot be reached").wait_for()
-        page.click("#options")
-        page.fill("#max_tokens", "88")  # the settings work
-        page.click("#close")
-        served, server.model = server.model, None
-        page.unroute("**/config")
-        notice.get_by_text("loading its model").wait_for()
-        server.model = served
-        page.get_by_text("This is t-sft").wait_for()
-        assert not notice.is_visible() and page.input_value("#max_tokens") == "88"
-
-        page.route("**/training", lambda route: route.abort())
-        page.click("#view")
-        notice.get_by_text("cannot be reached").wait_for()
-        page.click("#view")
-        assert not notice.is_visible()
-
-        page.evaluate("() => { Storage.prototype.real = Storage.prototype.setItem }")
-        page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full') } }")
-        send(page, "Hi")
-        answered(page, 0)
-        assert "storage is full" in notice.inner_text()
-        page.evaluate("() => { Storage.prototype.setItem = Storage.prototype.real }")
-        send(page, "Hi")
-        answered(page, 1)
-        assert not notice.is_visible()
-
-        model.pause = 1.0  # somebody else is answered
-        asked = {"messages": user("Hi"), "stream": True}
-        with requests.post(url + "/v1/chat/completions", json=asked, stream=True) as response:
-            next(response.iter_lines())
-            send(page, "And now?")
-            page.locator(".trouble").get_by_text("Many people").wait_for()
-            send(page, "And now?")
-            page.locator("article.assistant").nth(3).locator(".trouble").wait_for()
-            assert page.get_by_role("button", name="Try again").count() == 1
-        model.pause = 0
-        until(lambda: not server.model.worker.open)
-        page.get_by_role("button", name="Try again").click()
-        answered(page, 3)
-        assert page.get_by_role("button", name="Try again").count() == 0, "an older one has none"
-
-
-@pytest.mark.browser
-def test_answers_are_copied_exported_and_their_tables_drawn(tokenizer, chromium):
-    text = "Look:\n| a | b |\n| - | - |\n| 1 | 2 |\n\n```\nx = 1\n```"
-    model = Talker(tokenizer, answer_script(tokenizer, text))
-    with (
-        serving(tokenizer, 1, model, max_tokens=400) as (_, url),
-        opened(chromium, url, permissions=["clipboard-read", "clipboard-write"]) as page,
-    ):
-        send(page, "Hi")
-        answer = answered(page, 0)
-        assert answer.locator("td").count() == 2 and answer.locator("p").count() == 2
-        of_all, of_code = (answer.locator(f"{box} button").first for box in (".tools", "pre"))
-
-        def pasted():
-            page.fill("#text", "")
-            page.focus("#text")
-            page.keyboard.press("Control+V")
-            return page.input_value("#text")
-
-        of_all.click()
-        of_all.get_by_text("Copied").wait_for()
-        assert pasted() == "[37*12 = 444] " + text
-        page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
-        of_code.click()  # as at an address without HTTPS
-        answer.locator("pre").get_by_text("Copied").wait_for()
-        assert pasted() == "x = 1"
-        page.evaluate("document.execCommand = () => false")
-        of_code.click()
-        answer.locator("pre").get_by_text("Not copied").wait_for()
-        with page.expect_download() as download:
-            page.select_option("#export", "md")
-        exported = Path(download.value.path()).read_text()
-        assert exported == f"# Hi\n\n**You:** Hi\n\n**Answer:** [37*12 = 444] {text}\n"
+        press(page, "Delete Second")  # there it is open
+        other.locator("#title").get_by_text("First").wait_for()
 
 
 @pytest.mark.browser
 def test_what_has_streamed_can_be_used_while_more_comes(tokenizer, chromium):
-    text = "- one\u2028two\n  ```js\n  x = 1\n    y\n  ```\n" + "word " * 200
-    model = Talker(tokenizer, answer_script(tokenizer, text), pause=0.02)
-    with talking(tokenizer, chromium, model, 1, max_tokens=900) as (*_, page):
+    model = talker(tokenizer, "```js\nx = 1\n  y\n```\n" + "word " * 200, pause=0.02)
+    with talking(tokenizer, chromium, model, 2, max_tokens=900) as (*_, page):
+        send(page, "Other")
+        press(page, "Stop")
+        page.get_by_text("stopped", exact=True).wait_for()
+        press(page, "New chat")
+        page.set_viewport_size({"width": 1024, "height": 300})
         send(page, "Go")
         page.get_by_text("word word").wait_for()
-        code = page.locator("article.assistant pre code")
-        assert code.inner_text() == "x = 1\n  y"
-        assert page.locator("article.assistant li").inner_text() == "one\u2028two"
+        article, code = page.locator("article.assistant"), page.locator("article pre code")
+        assert article.get_attribute("aria-busy") == "true"
         code.select_text()
         code.evaluate("(element) => window.was = element")
-        enough = len(page.inner_text("article.assistant")) + 50
-        while len(page.inner_text("article.assistant")) < enough:
+        enough = len(article.inner_text()) + 50
+        while len(article.inner_text()) < enough:
             page.wait_for_timeout(50)
         assert page.evaluate("window.was.isConnected && String(getSelection())") == "x = 1\n  y"
-        button = page.locator("article.assistant pre button")
-        button.click(delay=200)
-        assert page.inner_text("#send") == "Stop"
-        page.locator("#state").get_by_text("opied").wait_for(state="attached")
-
-
-@pytest.mark.browser
-def test_looking_around_does_not_cost_an_answer(tokenizer, chromium):
-    script = [*tokenizer.encode("word " * 60), tokenizer.specials["<|assistant_end|>"]]
-    model = Talker(tokenizer, script, pause=0.02)
-    with talking(tokenizer, chromium, model, 2, max_tokens=400) as (*_, page):
-        send(page, "Other")
-        page.click("#send")  # stop
-        page.get_by_text("stopped", exact=True).wait_for()
-        page.click("#new")
-        model.pause = 0.1  # so that a slow browser has looked around before it ends
-        send(page, "Go")
-        page.get_by_text("word word").wait_for()
-        assert page.locator("article.assistant").get_attribute("aria-busy") == "true"
-        page.set_viewport_size({"width": 390, "height": 844})
-        for close in (
-            lambda: page.keyboard.press("Escape"),
-            lambda: page.mouse.click(385, 400),
-            lambda: page.locator("#chats li.now > button").first.click(),
-        ):
-            page.click("#menu")
-            assert page.is_visible("#chats")
-            close()
-            assert not page.is_visible("#chats") and page.inner_text("#send") == "Stop"
-        page.click("#menu")
-        page.locator("#chats").get_by_text("Other").click()
+        page.locator("article pre button").click(delay=200)
+        page.locator("#state").get_by_text("Copied").wait_for(state="attached")
+        page.evaluate("document.getElementById('log').scrollTop = 0")
+        page.wait_for_timeout(200)
+        assert page.evaluate("document.getElementById('log').scrollTop") == 0, "it is read there"
+        page.locator("#chats").get_by_text("Other").click()  # looking around costs no answer
         assert page.inner_text("#title") == "Other" and page.inner_text("#send") == "Send"
-        page.set_viewport_size({"width": 1024, "height": 768})
         entry = page.locator("#chats li > button:first-child", has_text="Go")
         entry.click()
         assert page.inner_text("#send") == "Stop"
         entry.focus()
-        model.pause = 0.005
-        assert answered(page, 0).inner_text().startswith("word " * 59)
+        model.pause = 0
+        assert answered(page, 0).inner_text().count("word ") > 190
         assert page.evaluate("document.activeElement.textContent") == "Go"
-        assert page.locator("article.assistant").get_attribute("aria-busy") is None
-
+        assert article.get_attribute("aria-busy") is None
         model.pause = 0.02
-        page.get_by_role("button", name="Regenerate").click()
+        press(page, "Regenerate")
         page.get_by_text("word word").wait_for()
         page.reload()  # what has come is kept
-        assert page.locator("article.assistant").inner_text().startswith("word word")
-
-
-@pytest.mark.browser
-def test_the_page_outlives_its_server(tokenizer, chromium, cut):
-    slow = Talker(tokenizer, answer_script(tokenizer, "word " * 900), pause=0.02)
-    quick = Talker(tokenizer, answer_script(tokenizer, "Here again."))
-    with contextlib.ExitStack() as stack:
-        with serving(tokenizer, 1, slow, max_tokens=900) as (server, url):
-            page = stack.enter_context(opened(chromium, url))
-            send(page, "Go")
-            page.get_by_text("word word").wait_for()
-            server.shutdown()  # no connection is taken any more
-            cut()
-            page.locator(".trouble").get_by_text("cannot be reached").wait_for()
-            assert "word word" in page.inner_text("article.assistant")
-        page.locator("#notice").get_by_text("cannot be reached").wait_for()
-        again = page.get_by_role("button", name="Try again")
-        again.click()
-        page.locator(".trouble").get_by_text("What you wrote is kept").wait_for()
-        with serving(tokenizer, 1, quick, max_tokens=99, port=server.server_port):
-            page.locator("#notice").wait_for(state="hidden")
-            again.click()
-            assert "Here again." in answered(page, 0).inner_text()
-            assert page.locator("article").count() == 2
-
-
-@pytest.mark.browser
-def test_the_view_of_a_training_is_drawn_and_renewed(served, chromium, base_dir):
-    _, url = served
-    folder = common.run_dir("main")
-    (folder / "eval").mkdir(parents=True)
-    lines = [{"stage": "base", "step": i, "loss": 5 - i / 10, "val_bpb": 2.0} for i in range(11)]
-    write_lines(folder / "metrics.jsonl", lines)
-    tasks = {"facts": {"score": 0.5, "low": 0.4, "high": 0.6}, "val_bpb": {"score": 1.25}}
-    (folder / "eval" / "base.json").write_text(json.dumps({"tasks": tasks}))
-    with opened(chromium, url) as page:
-        page.add_init_script(SOON)
-        page.reload()
-        page.click("#view")
-        page.get_by_text("loss: 4 at step 10 (4 to 5)").wait_for()
-        texts = page.locator("#training tr").evaluate_all(  # of a table just replaced as well
-            "rows => rows.map(row => [...row.cells].map(cell => cell.textContent).join(' '))"
-        )
-        rows = [text.split() for text in texts]
-        assert rows == [
-            ["task", "base"],
-            ["facts", "50.0", "[40.0,", "60.0]"],
-            ["val_bpb", "1.250"],
-        ]
-        assert page.locator("#training figure").count() == 2
-        drawn = page.locator("#training polyline").first.get_attribute("points").split()
-        points = [tuple(map(float, point.split(","))) for point in drawn]
-        assert points == [pytest.approx((10 * i, 5 * i)) for i in range(11)]
-        write_lines(folder / "metrics.jsonl", [*lines, {"stage": "base", "step": 20, "loss": 3}])
-        page.get_by_text("loss: 3 at step 20 (3 to 5)").wait_for()
+        assert "word word" in page.inner_text("article.assistant")

@@ -9,17 +9,12 @@ Method:  BPE (arXiv:1508.07909) over bytes, trained in Rust (tokenizer.rs), run 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import nanochat_bpe
-import tiktoken
 
 from common import (
     SPECIAL_TOKENS,
@@ -44,18 +39,18 @@ from common import (
 @dataclass
 class Settings:
     tag: str = setting("main", "name of the run, a folder below runs/")
-    source: str = setting("", "folder below data/ with the text; empty = the only one there")
-    vocab_size: int = setting(65536, "ids, special tokens included; less where text is short")
-    max_chars: int = setting(2_000_000_000, "characters of text to train on")
-    doc_cap: int = setting(10_000, "characters of one document to train on; 0 = all")
-    threads: int = setting(0, "threads that count words; 0 = all cores")
-    restart: bool = setting(False, "train again although the run has a tokenizer")
+    source: str = setting("", "folder below data/ with the text; empty: the only one there")
+    vocab_size: int = setting(65536, "ids, special tokens included; fewer if the text is short")
+    max_chars: int = setting(2_000_000_000, "characters of text to train on at most")
+    doc_cap: int = setting(10_000, "characters of each document to train on; 0: all")
+    threads: int = setting(0, "threads that count words; 0: one for each core, 8 at most")
+    restart: bool = setting(False, "replace the tokenizer that the run has")
 
     def __post_init__(self) -> None:
         check_name(self.tag, "--tag")
-        least = 256 + len(SPECIAL_TOKENS)
-        if self.vocab_size < least:
-            raise ValueError(f"--vocab-size={self.vocab_size} must be {least} or more")
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if self.vocab_size < smallest:
+            raise ValueError(f"--vocab-size={self.vocab_size} must be {smallest} or more")
         if self.max_chars < 1 or self.doc_cap < 0 or self.threads < 0:
             raise ValueError("--max-chars must be 1 or more, --doc-cap and --threads 0 or more")
 
@@ -64,7 +59,7 @@ class Settings:
 
 
 def find_source(source: str) -> str:
-    """Return the data source to use: the named one, or the only one that is prepared."""
+    """Return the named data source, or the only one that is prepared; else raise MissingInput."""
     if source:
         return source
     found = prepared_sources()
@@ -76,7 +71,7 @@ def find_source(source: str) -> str:
 
 
 def texts_up_to(source: str, max_chars: int, doc_cap: int) -> Iterator[str]:
-    """Yield documents, each cut to doc_cap characters, until max_chars are out."""
+    """Yield documents, each cut to doc_cap characters, up to max_chars in all."""
     left = max_chars
     for path in list_shards(source, "train"):
         for text in read_texts(path):
@@ -87,13 +82,14 @@ def texts_up_to(source: str, max_chars: int, doc_cap: int) -> Iterator[str]:
                 return
 
 
-CHARS_PER_ID = 500
+CHARS_PER_ID = 500  # of a token that is rarer a model sees too little to learn it
 
 
 def fit_vocab_size(wanted: int, num_chars: int) -> int:
-    """Return the vocabulary that num_chars characters can fill: a token per 500, 512 at least.
+    """Return the vocabulary for num_chars characters: wanted, or a multiple of 64 from 512 on.
 
-    A rarer token is seen too seldom to be learned; the result is a multiple of 64.
+    >>> fit_vocab_size(65536, 2_000_000)
+    3968
     """
     return min(wanted, max(512, num_chars // CHARS_PER_ID // 64 * 64))
 
@@ -102,45 +98,23 @@ def fit_vocab_size(wanted: int, num_chars: int) -> int:
 
 
 def evaluate_tokenizer(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
-    """Measure compression, one thread's encoding rate, and coverage; raise Stop if it loses text.
+    """Measure compression and the encoding rate of one thread.
 
-    Coverage: each of the 256 bytes has its token, so any byte string can be written, and every
-    text comes back unchanged.
+    Raises Stop if a byte has no token or a text does not come back unchanged.
     """
     start = time.perf_counter()
-    tokens = sum(len(tokenizer.encode(text)) for text in texts)
+    ids = [tokenizer.encode(text) for text in texts]
     seconds = time.perf_counter() - start
     lost = [b for b in range(256) if tokenizer.encoding.encode_single_token(bytes([b])) != b]
-    lost_texts = [t for t in texts if tokenizer.decode_bytes(tokenizer.encode(t)) != t.encode()]
+    lost_texts = [t for t, one in zip(texts, ids) if tokenizer.decode_bytes(one) != t.encode()]
     if lost or lost_texts:
         raise Stop(f"the tokenizer loses bytes {lost} and texts {lost_texts[:1]}: report this")
+    tokens = sum(map(len, ids))
     return {
         "chars_per_token": sum(map(len, texts)) / tokens,
         "bytes_per_token": sum(len(text.encode()) for text in texts) / tokens,
         "encode_tokens_per_s": tokens / seconds,
     }
-
-
-def compare_encodings(texts: list[str]) -> dict[str, float]:
-    """Return bytes per token of GPT-2's and GPT-4's encodings, where tiktoken has them at hand.
-
-    Their files are looked for in tiktoken's cache folder only: nothing is fetched.
-    """
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    host = "https://openaipublic.blob.core.windows.net"
-    gpt2 = f"{host}/gpt-2/encodings/main"
-    wanted = {
-        "gpt2": [f"{gpt2}/vocab.bpe", f"{gpt2}/encoder.json"],
-        "cl100k_base": [f"{host}/encodings/cl100k_base.tiktoken"],
-    }
-    found = {}
-    for name, urls in wanted.items():
-        keys = [hashlib.sha1(url.encode()).hexdigest() for url in urls]
-        if all((Path(folder) / key).exists() for key in keys):
-            tokens = sum(len(tiktoken.get_encoding(name).encode_ordinary(t)) for t in texts)
-            found[name] = sum(len(text.encode()) for text in texts) / tokens
-    return found
 
 
 # 9. Main -------------------------------------------------------------------------------------
@@ -155,20 +129,20 @@ def main(settings: Settings) -> dict[str, float]:
     asked = {**asdict(settings), "source": source, "threads": 0, "restart": False}
     if (folder / "tokenizer.json").exists() and not settings.restart:
         have = Tokenizer.load(folder)
-        if have.info["settings"] == asked:
-            print(f"tokenizer: {folder} is there, {have.vocab_size:,} ids")
-            if text and have.info.get("text", text) != text:
-                print("tokenizer: the text has changed since this tokenizer was made: it stays; "
-                      "--restart makes it anew")  # fmt: skip
-            return have.info["measures"]
-        raise MissingInput(
-            f"{folder} was trained with other settings ({have.info['settings']}): use another "
-            "--tag, or --restart to replace it"
-        )
-    # whether the text is too short for the vocabulary shows after as much as fills it
+        if have.info["settings"] != asked:
+            raise MissingInput(
+                f"{folder} was trained with other settings ({have.info['settings']}): use another "
+                "--tag, or --restart to replace it"
+            )
+        print(f"tokenizer: {folder} is there, {have.vocab_size:,} ids")
+        if text and have.info.get("text", text) != text:
+            print("tokenizer: the text has changed since this tokenizer was made: it stays; "
+                  "--restart makes it anew")  # fmt: skip
+        return have.info["measures"]
+    # a text is too short for the vocabulary if it ends before it has filled it
     enough = min(settings.max_chars, (settings.vocab_size + 64) * CHARS_PER_ID)
-    seen = sum(map(len, texts_up_to(source, enough, settings.doc_cap)))
-    vocab_size = fit_vocab_size(settings.vocab_size, seen)
+    num_chars = sum(map(len, texts_up_to(source, enough, settings.doc_cap)))
+    vocab_size = fit_vocab_size(settings.vocab_size, num_chars)
     if vocab_size < settings.vocab_size:
         print(
             f"tokenizer: {vocab_size:,} ids instead of {settings.vocab_size:,}: the text is short"
@@ -177,9 +151,9 @@ def main(settings: Settings) -> dict[str, float]:
 
     def counted() -> Iterator[str]:
         nonlocal num_chars
-        for text in texts_up_to(source, settings.max_chars, settings.doc_cap):
-            num_chars += len(text)
-            yield text
+        for document in texts_up_to(source, settings.max_chars, settings.doc_cap):
+            num_chars += len(document)
+            yield document
 
     start = time.perf_counter()
     merges = nanochat_bpe.train(counted(), vocab_size - len(SPECIAL_TOKENS), settings.threads)
@@ -190,12 +164,10 @@ def main(settings: Settings) -> dict[str, float]:
     )
     tokenizer = Tokenizer(nanochat_bpe.PATTERN, merges)
     held_out = list(itertools.islice(read_texts(list_shards(source, "val")[0]), 1000))
-    measures = evaluate_tokenizer(tokenizer, held_out)
-    measures = {"vocab_size": tokenizer.vocab_size, "train_chars_per_s": rate, **measures}
+    measures = {"vocab_size": tokenizer.vocab_size, "train_chars_per_s": rate}
+    measures |= evaluate_tokenizer(tokenizer, held_out)
     for name, value in measures.items():
         print(f"tokenizer: {name.replace('_', ' ')} {value:,.2f}")
-    for name, value in compare_encodings(held_out).items():
-        print(f"tokenizer: {name} has {value:.2f} bytes per token")
     tokenizer.info = {"source": source, "text": text, "settings": asked, "measures": measures}
     tokenizer.save(folder)
     return measures
