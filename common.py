@@ -2340,25 +2340,29 @@ def save_checkpoint(
         "muon_dtype": str(optimizer.dtype)[6:], "micro_batch": s.micro,
         "metrics": dict(run.metrics), "seconds": time.time() - run.began,
     }  # fmt: skip
-    saving = run.saving = concurrent.futures.Future[None]()
+    errors: list[BaseException] = []
 
     def body() -> None:
         try:
             write_checkpoint(run, folder, parts, whole)
-            saving.set_result(None)
         except BaseException as error:  # noqa: BLE001  finish_save raises it
+            errors.append(error)
             run.stopping = True
-            saving.set_exception(error)
 
-    threading.Thread(target=body, daemon=True).start()  # Ctrl-C does not wait for a hung disk
+    thread = threading.Thread(target=body, daemon=True)  # Ctrl-C does not wait for a hung disk
+    thread.start()
+    run.saving = thread, errors
     return folder
 
 
 def finish_save(run: Run) -> None:
     """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
-    saving, run.saving = run.saving, None
-    if saving is not None:
-        saving.result()
+    if run.saving is None:
+        return
+    (thread, errors), run.saving = run.saving, None
+    thread.join()  # not only for its result: a thread in torch would abort an interpreter that ends
+    if errors:
+        raise errors[0]
 
 
 def to_host(value: Any) -> Any:
@@ -3351,7 +3355,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)  # the newest of each, the best loss
     validated: bool = False  # at the step that training begins at, before this process
     stopping: bool = False  # the user asked to, or a save failed
-    saving: concurrent.futures.Future[None] | None = None  # the checkpoint that is being written
+    saving: tuple[threading.Thread, list[BaseException]] | None = None  # a checkpoint, in writing
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
