@@ -79,7 +79,12 @@ class Conversation:
         text = text.encode("utf-8", "replace").decode()  # half a character becomes "?"
         asked = [*self.messages, {"role": "user", "content": text}]
         self.messages = asked if self.completes else self._fit(asked)
-        return self._answer(text)
+        sampling = self.settings.sampling(self.answers)
+        self.answers += 1
+        if not self.completes:
+            return self._remember(self.engine.stream_reply(self.head + self.messages, sampling))
+        texts = itertools.chain([text], self.engine.complete(text, sampling))
+        return self._remember(("text", piece) for piece in texts)
 
     def again(self) -> Pieces:
         """Answer the last message again with the next seed. Raises ValueError if there is none."""
@@ -102,14 +107,7 @@ class Conversation:
             note(f"the context of {context} tokens is full: oldest turns forgotten: {forgotten}")
         return kept
 
-    def _answer(self, text: str) -> Pieces:
-        sampling = self.settings.sampling(self.answers)
-        self.answers += 1
-        if self.completes:
-            texts = itertools.chain([text], self.engine.complete(text, sampling))
-            pieces: Iterator[tuple[str, str]] = (("text", piece) for piece in texts)
-        else:
-            pieces = self.engine.stream_reply(self.head + self.messages, sampling)
+    def _remember(self, pieces: Iterator[tuple[str, str]]) -> Pieces:
         parts: list[dict[str, str]] = []
         self.messages.append({"role": "assistant", "content": parts})
         try:

@@ -353,21 +353,15 @@ class Progress:
     def add(self, count: int) -> None:
         with self.lock:
             self.done += count
-            self._say()
-
-    def at(self, done: int) -> None:
-        self.add(done - self.done)
-
-    def _say(self) -> None:
-        now, tty = time.monotonic(), sys.stdout.isatty()
-        if now - self.said < (0.2 if tty else 10):
-            return
-        self.said = now
-        rate = max(1.0, self.done / (now - self.start))
-        left = format_duration(max(0, self.total - self.done) / rate)
-        line = f"prepare: {self.what} {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
-        line = f"{line}  {rate / 1e6:.1f} MB/s  left {left}"
-        print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", flush=True)
+            now, tty = time.monotonic(), sys.stdout.isatty()
+            if now - self.said < (0.2 if tty else 10):
+                return
+            self.said = now
+            rate = max(1.0, self.done / (now - self.start))
+            left = format_duration(max(0, self.total - self.done) / rate)
+            line = f"prepare: {self.what} {self.done / 1e6:,.0f}/{self.total / 1e6:,.0f} MB"
+            line = f"{line}  {rate / 1e6:.1f} MB/s  left {left}"
+            print(f"\r{line}\x1b[K" if tty else line, end="" if tty else "\n", flush=True)
 
     def close(self) -> None:
         if sys.stdout.isatty() and self.said > self.start:
@@ -403,7 +397,6 @@ class Remote:
     url: str
     size: int | None = None
     digest: str = ""  # sha256, or git's blob id, which has 40 digits
-    version: str = ""  # an ETag that is no digest: tells versions apart, proves nothing
 
 
 def file_digest(path: Path, like: str = "") -> str:
@@ -442,7 +435,6 @@ class Net:
 
     endpoint: str = field(default_factory=lambda: os.environ.get("HF_ENDPOINT") or HUB_ADDRESS)
     tries: int = 8  # failures in a row without a byte gained
-    backoff_s: float = 1.0
     timeout_s: float = 30.0
     stopping: threading.Event = field(default_factory=threading.Event)
     variable: str = "HF_ENDPOINT"
@@ -506,7 +498,7 @@ class Net:
             if failures == self.tries:
                 raise Stop(f"{url} failed {failures} times in a row ({reason}): run the same "
                            "command again later to go on from here")  # fmt: skip
-            delay_s = min(60, self.backoff_s * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
+            delay_s = min(60, 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
             if self.stopping.wait(max(delay_s, wait_s)):
                 raise Stop("stopped")
 
@@ -537,58 +529,44 @@ def hub_files(net: Net, repo: str) -> dict[str, Remote]:
     return files
 
 
-def announced(net: Net, remote: Remote, response: requests.Response) -> Remote:
-    """Complete what is known of a file from the headers of an answer, redirects included."""
-    size, digest, version = remote.size, remote.digest, ""
-    for headers in (r.headers for r in [*response.history, response]):
-        etag = (headers.get("X-Linked-ETag") or headers.get("ETag") or "").strip('W/"')
-        version = version or etag
-        if net.variable == "HF_ENDPOINT" and re.fullmatch("[0-9a-f]{64}", etag):
-            digest = digest or etag  # elsewhere it may be the hash of something else
-        size = size or int(headers.get("X-Linked-Size") or 0)
-    total = re.search(r"/(\d+)$", response.headers.get("Content-Range", ""))
-    if response.status_code == 200:
-        size = size or int(response.headers.get("Content-Length") or 0)
-    elif total:
-        size = size or int(total[1])
-    return Remote(remote.url, size or None, digest, version)
-
-
 def download(net: Net, remote: Remote, path: Path, progress: Progress) -> None:
     """Fetch a file whole and checked, or raise Stop; a later call continues a stopped one.
 
     Only a file whose hash is known beforehand is continued by another process.
     """
-    given, key = remote, hashlib.sha256(f"{remote.size} {remote.digest}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{remote.size} {remote.digest}".encode()).hexdigest()[:12]
     part = path.with_name(f".{path.name}.{key}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for old in partials(path):
+    for old in path.parent.glob(f".{path.name}.*.partial"):
         if old != part or not remote.digest:
             old.unlink()  # of another version of the file
+    size, etag = remote.size, ""
 
     def fetch_rest() -> None:
-        nonlocal remote
+        nonlocal size, etag
         have = size_of(part)
-        if remote.size and have >= remote.size:
+        if size and have >= size:
             return
         with net.open(remote.url, {"Range": f"bytes={have}-"} if have else {}) as response:
-            version, remote = remote.version, announced(net, given, response)
-            total = remote.size or r"\d+"
-            span = rf"bytes {have}-\d+/({total}|\*)"
-            resumes = response.status_code == 206 and version in ("", remote.version)
-            resumes = resumes and bool(re.match(span, response.headers.get("Content-Range", "")))
-            if have and not resumes:  # another version lies there now, or ranges are ignored
+            known, etag = etag, response.headers.get("ETag", "")
+            span = response.headers.get("Content-Range", "")
+            # without a hash to check, the rest must be of the same version
+            resumes = response.status_code == 206 and span.startswith(f"bytes {have}-")
+            resumes = resumes and bool(remote.digest or known == etag != "")
+            if have and not resumes:
                 part.unlink()
                 progress.add(-have)
+                have = 0
             if response.status_code != 200 and not resumes:
                 raise Busy(f"it cannot go on from byte {have}", 0)
+            size = remote.size or have + int(response.headers.get("Content-Length") or 0)
             with open(part, "ab") as file:
                 for block in response.iter_content(BLOCK_BYTES):
                     file.write(block)
                     progress.add(len(block))
                     if net.stopping.is_set():
                         raise Stop("stopped")
-        if remote.size and size_of(part) < remote.size:
+        if size_of(part) < size:
             raise Busy("it cut the connection", 0)
 
     for _ in range(3):
@@ -602,11 +580,6 @@ def download(net: Net, remote: Remote, path: Path, progress: Progress) -> None:
                f"or another {net.variable}")  # fmt: skip
 
 
-def partials(path: Path) -> list[Path]:
-    """List what unfinished downloads of a file have left."""
-    return list(path.parent.glob(f".{path.name}.*.partial"))
-
-
 def fetch_files(
     wanted: dict[Path, tuple[Net, Remote]], what: str, workers: int, room: int = 1
 ) -> None:
@@ -617,7 +590,6 @@ def fetch_files(
     if not wanted:
         return
     total = sum(remote.size or 0 for _, remote in wanted.values())
-    total -= sum(map(size_of, chain(*map(partials, wanted))))
     check_space(room * total)
     print(f"prepare: fetching {len(wanted)} files of {what}, {total / 1e6:,.0f} MB", flush=True)
     futures: dict[Path, Future[None]] = {path: Future() for path in wanted}
@@ -738,11 +710,11 @@ def drop(dropped: Dropped, reason: str, place: str = "", count: int = 1) -> None
         dropped.setdefault(reason, [0, place])[0] += count
 
 
-def left_out(dropped: Dropped) -> str:
-    """List what was left out or mended, most first."""
+def left_out(dropped: Dropped, form: str) -> str:
+    """List what was left out or mended, most first, in the form's braces; "" where it is none."""
     counts = sorted(dropped.items(), key=lambda pair: -pair[1][0])
     said = (f"{n:,} {reason}" + f" ({place})" * bool(place) for reason, (n, place) in counts)
-    return "left out or mended: " + ", ".join(said)
+    return form.format("left out or mended: " + ", ".join(said)) if dropped else ""
 
 
 class OwnFiles:
@@ -766,21 +738,22 @@ class OwnFiles:
             self.drop("unreadable folders", error.filename)
 
         for folder, folders, names in os.walk(self.root, onerror=unreadable, followlinks=True):
-            there, real = Path(folder), os.path.realpath(folder)
-            shown = {name for name in folders + names if name[0] != "." and real not in seen}
-            for name in folders + names if real not in seen else ():
-                if name not in shown:
-                    self.drop("hidden files and folders", there / name)
-                elif name in folders:
-                    continue
-                elif not os.path.isfile(there / name):
-                    self.drop("broken links and special files", there / name)
-                elif file_kind(there / name) not in self.kinds:
-                    self.drop("files of other kinds", there / name)
-                else:
-                    yield there / name
-            folders[:] = shown.intersection(folders)
+            real = os.path.realpath(folder)
+            if real in seen:
+                folders.clear()
+                continue
             seen.add(real)
+            inner = {name for name in folders if name[0] != "."}
+            for path in (Path(folder, name) for name in folders + names if name not in inner):
+                if path.name[0] == ".":
+                    self.drop("hidden files and folders", path)
+                elif not os.path.isfile(path):
+                    self.drop("broken links and special files", path)
+                elif file_kind(path) not in self.kinds:
+                    self.drop("files of other kinds", path)
+                else:
+                    yield path
+            folders[:] = sorted(inner)
 
     def size(self) -> int:
         return sum(info.st_size for info in self.files.values())
@@ -810,18 +783,19 @@ class OwnFiles:
                         with gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
                             for record in records(path, file) if info.st_size else ():
                                 yield record
-                                progress.at(done + (0 if raw.closed else raw.tell()))
+                                now = done + (0 if raw.closed else raw.tell())
+                                progress.add(now - progress.done)
                 except (OSError, EOFError, zlib.error, pa.ArrowException):
                     self.drop("damaged or unreadable files", path)
                 done += info.st_size
 
-    def open_text(self, path: Path, file: Any) -> io.TextIOWrapper | None:
-        """Open a file in the encoding it seems to have; None where it is no text."""
+    def open_text(self, path: Path, file: Any) -> IO[str]:
+        """Open a file in the encoding it seems to have, as an empty one where it is no text."""
         encoding = sniff_encoding(file.read(1 << 13))
         file.seek(0)
         if not encoding:
             self.drop("binary files", path)
-            return None
+            return io.StringIO()
         return io.TextIOWrapper(file, encoding, "replace")
 
     def documents(self, limit: int) -> Iterator[str]:
@@ -835,25 +809,38 @@ class OwnFiles:
                 self.drop("empty documents", path)
 
     def _pieces(self, limit: int, path: Path, file: Any) -> Iterator[tuple[Path, str]]:
-        if file_kind(path) == ".parquet":
-            records = self._parquet(path, file)
-        elif (lines := self.open_text(path, file)) is None:
+        if file_kind(path) == ".txt":
+            text = self.open_text(path, file)
+            pieces = cut_pieces(iter(lambda: text.read(1 << 20), ""), limit)
+            yield from ((path, piece) for piece in pieces)
             return
-        elif file_kind(path) == ".jsonl":
-            records = json_lines(path, lines, {})
-        else:
-            chunks = iter(lambda: lines.read(1 << 20), "")
-            yield from ((path, piece) for piece in cut_pieces(chunks, limit))
-            return
-        for place, value in records:
+        read = self._parquet if file_kind(path) == ".parquet" else partial(self.json_lines, {})
+        for place, value in read(path, file):
             if isinstance(value, dict):
                 value = next((value[key] for key in COLUMNS if value.get(key) is not None), None)
             if isinstance(value, str):
                 yield from ((path, piece) for piece in cut_pieces([value], limit))
-            elif isinstance(value, ValueError):
-                self.drop(str(value), place)
             else:
                 self.drop("records without `text` or `content`", place)
+
+    def json_lines(self, words: dict[str, str], path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+        """Yield (place, value) of each line of .jsonl, with `words` put in for placeholders."""
+        text = self.open_text(path, file)
+        for number in itertools.count(1):
+            if not (line := text.readline(LINE_CHARS)):
+                return
+            place = f"{path}:{number}"
+            if len(line) == LINE_CHARS and line[-1] != "\n":
+                self.drop("lines that are too long", place)
+                while (rest := text.readline(LINE_CHARS)) and rest[-1] != "\n":
+                    pass
+            elif line.strip():
+                for mark, word in words.items():
+                    line = line.replace(mark, json.dumps(word)[1:-1])
+                try:
+                    yield place, json.loads(line)
+                except (ValueError, RecursionError):
+                    self.drop("lines of broken JSON", place)
 
     def _parquet(self, path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         with pq.ParquetFile(file) as table:
@@ -867,30 +854,6 @@ class OwnFiles:
                     yield str(path), value and value.decode("utf-8", "replace")
 
 
-def json_lines(path: Path, file: IO[str], words: dict[str, str]) -> Iterator[tuple[str, Any]]:
-    """Yield (place, value) of each line of .jsonl; a bad line's value is an error that says why.
-
-    `words` has what is put in for placeholders.
-    """
-    for number in itertools.count(1):
-        if not (line := file.readline(LINE_CHARS)):
-            return
-        value: Any = None
-        if len(line) == LINE_CHARS and line[-1] != "\n":
-            value = ValueError("lines that are too long")
-            while (rest := file.readline(LINE_CHARS)) and rest[-1] != "\n":
-                pass
-        elif line.strip():
-            for mark, word in words.items():
-                line = line.replace(mark, json.dumps(word)[1:-1])
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError):
-                value = ValueError("lines of broken JSON")
-        if line.strip():
-            yield f"{path}:{number}", value
-
-
 def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest:
     """Write shards of the user's files to `folder`."""
     size = files.expected_bytes()
@@ -901,10 +864,9 @@ def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest
         sorter.add(text)
     if sorter.least >= sorter.greatest:  # none or one, however often it came
         what = f"only {sorter.total_chars:,} characters of text" if sorter.count else "no text"
-        why = f" ({left_out(files.dropped)})" if files.dropped else ""
         raise MissingInput(
-            f"{files.root} holds {what} that can be used{why}; training and validation need two "
-            "documents, better a million characters"
+            f"{files.root} holds {what} that can be used{left_out(files.dropped, ' ({})')}; "
+            "training and validation need two documents, better a million characters"
         )
     made = write_splits(folder, sorter, settings)
     drop(files.dropped, "duplicates", count=sorter.duplicates)
@@ -1027,7 +989,6 @@ def letter_item(question: str, choices: Sequence[str], right: int) -> Item:
 
 def mmlu_item(row: dict[str, Any]) -> Item:
     """Read a row of MMLU, of a table or of a .csv file."""
-    row = row.get("train") or row  # one of the hub's tables wraps them
     choices = row.get("choices") or [row[f"choice{i}"] for i in range(4)]
     return letter_item(row["question"], choices, int(row["answer"]))
 
@@ -1111,12 +1072,12 @@ def solved(item: Item) -> Item:
 class HubSet:
     """A data set: what evaluation calls it, where it is on the hub and in folders laid out by hand.
 
-    In the patterns {} is the name of a split; the first that finds files counts.
+    In the patterns {} is the name of a split.
     """
 
     title: str
     repo: str
-    patterns: tuple[str, ...]  # below the repository
+    pattern: str  # below the repository
     by_hand: str  # below a folder of one's own
     train: str  # names of the splits, "" for none
     val: str
@@ -1125,18 +1086,17 @@ class HubSet:
 
 
 SETS = {
-    "smoltalk": HubSet("SmolTalk", "HuggingFaceTB/smol-smoltalk", ("data/{}-*.parquet",),
+    "smoltalk": HubSet("SmolTalk", "HuggingFaceTB/smol-smoltalk", "data/{}-*.parquet",
                        "smoltalk/{}.jsonl*", "train", "test", "", read_conversation),
-    "mmlu": HubSet("MMLU", "cais/mmlu", ("all/{}-*.parquet", "{}/train-*.parquet"),
+    "mmlu": HubSet("MMLU", "cais/mmlu", "all/{}-*.parquet",
                    "mmlu/{}/*.csv", "auxiliary_train", "validation", "test", mmlu_item),
-    "arc-easy": HubSet("ARC-Easy", "allenai/ai2_arc", ("ARC-Easy/{}-*.parquet",),
+    "arc-easy": HubSet("ARC-Easy", "allenai/ai2_arc", "ARC-Easy/{}-*.parquet",
                        "arc/ARC-Easy/{}.json*", "train", "validation", "test", arc_item),
-    "arc-challenge": HubSet("ARC-Challenge", "allenai/ai2_arc", ("ARC-Challenge/{}-*.parquet",),
+    "arc-challenge": HubSet("ARC-Challenge", "allenai/ai2_arc", "ARC-Challenge/{}-*.parquet",
                             "arc/ARC-Challenge/{}.json*", "train", "validation", "test", arc_item),
-    "gsm8k": HubSet("GSM8K", "openai/gsm8k", ("main/{}-*.parquet",),
+    "gsm8k": HubSet("GSM8K", "openai/gsm8k", "main/{}-*.parquet",
                     "gsm8k/{}.jsonl*", "train", "", "test", gsm8k_item),
-    "humaneval": HubSet("HumanEval", "openai/openai_humaneval",
-                        ("openai_humaneval/{}-*.parquet",),
+    "humaneval": HubSet("HumanEval", "openai/openai_humaneval", "openai_humaneval/{}-*.parquet",
                         "humaneval/HumanEval.jsonl*", "", "", "test", humaneval_item),
 }  # fmt: skip
 # Two files from elsewhere; NANOCHAT_MIRROR names a place that has both.
@@ -1147,7 +1107,6 @@ PLAIN_FILES = {
 }  # fmt: skip
 OF_A_TEST = "questions of the evaluation sets"
 SPELLING_BEE = 500  # words of the evaluation set
-ZIP_BYTES = 2 * 10**9  # unpacked, at most
 REST = sys.maxsize
 FILES = ("mid", "sft", "rl", "val")
 # Conversations of each kind in FILES. Rows of a split that are counted are taken out by a hash;
@@ -1165,10 +1124,9 @@ MIXTURE = {
 
 def find_set(root: Path, name: str, split: str) -> list[Path]:
     """List the files of a set's split below a folder, [] where it has none."""
-    repo = SETS[name].repo
-    places = [f"{base}/{pattern}" for pattern in SETS[name].patterns
-              for base in (repo, repo.split("/")[1])]  # fmt: skip
-    for place in (*places, SETS[name].by_hand, f"eval/{SETS[name].by_hand}"):
+    about = SETS[name]
+    hub = f"{about.repo}/{about.pattern}"
+    for place in (hub, hub.partition("/")[2], about.by_hand, f"eval/{about.by_hand}"):
         if split and (paths := sorted(root.glob(place.format(split)))):
             return paths
     return []
@@ -1235,14 +1193,12 @@ def fetch_sets(net: Net, root: Path, splits: list[tuple[str, str]], workers: int
     wanted: dict[Path, tuple[Net, Remote]] = {}
     listed = cache(partial(hub_files, net))
     for name, split in splits:
-        files, repo, patterns = f"{name} {split}", SETS[name].repo, SETS[name].patterns
+        files, repo, pattern = f"{name} {split}", SETS[name].repo, SETS[name].pattern.format(split)
         if all(size_of(root / path) == size for path, size in known.get(files, {"": -1}).items()):
             continue
-        tried = (fnmatch.filter(listed(repo), pattern.format(split)) for pattern in patterns)
-        found = next(filter(None, tried), [])
+        found = fnmatch.filter(listed(repo), pattern)
         if not found:
-            raise Stop(f"{net.endpoint} lists no {patterns[0].format(split)} of {repo}: is "
-                       "HF_ENDPOINT right?")  # fmt: skip
+            raise Stop(f"{net.endpoint} lists no {pattern} of {repo}: is HF_ENDPOINT right?")
         known[files] = {f"{repo}/{path}": -1 for path in found}
         places = {root / repo / path: (net, listed(repo)[path]) for path in found}
         wanted |= {path: at for path, at in places.items() if not is_whole(path, at[1])}
@@ -1359,16 +1315,9 @@ def hub_conversations(
 def own_conversations(files: OwnFiles, name: str) -> Iterator[tuple[str, Item]]:
     """Yield ("mid" or "rl", conversation or graded item) of .jsonl files; none is of a test."""
     tests = evaluation_questions()
-
-    def values(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-        lines = files.open_text(path, file)
-        words = {"{{name}}": name, "{{author}}": MAKER}
-        return iter(()) if lines is None else json_lines(path, lines, words)
-
-    for place, value in files.read(values):
+    words = {"{{name}}": name, "{{author}}": MAKER}
+    for place, value in files.read(partial(files.json_lines, words)):
         try:
-            if isinstance(value, ValueError):
-                raise value
             item = read_conversation(value)
             if not tests.isdisjoint(question_keys({"messages": item["messages"]})):
                 raise ValueError(OF_A_TEST)
@@ -1383,42 +1332,12 @@ def own_conversations(files: OwnFiles, name: str) -> Iterator[tuple[str, Item]]:
             yield "rl", item
 
 
-def write_chats(
-    settings: Settings, folder: Path, chats: Iterable[tuple[str, Item]], size: int, own: bool
-) -> tuple[Files, int]:
-    """Write (file, item) pairs to folder/{val,mid,sft,rl}.jsonl, shuffled; count the duplicates.
+def make_chat(settings: Settings, files: OwnFiles | None, root: Path, folder: Path) -> Manifest:
+    """Write {val,mid,sft,rl}.jsonl, shuffled: your own `files`, or the hub's below `root`.
 
     No conversation of val is in mid or sft, nor one that shows rl.py's validation solved. Your own
     ones bring no val and no sft: val is taken out of mid, and sft is mid.
     """
-    sorters = {file: Sorter(folder / "buckets" / file, settings.seed, size) for file in FILES}
-    for file, item in chats:
-        sorters[file].add(as_line(item if file == "rl" else solved(item)))
-    lines: dict[str, Iterator[str]] = {
-        file: (line for _, line in sorter.documents()) for file, sorter in sorters.items()
-    }
-    if own:
-        lines["val"], lines["mid"] = split_documents(sorters["mid"], settings)
-    val = list(lines["val"])  # --val-mb at most, or the few thousand of MIXTURE
-    first = list(islice(lines["rl"], rl_held(sorters["rl"].count)))
-    apart = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
-    apart.update(val)
-    files = write_lines(folder / "val.jsonl", val)
-    for file in ("mid",) if own else ("mid", "sft"):
-        train = (line for line in lines[file] if line not in apart)
-        files |= write_lines(folder / f"{file}.jsonl", train)
-    if own:
-        shutil.copyfile(folder / "mid.jsonl", folder / "sft.jsonl")
-        files["sft.jsonl"] = files["mid.jsonl"]
-    if sorters["rl"].count:
-        problems = map(json.loads, chain(first, lines["rl"]))
-        asked = ({key: item[key] for key in item if key != "reply"} for item in problems)
-        files |= write_lines(folder / "rl.jsonl", map(as_line, asked))
-    return files, sum(sorter.duplicates for sorter in sorters.values())
-
-
-def make_chat(settings: Settings, files: OwnFiles | None, root: Path, folder: Path) -> Manifest:
-    """Write conversations: your own `files`, or the hub's that lie below `root`."""
     if files:
         size, dropped = files.expected_bytes(), files.dropped
         check_space(4 * size)
@@ -1427,25 +1346,47 @@ def make_chat(settings: Settings, files: OwnFiles | None, root: Path, folder: Pa
         size, dropped = 3 * sum(map(size_of, find_set(root, "smoltalk", "train"))), {}
         print(f"prepare: writing the conversations of {data_dir(settings.source)}", flush=True)
         chats = hub_conversations(root, settings, dropped)
-    made, duplicates = write_chats(settings, folder, chats, size, own=files is not None)
+    sorters = {file: Sorter(folder / "buckets" / file, settings.seed, size) for file in FILES}
+    for file, item in chats:
+        sorters[file].add(as_line(item if file == "rl" else solved(item)))
+    lines: dict[str, Iterator[str]] = {
+        file: (line for _, line in sorter.documents()) for file, sorter in sorters.items()
+    }
+    if files:
+        lines["val"], lines["mid"] = split_documents(sorters["mid"], settings)
+    val = list(lines["val"])  # --val-mb at most, or the few thousand of MIXTURE
+    first = list(islice(lines["rl"], rl_held(sorters["rl"].count)))
+    apart = {as_line(solved(item)) for item in map(json.loads, first) if "reply" in item}
+    apart.update(val)
+    made = write_lines(folder / "val.jsonl", val)
+    for file in ("mid",) if files else ("mid", "sft"):
+        train = (line for line in lines[file] if line not in apart)
+        made |= write_lines(folder / f"{file}.jsonl", train)
+    if files:
+        shutil.copyfile(folder / "mid.jsonl", folder / "sft.jsonl")
+        made["sft.jsonl"] = made["mid.jsonl"]
+    if sorters["rl"].count:
+        problems = map(json.loads, chain(first, lines["rl"]))
+        asked = ({key: item[key] for key in item if key != "reply"} for item in problems)
+        made |= write_lines(folder / "rl.jsonl", map(as_line, asked))
     if not all(made[f"{file}.jsonl"]["conversations"] for file in ("mid", "val")):
-        why = f" ({left_out(dropped)})" if dropped else ""
-        raise MissingInput(f"{files.root if files else root} holds no two conversations that can "
-                           f"be used{why}: training and validation need two")  # fmt: skip
-    drop(dropped, "duplicates", count=duplicates)
+        raise MissingInput(
+            f"{files.root if files else root} holds no two conversations that can be used"
+            f"{left_out(dropped, ' ({})')}: training and validation need two"
+        )
+    drop(dropped, "duplicates", count=sum(sorter.duplicates for sorter in sorters.values()))
     return {"files": made, "dropped": dropped}
 
 
 def unzip(path: Path, folder: Path) -> None:
-    """Unpack an archive below a new folder. Raises Stop where it is damaged or huge."""
-    bad = f"delete {path} and run the same command again"
+    """Unpack an archive below a new folder. Raises Stop where it is damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
-            if sum(member.file_size for member in archive.infolist()) > ZIP_BYTES:
-                raise Stop(f"{path} unpacks to more than {ZIP_BYTES / 1e9:.0f} GB: {bad}")
             archive.extractall(folder)  # which makes "..", links and absolute paths harmless
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise Stop(f"{path} is damaged ({error}): {bad}") from None
+        raise Stop(
+            f"{path} is damaged ({error}): delete it and run the same command again"
+        ) from None
 
 
 def copy_core(root: Path, folder: Path) -> list[str]:
@@ -5480,8 +5421,8 @@ def spelling_set() -> list[dict[str, Any]]:
 # A folder's manifest has the settings that determine the data, what was left out, and the size of
 # each file: manifest.json that of text, conversations.json that of other files, which may share the
 # folder with text. New files are made in a folder beside; then the old manifest goes, the new files
-# replace the old ones one by one, and the new manifest comes. After a kill in between, another run
-# makes them again.
+# replace the old ones one by one, and the new manifest comes. Meanwhile .NAME.partial lists them:
+# after a kill in between, another run makes them again.
 
 
 def make_world(settings: Settings, folder: Path) -> Manifest:
@@ -5515,37 +5456,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def unsure(listing: Path) -> Path:
-    """Return where a manifest is kept while its files are being replaced."""
-    return listing.with_name(f".{listing.name}.partial")
-
-
 def read_manifest(listing: Path) -> Manifest:
-    """Return what a manifest says, or its unsure version, or {}."""
-    manifest = read_json(listing) or read_json(unsure(listing))
+    """Return what a manifest says, or what is known of files that a killed process left, or {}."""
+    manifest = read_json(listing) or read_json(listing.with_name(f".{listing.name}.partial"))
     return manifest if {"settings", "files"} <= set(manifest) else {}
 
 
-def is_prepared(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> bool:
-    """True if the files of `wanted` settings are all there with their sizes."""
-    files = {**manifest.get("files", {}), **manifest.get("chats", {})}
-    sizes = ((folder / name, entry["size"]) for name, entry in files.items())
-    return manifest.get("settings") == wanted and all(
-        path.is_file() and path.stat().st_size == size for path, size in sizes
-    )
+def all_files(manifest: Manifest) -> Files:
+    """Return the text and the conversations that a manifest lists, by name."""
+    return {**manifest.get("files", {}), **manifest.get("chats", {})}
 
 
-def check_folder(folder: Path, manifest: Manifest, wanted: dict[str, Any], strange: bool) -> None:
-    """Raise Stop rather than write over other data; say what is made anew, and why.
-
-    `strange`: the folder has files that no manifest explains.
-    """
+def check_folder(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> None:
+    """Raise Stop rather than write over other data; say what is made anew, and why."""
     remedy = f"give this one a name of its own with --source=NAME, or delete {folder}"
-    before = manifest.get("settings", wanted)
+    if not manifest:
+        raise Stop(f"{folder} holds files that were not made of {wanted['data']}: {remedy}")
+    before = manifest["settings"]
     if before["data"] != wanted["data"]:
         raise Stop(f"{folder} holds what was made of {before['data']}: {remedy}")
-    if strange and not manifest:
-        raise Stop(f"{folder} holds files that were not made of {wanted['data']}: {remedy}")
     words = {"input": "other files", "tests": "other evaluation sets"}
     words |= dict.fromkeys(("version", "world"), "another version of prepare.py")
     changed = [words.get(name) or f"--{name.replace('_', '-')}={before.get(name)}"
@@ -5562,19 +5491,18 @@ def replace_files(
     With `keep` the files of evaluation sets that are not made anew stay.
     """
     folder = listing.parent
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside, unsure = (p.with_name(f".{p.name}.partial") for p in (folder, listing))
     shutil.rmtree(beside, ignore_errors=True)  # a killed process left it
     beside.mkdir(parents=True)
     try:
         new = {"settings": wanted, **make(beside)}
-        names = [*new["files"], *new.get("chats", {})]
-        manifest = read_manifest(listing)
-        old = {**manifest.get("files", {}), **manifest.get("chats", {})}
+        names = [*all_files(new)]
+        old = all_files(read_manifest(listing))
         sets = {name.split("/")[0] for name in names}
         kept = {n: old.pop(n) for n in list(old) if keep and n.split("/")[0] not in sets}
         files = {**kept, **{name: {"size": -1} for name in (*old, *names)}}
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(unsure(listing), {"settings": wanted, "files": files})
+        write_json(unsure, {"settings": wanted, "files": files})
         listing.unlink(missing_ok=True)
         if listing.name == "manifest.json":
             shutil.rmtree(folder / "tokens", ignore_errors=True)  # of the old text
@@ -5585,18 +5513,29 @@ def replace_files(
             os.replace(beside / name, folder / name)
         new["files"] |= kept
         write_json(listing, new)
-        unsure(listing).unlink()
+        unsure.unlink()
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def report(listing: Path, again: bool) -> Manifest:
-    """Say what a folder holds and what was left out; return its manifest."""
+def prepare_folder(
+    listing: Path, wanted: dict[str, Any], write: Callable[[], None], strange: bool
+) -> Manifest:
+    """Write a folder's files unless they are there; say what it holds; return the manifest.
+
+    `strange`: there are files that the manifest does not explain.
+    """
     folder, manifest = listing.parent, read_manifest(listing)
-    files = {**manifest["files"], **manifest.get("chats", {})}
+    whole = (size_of(folder / name) == e["size"] for name, e in all_files(manifest).items())
+    again = manifest.get("settings") == wanted and all(whole)
+    if not again:
+        if (manifest or strange) and listing != data_dir("eval") / "conversations.json":
+            check_folder(folder, manifest, wanted)  # evaluation sets may come from several places
+        write()
+        manifest = read_manifest(listing)
+    files = all_files(manifest)
     state = " is complete, nothing to do" if again else ""
-    text = [entry for entry in files.values() if "documents" in entry]
-    if text:
+    if text := [entry for entry in files.values() if "documents" in entry]:
         val = files["val.parquet"]["documents"]
         train = sum(entry["documents"] for entry in text) - val
         chars = format_count(sum(entry["characters"] for entry in text))
@@ -5607,8 +5546,7 @@ def report(listing: Path, again: bool) -> Manifest:
             kinds = ", ".join(f"{kind} {count:,}" for kind, count in entry["kinds"].items())
             kinds = f" ({kinds})" if len(entry["kinds"]) > 1 else ""
             print(f"prepare: {folder / name}: {entry['conversations']:,}{kinds}")
-    if manifest.get("dropped"):
-        print(f"prepare: {left_out(manifest['dropped'])}")
+    print(left_out(manifest.get("dropped", {}), "prepare: {}\n"), end="")
     return manifest
 
 
@@ -5619,13 +5557,14 @@ def prepare_eval(settings: Settings, net: Net | None) -> Manifest:
     wanted: dict[str, Any] = {"data": "hub", "version": DATA_VERSION}
     if not hub:
         wanted |= {"data": printable(root), "input": OwnFiles(root).fingerprint()}
-    again = is_prepared(listing.parent, read_manifest(listing), wanted)
-    if not again:
+
+    def write() -> None:
         if hub:
             splits = [(name, about.test) for name, about in SETS.items() if about.test]
             fetch_sets(net or Net(), root, splits, settings.workers)
         replace_files(listing, wanted, partial(make_eval, root), keep=True)
-    manifest = report(listing, again)
+
+    manifest = prepare_folder(listing, wanted, write, strange=False)
     titles = [*(about.title for about in SETS.values() if about.test), "SpellingBee"]
     missing = [title for title in titles if f"{title}.jsonl" not in manifest["files"]]
     missing += ["CORE"] * (not any("task" in entry for entry in manifest["files"].values()))
@@ -5647,17 +5586,16 @@ def prepare_chat(settings: Settings, net: Net | None) -> Manifest:
         files = OwnFiles(resolve(settings.conversations), (".jsonl",))
         wanted |= {"data": printable(files.root), "input": files.fingerprint(),
                    "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
-    manifest = read_manifest(listing)
-    again = is_prepared(listing.parent, manifest, wanted)
-    if not again:
-        strange = any((listing.parent / f"{file}.jsonl").exists() for file in FILES)
-        check_folder(listing.parent, manifest, wanted, strange)
+
+    def write() -> None:
         if not files:
             splits = [(name, split) for name, about in SETS.items() if about.train
                       for split in (about.train, about.val) if split]  # fmt: skip
             fetch_sets(net or Net(), root, splits, settings.workers)
         replace_files(listing, wanted, partial(make_chat, settings, files, root))
-    return report(listing, again)
+
+    strange = any((listing.parent / f"{file}.jsonl").exists() for file in FILES)
+    return prepare_folder(listing, wanted, write, strange)
 
 
 def prepare_text(settings: Settings, net: Net | None) -> Manifest:
@@ -5666,9 +5604,9 @@ def prepare_text(settings: Settings, net: Net | None) -> Manifest:
     listing = folder / "manifest.json"
     wanted: dict[str, Any] = {"data": "world", "version": WORLD_VERSION}
     names = ["val_percent", "val_mb", "shard_mb", "seed"]
-    mine: set[str] = set()
+    strange = {path.name for path in folder.glob("[!.]*")}
     if settings.kind == "hub":
-        wanted, names = {"data": HUB[settings.data][1]}, ["shards"]
+        wanted, names, strange = {"data": HUB[settings.data][1]}, ["shards"], set()
     elif settings.kind == "world":
         names += ["documents", "num_conversations", "name"]
         make = partial(make_world, settings)
@@ -5678,21 +5616,18 @@ def prepare_text(settings: Settings, net: Net | None) -> Manifest:
         wanted["input"] = files.fingerprint()
         names += ["doc_chars"]
         make = partial(make_own_text, settings, files)
-        mine = {*read_manifest(folder / "conversations.json").get("files", {}), "tokens",
-                "conversations.json"}  # fmt: skip
+        strange -= {*read_manifest(folder / "conversations.json").get("files", {}), "tokens",
+                    "conversations.json"}  # fmt: skip
     wanted |= {name: getattr(settings, name) for name in names}
-    manifest = read_manifest(listing)
-    again = is_prepared(folder, manifest, wanted)
-    if not again:
-        strange = {path.name for path in folder.glob("[!.]*")} - mine
-        check_folder(folder, manifest, wanted, bool(strange) and settings.kind != "hub")
+
+    def write() -> None:
         if settings.kind == "hub":
-            folder.mkdir(parents=True, exist_ok=True)
             made = make_hub_text(settings, net or Net(), folder)
             write_json(listing, {"settings": wanted, "files": made})
         else:
             replace_files(listing, wanted, make)
-    return report(listing, again)
+
+    return prepare_folder(listing, wanted, write, bool(strange))
 
 
 def main(settings: Settings, net: Net | None = None) -> Manifest:

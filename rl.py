@@ -19,13 +19,14 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from common import (
     GPT,
@@ -187,17 +188,12 @@ def make_batch(
     rows: list[tuple[list[int], list[int], float]], bos: int, device: torch.device
 ) -> WeightedBatch:
     """Pad rows of (ids, mask, advantage) to one micro-batch; mask 1 where an id is a target."""
-    width = max([len(ids) for ids, _, _ in rows] or [2]) - 1
-    count = max(1, len(rows))  # without rows: one without targets
-    ids = torch.full((count, width), bos)
-    targets = torch.full((count, width), IGNORE)
-    weights = torch.zeros(count, width)
-    for i, (row, mask, advantage) in enumerate(rows):
-        ids[i, : len(row) - 1] = torch.tensor(row[:-1])
-        learned = torch.tensor(mask[1:], dtype=torch.bool)
-        targets[i, : len(row) - 1] = torch.where(learned, torch.tensor(row[1:]), IGNORE)
-        weights[i] = advantage
-    number = int((targets != IGNORE).sum())
+    texts, masks, advantages = zip(*(rows or [([bos, bos], [0, 0], 0.0)]))  # or no target at all
+    ids = pad_sequence([torch.tensor(text) for text in texts], True, bos)  # (B, T + 1)
+    learned = pad_sequence([torch.tensor(mask) for mask in masks], True)[:, 1:] > 0  # (B, T)
+    ids, targets = ids[:, :-1].contiguous(), torch.where(learned, ids[:, 1:], IGNORE)
+    weights = torch.tensor(advantages)[:, None].repeat(1, ids.shape[1])
+    number = int(learned.sum())
     return WeightedBatch(ids.to(device), targets.to(device), number, weights.to(device))
 
 
@@ -225,39 +221,24 @@ def group_batches(
     return batches
 
 
-@dataclass
-class Sampler:
-    """Yields the micro-batches of step after step, sampled from the model as it is by then."""
+def sampled_batches(
+    run: Run, model: GPT, engine: Engine, problems: list[dict[str, Any]], micro: int, accum: int,
+    start: int, stats: dict[str, float],
+) -> Iterator[WeightedBatch]:  # fmt: skip
+    """Yield `accum` micro-batches a step, answers of the model as it is by then, without end.
 
-    run: Run
-    model: GPT
-    engine: Engine
-    problems: list[dict[str, Any]]
-    micro: int  # rows of a micro-batch
-    accum: int
-    stats: dict[str, float] = field(default_factory=dict)  # of the last step
-
-    def problems_of(self, step: int) -> list[int]:
-        """Return the indices of a step's problems, shuffled anew each epoch by the seed."""
-        settings, count = self.run.settings, len(self.problems)
-        first = step * settings.problems_per_step
-        positions = range(first, first + settings.problems_per_step)
-        return [shuffled(position, count, settings.seed) for position in positions]
-
-    def batches(self, start: int) -> Iterator[WeightedBatch]:
-        """Yield `accum` micro-batches a step from step `start` on, without end."""
-        settings = self.run.settings
-        for step in itertools.count(start):
-            began = time.perf_counter()
-            self.engine.refresh(self.model)
-            problems = [self.problems[index] for index in self.problems_of(step)]
-            seeds = [sample_seed(settings.seed, step, place) for place in range(len(problems))]
-            groups = answer_problems(self.engine, problems, seeds, settings)
-            self.stats = pass_rates(groups, self.run.device)
-            self.stats["sampling_s"] = time.perf_counter() - began
-            yield from group_batches(
-                groups, self.micro, self.accum, self.engine.tokenizer.bos, self.run.device
-            )  # fmt: skip
+    Problems are shuffled anew each epoch; stats become those of the last step.
+    """
+    settings, each = run.settings, run.settings.problems_per_step
+    for step in itertools.count(start):
+        began = time.perf_counter()
+        engine.refresh(model)
+        order = [shuffled(step * each + i, len(problems), settings.seed) for i in range(each)]
+        seeds = [sample_seed(settings.seed, step, i) for i in range(each)]
+        groups = answer_problems(engine, [problems[i] for i in order], seeds, settings)
+        stats |= pass_rates(groups, run.device)
+        stats["sampling_s"] = time.perf_counter() - began
+        yield from group_batches(groups, micro, accum, engine.tokenizer.bos, run.device)
 
 
 def pass_rates(groups: list[Group], device: torch.device) -> dict[str, float]:
@@ -318,7 +299,8 @@ def main(settings: Settings) -> dict[str, Any]:
         engine.expect(horizon.num_steps * rows * settings.max_tokens)
         micro, num_steps = meta["micro_batch"], horizon.num_steps
         accum = -(-rows // micro)
-        sampler = Sampler(run, model, engine, problems, micro, accum)
+        stats: dict[str, float] = {}  # of the last step's answers
+        batches = sampled_batches(run, model, engine, problems, micro, accum, start, stats)
 
         def compute_loss(batch: WeightedBatch) -> Tensor:
             # (B, T) each: nats of the answers' tokens, each multiplied by its answer's advantage
@@ -326,12 +308,12 @@ def main(settings: Settings) -> dict[str, Any]:
 
         drop_replaced(run, start)
         for s in training_steps(
-            sampler.batches(start), compute_loss, optimizer, schedule(settings, num_steps),
+            batches, compute_loss, optimizer, schedule(settings, num_steps),
             num_steps, accum=accum, micro=micro, start=start, stop=lambda: run.stopping,
         ):  # fmt: skip
             if s.due(settings.log_every or num_steps):
                 run.log(s.step, loss=s.loss, lr=s.lr, tok_per_s=s.tok_per_s, data=s.data,
-                        **sampler.stats, left_s=s.left_s)  # fmt: skip
+                        **stats, left_s=s.left_s)  # fmt: skip
             if s.due(settings.save_every or num_steps):  # before evaluating, which may fail
                 save_checkpoint(run, s, model, optimizer, meta)
             if s.stopping:

@@ -50,7 +50,7 @@ gpu1      1  hub    65536 --depth=10 $gsm8k    # 24 or 32 GB: 6 to 16 hours; --d
 "
 
 find_tier() { # set gpus, and tier where none is asked for
-  local mib=0 smi fits=cpu
+  local mib=0 smi fits=cpu chip
   if smi=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null); then
     gpus=$(grep -c . <<<"$smi" || true)
     mib=$(sort -n <<<"$smi" | head -n 1)
@@ -59,9 +59,10 @@ find_tier() { # set gpus, and tier where none is asked for
   if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then # -1 and nothing hide all
     gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c '^[^-]' || true)
   fi
-  if grep -qs avx512_bf16 /proc/cpuinfo; then fits=cpu-bf16; fi
-  # Intel's AMX, or AMD's Zen 5: twice as fast as Zen 4, and known by AVX-VNNI
-  if [ $fits != cpu ] && grep -qsE 'amx_bf16|avx_vnni' /proc/cpuinfo; then fits=cpu-fast; fi
+  # bf16 is fast by AMD's AVX512-BF16, twice so on Zen 5, known by AVX-VNNI, and by Intel's AMX
+  chip=$(grep -sE -m 2 '^(vendor_id|flags)' /proc/cpuinfo || true)
+  if [[ $chip = *AMD*avx512_bf16* ]]; then fits=cpu-bf16; fi
+  if [[ $chip = *amx_bf16* || $chip = *AMD*avx_vnni*avx512_bf16* ]]; then fits=cpu-fast; fi
   if [ "$(uname -sm)" = "Darwin arm64" ]; then fits=mps; fi
   if [ "$gpus" -gt 0 ]; then fits=laptop; fi
   # the world's few million tokens are a small model's, however large the card
@@ -75,10 +76,8 @@ find_tier() { # set gpus, and tier where none is asked for
 
 load_tier() { # load_tier WORD...: set ranks (processes that train); read its flags, then the words
   local row words its_data its_vocab
-  case $action in # fixed, so that tables compare
-    bench) if [ "$gpus" -gt 0 ]; then tier=@bench-gpu; else tier=@bench; fi ;;
-    learn | gpu) tier=@$action ;;
-  esac
+  if [ $job = bench ]; then tier=@$action; fi # fixed, so that tables compare
+  if [[ $tier = @bench && $gpus -gt 0 ]]; then tier=@bench-gpu; fi
   row=$(grep "^$tier " <<<"$TIERS") || fail 2 "--tier=$tier is not a tier; choose one of:" \
     "$(grep -o '^[a-z0-9-]\{1,\}' <<<"$TIERS" | tr '\n' ' ')"
   read -r _ ranks its_data its_vocab row <<<"${row%%#*}"
@@ -87,8 +86,8 @@ load_tier() { # load_tier WORD...: set ranks (processes that train); read its fl
     fail 2 "--tier=$tier wants GPUs, and nvidia-smi shows none; --dry-run prints its commands"
   if [ "${data:-$its_data}" = "$its_data" ]; then tag=${tag:-main}; fi
   data=${data:-$its_data} vocab=${vocab:-$its_vocab}
-  given=("train_tokenizer.py:--vocab-size=$vocab")
-  if [ "$data" = world ]; then given+=(pretrain.py:--bigram-rows=0); fi # it costs what it brings
+  given=("tokenizer:--vocab-size=$vocab")
+  if [ "$data" = world ]; then given+=(pretrain:--bigram-rows=0); fi # it costs what it brings
   read -ra words <<<"$row"
   read_words "${words[@]}" "$@" # of two flags of a name the last counts
 }
@@ -100,9 +99,9 @@ fail() { # fail STATUS SENTENCE: status 2 for a wrong command line
   exit "$1"
 }
 run() { # run COMMAND...: run it or, under --dry-run, print it
-  if [ $mode = run ]; then "$@"; else printf '%q ' "$@" | sed 's/ $//' && echo; fi
+  case $mode in run) "$@" ;; print) printf '%q ' "$@" | sed 's/ $//' && echo ;; esac
 }
-read_words() { # read_words WORD...: set the options; note in given which script each flag is for
+read_words() { # read_words WORD...: set the options; note in given which stage each flag is for
   local word name
   while [ $# -gt 0 ]; do
     word=$1 && shift
@@ -118,15 +117,13 @@ read_words() { # read_words WORD...: set the options; note in given which script
         [ "$name" != "$word" ] || fail 2 "$word needs a value, as in $word=VALUE"
         printf -v "${name#--}" %s "${word#*=}" ;;
       --vocab-size | tokenizer:--vocab-size) vocab=${word#*=} ;;
-      --shards | --documents | --num-conversations | --name) given+=("prepare.py:$word") ;;
-      --max-chars) given+=("train_tokenizer.py:$word") ;;
-      --*) given+=("pretrain.py:$word") ;;
-      tokenizer:--*) given+=("train_tokenizer.py:${word#*:}") ;;
-      mid:--*) given+=("midtrain.py:${word#*:}") ;;
-      eval:--*) given+=("evaluate.py:${word#*:}") ;;
-      prepare:--* | pretrain:--* | sft:--* | rl:--*) given+=("${word%%:*}.py:${word#*:}") ;;
+      --shards | --documents | --num-conversations | --name) given+=("prepare:$word") ;;
+      --max-chars) given+=("tokenizer:$word") ;;
+      --*) given+=("pretrain:$word") ;;
+      prepare:--* | tokenizer:--* | pretrain:--* | mid:--* | sft:--* | rl:--* | eval:--*)
+        given+=("$word") ;;
       all | setup | check | lock) action=$word ;;
-      bench) action=bench && case ${1-} in learn | gpu) action=$1 && shift ;; esac ;;
+      bench) action=bench job=bench && case ${1-} in learn | gpu) action=$1 && shift ;; esac ;;
       test) action=test pytest=("$@") && return ;;
       *) fail 2 "$word is not an action; choose one of: all setup test check bench lock" ;;
     esac
@@ -215,7 +212,8 @@ stop() { # stop STATUS: on Ctrl-C or SIGTERM the stage saves and ends, and the j
 stage() { # stage PROCESSES NAME SCRIPT FLAG...: run a script to its end; given flags come last
   local name=$2 command=("$root/$3" "${@:4}") guard=(setpriv --pdeathsig KILL) status=0 word
   for word in "${given[@]}"; do
-    if [[ $word = "$3":* ]]; then command+=("${word#*:}"); fi
+    # a stage's name is a part of its script's: mid of midtrain.py, eval of evaluate.py
+    if [[ $3 = *${word%%:*}* ]]; then command+=("${word#*:}"); fi
   done
   if [ $mode = list ]; then printf '%s\037' "${command[@]}" && echo && return; fi
   if [ "$1" -gt 1 ]; then # torchrun must end its ranks, and hear of Ctrl-C only from here
@@ -253,7 +251,7 @@ plan() { # show time and memory before hours of work; ask prepare.py for as much
   said=$(stage 1 plan pretrain.py --plan --plan-vocab-size="$vocab" --plan-count="$ranks")
   echo "$said"
   [ $mode = print ] || n=$(sed -n 's/^shards *\([0-9]*\).*/\1/p' <<<"$said")
-  if [[ $n && $data =~ ^(hub|climbmix)$ ]]; then given=("prepare.py:--shards=$n" "${given[@]}"); fi
+  if [[ $n && $data =~ ^(hub|climbmix)$ ]]; then given=("prepare:--shards=$n" "${given[@]}"); fi
 }
 prepare() { # text, conversations and tokenizer
   stage 1 prepare prepare.py --data="$data" --source="$source"
@@ -284,8 +282,8 @@ main_job() {
   [ $mode != run ] || say "done after $((SECONDS / 60)) min: $python $root/chat.py --tag=$tag"
 }
 bench_run() { # bench_run NAME FLAG...: pretrain a model beside the bench's own, with its tokenizer
-  [ $mode = list ] || run mkdir -p "$base/runs/$tag-$1"
-  [ $mode = list ] || run cp -r "$base/runs/$tag/tokenizer" "$base/runs/$tag-$1"
+  run mkdir -p "$base/runs/$tag-$1"
+  run cp -r "$base/runs/$tag/tokenizer" "$base/runs/$tag-$1"
   stage "$ranks" "$1" pretrain.py --tag="$tag-$1" --source="$source" "${@:2}" "${flags[@]}"
 }
 bench_learn() { # whole runs of three seeds, and a quarter of one without each choice
@@ -306,7 +304,7 @@ bench_gpu() { # some steps of each depth, then of sft and rl
   for d in 12 20 24 26 26-fp8; do # the log of a run stays, its ten GB of weights do not
     eight=--no-fp8 && [[ $d != *fp8 ]] || eight=--fp8
     bench_run "d$d" --bigram-tokens=0 "--depth=${d%-*}" $eight
-    [[ $d = 12 || $mode = list ]] || run rm -rf "$base/runs/$tag-d$d/base"
+    [ $d = 12 ] || run rm -rf "$base/runs/$tag-d$d/base"
   done
   stage "$ranks" sft sft.py --tag="$tag-d12" --start-from=base --chats="$source" "${flags[@]}"
   stage "$ranks" rl rl.py --tag="$tag-d12" --chats="$source" "${few[@]}"
@@ -335,7 +333,6 @@ python=${NANOCHAT_PYTHON:-$venv/bin/python}
 PATH=$PATH:$venv-uv/bin:$HOME/.local/bin:${CARGO_HOME:-$HOME/.cargo}/bin
 find_tier
 load_tier "$@"
-if [[ $action =~ ^(bench|learn|gpu)$ ]]; then job=bench tag=$action; fi
 [[ $action != gpu || $data = world ]] || fail 2 "bench gpu trains on the world: leave --data out"
 case $data in
   world | climbmix) name=$data ;;
@@ -348,7 +345,7 @@ case $data in
     name=${name:-text-$(cksum <<<"$data" | cut -d ' ' -f 1)} # of another script
     case $name in world | eval | chat | downloads | climbmix | fineweb-edu) name+=-files ;; esac ;;
 esac
-if [ $job = bench ]; then name=$action-$name; fi # away from what the main job prepares
+if [ $job = bench ]; then name=$action-$name tag=$action; fi # away from what the main job prepares
 source=${source:-$name} tag=${tag:-$source}
 case $data,$conversations in # chats: the folder of the conversations
   world, | world,world) conversations=world chats=$source ;;

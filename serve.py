@@ -6,9 +6,9 @@ Usage:   python serve.py                                    # http://127.0.0.1:8
          python serve.py --blocklist=FILE                   # what must not be asked or answered
          curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
               -d '{"messages": [{"role": "user", "content": "Hi!"}], "stream": true}'
-Reads:   runs/TAG/{tokenizer,STAGE}/, runs/TAG/metrics.jsonl, runs/TAG/report.html
-Serves:  POST /v1/chat/completions, /v1/completions; GET / (the page), /report, /training,
-         /v1/models, /health, /config, /metrics
+Reads:   runs/TAG/{tokenizer,STAGE}/, runs/TAG/report.html
+Serves:  POST /v1/chat/completions, /v1/completions; GET / (the page), /report, /v1/models,
+         /health, /config, /metrics
 Method:  one thread runs the engine, which decodes all requests side by side; one thread per
          connection speaks HTTP/1.1
 """
@@ -22,12 +22,10 @@ import dataclasses
 import functools
 import hashlib
 import hmac
-import html
 import http.server
 import io
 import ipaddress
 import json
-import math
 import os
 import queue
 import re
@@ -64,7 +62,6 @@ from common import (
     newest_turns,
     one_sentence,
     parse_settings,
-    read_log,
     render_call,
     render_prompt,
     run_dir,
@@ -472,6 +469,82 @@ def restore_calls(parts: Parts, sent_parts: Any) -> Parts:
     return [part for part in found if part["text"]] or parts
 
 
+class CheckedRequest:
+    """A client's request for completions: here each field is checked and gets its default."""
+
+    def __init__(self, body: dict[str, Any], chat: bool, model: Model, settings: Settings):
+        """Check a request's body. Raises Refusal, which says what is wrong with it."""
+        for name, harmless in UNSUPPORTED.items():
+            value = body.get(name)
+            asks = name == "logprobs" and value == 0 and value is not False  # in a text completion
+            if asks or (value and value != harmless):
+                raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
+        model.check_name(body.get("model"))
+        self.chat, self.field = chat, "messages" if chat else "prompt"
+        self.model, self.settings, self.forgotten = model, settings, 0
+        most = min(settings.max_choices, model.capacity)
+        self.prompts = self._chat_prompt(body) if chat else self._text_prompts(body, most)
+        self._check_size(max(map(len, self.prompts)), model.context - 1, "tokens")
+        self.n = number(body, "n", 1, 1, most // len(self.prompts))
+        limit = number(body, "max_tokens", settings.max_tokens, 1, NO_LIMIT)
+        self.sampling = Sampling(
+            max_tokens=number(body, "max_completion_tokens", limit, 1, NO_LIMIT),
+            temperature=number(body, "temperature", settings.temperature, 0, 2, whole=False),
+            top_k=number(body, "top_k", settings.top_k, 0, NO_LIMIT),
+            top_p=number(body, "top_p", settings.top_p, 1e-9, 1, whole=False),
+            seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64) % 2**64,
+        )
+        self.stops = tuple(strings(body.get("stop"), "stop", 4))
+        options = body.get("stream_options")
+        good = all(0 < len(stop) <= 200 for stop in self.stops)
+        check(good, "stop", "must have from 1 to 200 characters")
+        check(options is None or isinstance(options, dict), "stream_options", "must be an object")
+        self.stream = boolean(body, "stream")
+        self.stream_usage = boolean(options or {}, "include_usage", "stream_options.")
+
+    def _chat_prompt(self, body: dict[str, Any]) -> list[list[int]]:
+        tokenizer, limit = self.model.engine.tokenizer, self.settings.max_messages
+        given = parse_messages(body.get("messages"), limit, self._check_size)
+        truncation = body.get("truncation") or "disabled"
+        check(truncation in ("auto", "disabled"), "truncation", "must be auto or disabled")
+        messages, prompt_ids = given, list[int]()
+        if truncation == "auto":
+            messages, prompt_ids = newest_turns(tokenizer, given, self.model.context)
+        self.forgotten = len(given) - len(messages)
+        self._check_blocked([text_in(message["content"]) for message in messages])
+        return [prompt_ids or render_prompt(tokenizer, messages)]
+
+    def _text_prompts(self, body: dict[str, Any], limit: int) -> list[list[int]]:
+        texts = strings(body.get("prompt", ""), "prompt", limit)
+        check(texts, "prompt", "must have a string")
+        self._check_size(max(map(len, texts)))
+        self._check_blocked(texts)
+        tokenizer = self.model.engine.tokenizer
+        return [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+
+    def _check_size(self, size: int, limit: int = 0, unit: str = "characters") -> None:
+        # characters are counted before tokenizing: of megabytes it would take seconds
+        limit = limit or self.settings.max_input_chars or 16 * self.model.context
+        if size > limit:
+            raise Refusal(400, f"your {self.field} have {size:,} {unit}; at most {limit:,} are "
+                          f"taken, with a context of {self.model.context:,} tokens: shorten them",
+                          self.field, "context_length_exceeded")  # fmt: skip
+
+    def _check_blocked(self, texts: list[str]) -> None:
+        if self.settings.blocked and any(map(self.settings.blocked.occurs_in, texts)):
+            raise Refusal(400, f"your {self.field} have text that this server refuses: reword it",
+                          self.field, "content_blocked")  # fmt: skip
+
+    def for_engine(self) -> list[Request]:
+        """Return the engine's request for each answer; their seeds differ."""
+        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
+        seed = self.sampling.seed  # plus what makes seeds that no other request can ask for
+        samplings = [dataclasses.replace(self.sampling, seed=seed + (i << 64))
+                     for i in range(len(prompts))]  # fmt: skip
+        return [Request(prompt, sampling, self.chat, self.stops)
+                for prompt, sampling in zip(prompts, samplings)]  # fmt: skip
+
+
 # 5. Answers ----------------------------------------------------------------------------------
 
 
@@ -521,86 +594,18 @@ class Choice:
 
 
 class Completion:
-    """A request for completions and its answers, as OpenAI's objects."""
+    """The answers to a request in the making, as OpenAI's objects."""
 
-    def __init__(self, body: dict[str, Any], chat: bool, model: Model, settings: Settings):
-        """Check a request. Raises Refusal, which says what is wrong with it."""
-        for name, harmless in UNSUPPORTED.items():
-            value = body.get(name)
-            asks = name == "logprobs" and value == 0 and value is not False  # in a text completion
-            if asks or (value and value != harmless):
-                raise Refusal(400, f"{name} is not supported", name, "unsupported_parameter")
-        model.check_name(body.get("model"))
-        self.chat, self.field = chat, "messages" if chat else "prompt"
-        self.model, self.settings, self.forgotten = model, settings, 0
-        most = min(settings.max_choices, model.capacity)
-        self.prompts = self._chat_prompt(body) if chat else self._text_prompts(body, most)
-        self._check_size(max(map(len, self.prompts)), model.context - 1, "tokens")
-        self.n = number(body, "n", 1, 1, most // len(self.prompts))
-        limit = number(body, "max_tokens", settings.max_tokens, 1, NO_LIMIT)
-        self.sampling = Sampling(
-            max_tokens=number(body, "max_completion_tokens", limit, 1, NO_LIMIT),
-            temperature=number(body, "temperature", settings.temperature, 0, 2, whole=False),
-            top_k=number(body, "top_k", settings.top_k, 0, NO_LIMIT),
-            top_p=number(body, "top_p", settings.top_p, 1e-9, 1, whole=False),
-            seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64) % 2**64,
-        )
-        self.stops = tuple(strings(body.get("stop"), "stop", 4))
-        options = body.get("stream_options")
-        good = all(0 < len(stop) <= 200 for stop in self.stops)
-        check(good, "stop", "must have from 1 to 200 characters")
-        check(options is None or isinstance(options, dict), "stream_options", "must be an object")
-        self.stream = boolean(body, "stream")
-        self.stream_usage = boolean(options or {}, "include_usage", "stream_options.")
-        kind = f"chat.completion{'.chunk' * self.stream}" if chat else "text_completion"
-        self.head = {"id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-                     "object": kind, "created": int(time.time()), "model": model.id}  # fmt: skip
-        self.first_token_at, self.choices, blocked = 0.0, [], settings.blocked
-        for _ in range(len(self.prompts) * self.n):
-            decoder = ReplyDecoder(model.engine.tokenizer, self.stops, chat)
+    def __init__(self, asked: CheckedRequest):
+        self.asked, self.chat, self.first_token_at = asked, asked.chat, 0.0
+        name, blocked = "chatcmpl" if self.chat else "cmpl", asked.settings.blocked
+        kind = f"chat.completion{'.chunk' * asked.stream}" if self.chat else "text_completion"
+        self.head = {"id": f"{name}-{secrets.token_hex(12)}", "object": kind,
+                     "created": int(time.time()), "model": asked.model.id}  # fmt: skip
+        self.choices = []
+        for _ in range(len(asked.prompts) * asked.n):
+            decoder = ReplyDecoder(asked.model.engine.tokenizer, asked.stops, self.chat)
             self.choices.append(Choice(decoder, Masker(blocked) if blocked else None))
-
-    def _chat_prompt(self, body: dict[str, Any]) -> list[list[int]]:
-        tokenizer, limit = self.model.engine.tokenizer, self.settings.max_messages
-        given = parse_messages(body.get("messages"), limit, self._check_size)
-        truncation = body.get("truncation") or "disabled"
-        check(truncation in ("auto", "disabled"), "truncation", "must be auto or disabled")
-        messages, prompt_ids = given, list[int]()
-        if truncation == "auto":
-            messages, prompt_ids = newest_turns(tokenizer, given, self.model.context)
-        self.forgotten = len(given) - len(messages)
-        self._check_blocked([text_in(message["content"]) for message in messages])
-        return [prompt_ids or render_prompt(tokenizer, messages)]
-
-    def _text_prompts(self, body: dict[str, Any], limit: int) -> list[list[int]]:
-        texts = strings(body.get("prompt", ""), "prompt", limit)
-        check(texts, "prompt", "must have a string")
-        self._check_size(max(map(len, texts)))
-        self._check_blocked(texts)
-        tokenizer = self.model.engine.tokenizer
-        return [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
-
-    def _check_size(self, size: int, limit: int = 0, unit: str = "characters") -> None:
-        # characters are counted before tokenizing: of megabytes it would take seconds
-        limit = limit or self.settings.max_input_chars or 16 * self.model.context
-        if size > limit:
-            raise Refusal(400, f"your {self.field} have {size:,} {unit}; at most {limit:,} are "
-                          f"taken, with a context of {self.model.context:,} tokens: shorten them",
-                          self.field, "context_length_exceeded")  # fmt: skip
-
-    def _check_blocked(self, texts: list[str]) -> None:
-        if self.settings.blocked and any(map(self.settings.blocked.occurs_in, texts)):
-            raise Refusal(400, f"your {self.field} have text that this server refuses: reword it",
-                          self.field, "content_blocked")  # fmt: skip
-
-    def requests(self) -> list[Request]:
-        """Return the engine's request for each answer; their seeds differ."""
-        prompts = [prompt for prompt in self.prompts for _ in range(self.n)]
-        seed = self.sampling.seed  # plus what makes seeds that no other request can ask for
-        samplings = [dataclasses.replace(self.sampling, seed=seed + (i << 64))
-                     for i in range(len(prompts))]  # fmt: skip
-        return [Request(prompt, sampling, self.chat, self.stops)
-                for prompt, sampling in zip(prompts, samplings)]  # fmt: skip
 
     @property
     def done(self) -> bool:
@@ -618,7 +623,7 @@ class Completion:
 
     def chunk(self, index: int, reason: str, delta: dict[str, Any]) -> dict[str, Any]:
         said = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
-        usage = {"usage": None} if self.stream_usage else {}
+        usage = {"usage": None} if self.asked.stream_usage else {}
         return {**self.head, "choices": [self.choice(index, reason, said)], **usage}
 
     def choice(self, index: int, reason: str, said: dict[str, Any]) -> dict[str, Any]:
@@ -631,14 +636,14 @@ class Completion:
             message = {"role": "assistant", "content": c.text, "refusal": None, "parts": c.parts}
             said = {"message": message} if self.chat else {"text": c.text}
             choices.append(self.choice(index, c.reason, said))
-        return {**self.head, "choices": choices * (not self.stream), "usage": self.usage()}
+        return {**self.head, "choices": choices * (not self.asked.stream), "usage": self.usage()}
 
     def usage(self) -> dict[str, int]:
         """Count tokens, those of the calculator and the closing ones too."""
-        prompt = sum(map(len, self.prompts))
+        prompt, lost = sum(map(len, self.asked.prompts)), self.asked.forgotten
         made = sum(choice.tokens for choice in self.choices)
         usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-        return usage | ({"forgotten_messages": self.forgotten} if self.forgotten else {})
+        return usage | ({"forgotten_messages": lost} if lost else {})
 
 
 # 6. HTTP -------------------------------------------------------------------------------------
@@ -910,7 +915,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             allow["Access-Control-Allow-Methods"] = "GET, POST"
             return self.send(200, b"", "text/plain", **allow)
         if path not in OPEN_PATHS:
-            self.check_key(path in VIEWS)
+            self.check_key(view=path == "/report")
         act(self)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = answer
@@ -950,14 +955,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not path.exists():
             command = f"python evaluate.py --report --tag={self.settings.tag}"
             raise Refusal(404, f"this run has no report yet: `{command}` writes it")
-        self.send_view(path.read_bytes())
-
-    def get_training(self) -> None:
-        self.send_view(draw_training(self.settings.tag).encode())
-
-    def send_view(self, data: bytes) -> None:
         policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-        self.send(200, data, "text/html; charset=utf-8", **policy)
+        self.send(200, path.read_bytes(), "text/html; charset=utf-8", **policy)
 
     def get_models(self) -> None:
         """Send the list of models, or the one that the path names."""
@@ -1001,10 +1000,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def complete(self) -> None:
         """Answer a request for completions, whole or as a stream. Raises Refusal."""
         model, body, count = self.ready_model(), parse_json(self.body), self.server.count
-        completion = Completion(body, "/chat/" in self.path, model, self.settings)
-        updates = model.submit(completion.requests())
+        asked = CheckedRequest(body, "/chat/" in self.path, model, self.settings)
+        completion, updates = Completion(asked), model.submit(asked.for_engine())
         try:
-            if completion.stream:
+            if asked.stream:
                 self.stream(updates, completion)
             else:
                 collections.deque(self.follow(updates, completion), maxlen=0)
@@ -1031,7 +1030,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             update = None
             with contextlib.suppress(queue.Empty):
                 update = updates.get(timeout=0.2)
-            if not update and not completion.model.thread.is_alive():
+            if not update and not completion.asked.model.thread.is_alive():
                 raise Refusal(500, "the engine has ended: restart the server")
             if self.client_gone():
                 raise ConnectionError("the client is gone")
@@ -1055,54 +1054,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             for chunks in self.follow(updates, completion):
                 send(chunks)
-            send([completion.whole()] if completion.stream_usage else [], "data: [DONE]\n\n")
+            send([completion.whole()] if completion.asked.stream_usage else [], "data: [DONE]\n\n")
         except Refusal as refusal:  # the engine failed
             send([refusal.body()])
         if chunked:
             self.wfile.write(b"0\r\n\r\n")
 
 
-TRAINING = """<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh"
-content="5"><meta name="viewport" content="width=device-width"><title>Training</title><style>
-:root { color-scheme: light dark; font: 1rem/1.5 system-ui, sans-serif }
-div { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)) }
-figure { margin: 0; padding: .5rem; border: 1px solid #8886; border-radius: .6rem }
-figcaption { font-size: .85rem } svg { width: 100%; height: 7rem; display: block }
-polyline { fill: none; stroke: #c8602f; stroke-width: 1.5; vector-effect: non-scaling-stroke }
-</style><h1>Training</h1><p><a href="/report">Scores, settings, conversations: the report</a></p>"""
-
-
-def draw_training(tag: str) -> str:
-    """Return a page of the curves of what a run has logged so far; it reloads itself."""
-    curves, figures = collections.defaultdict(list), []
-    for event in read_log(tag):
-        for name, value in event.items():
-            if name not in ("stage", "step", "time", "left_s") and isinstance(value, (int, float)):
-                curves[f"{event['stage']}: {name}"].append((event["step"], value))
-    for name, points in curves.items():
-        points = [point for point in points if math.isfinite(point[1])] or [(0, 0)]
-        points = [*points[:: len(points) // 300 + 1], points[-1]]
-        (first, last), (low, high) = ((min(of), max(of)) for of in zip(*points))
-        wide, tall = last - first or 1, high - low or 1
-        spots = [
-            f"{100 * (x - first) / wide:.1f},{50 - 50 * (y - low) / tall:.1f}" for x, y in points
-        ]
-        caption = f"{name} {points[-1][1]:.4g} at step {last:,} ({low:.4g} to {high:.4g})"
-        figures.append('<figure><svg viewBox="-1 -1 102 52" preserveAspectRatio="none"><polyline '
-                       f'points="{" ".join(spots)}"/></svg><figcaption>{html.escape(caption)}'
-                       "</figcaption></figure>")  # fmt: skip
-    return f"{TRAINING}<div>{''.join(figures)}</div></html>"
-
-
 ROUTES: dict[str, Callable[[Handler], None]] = {
-    "/": Handler.get_page, "/report": Handler.get_report, "/training": Handler.get_training,
-    "/health": Handler.get_health, "/config": Handler.get_config, "/metrics": Handler.get_metrics,
+    "/": Handler.get_page, "/report": Handler.get_report, "/health": Handler.get_health,
+    "/config": Handler.get_config, "/metrics": Handler.get_metrics,
     "/v1/chat/completions": Handler.complete, "/v1/completions": Handler.complete,
     "/v1/models": Handler.get_models, "/v1/models/": Handler.get_models,  # and a name
 }  # fmt: skip
 # for clients whose base URL has no /v1
 ROUTES |= {path[3:]: act for path, act in ROUTES.items() if path.startswith("/v1/")}
-VIEWS = {"/report", "/training"}  # that a browser opens
 OPEN_PATHS = {"/", "/health", "/config"}  # no key needed: the page must load to ask for one
 
 
@@ -1415,7 +1381,7 @@ aside output { float: right }
     <button id="menu" aria-label="Conversations" aria-expanded="false">&#9776;</button>
     <h1 id="title">nanochat</h1>
     <button id="export">Export</button>
-    <a href="/training" target="_blank">Training</a>
+    <a href="/report" target="_blank">Report</a>
     <button popovertarget="drawer">Settings</button>
   </header>
   <p id="notice" role="alert"></p>

@@ -207,7 +207,8 @@ def run_ranks(world_size, code, timeout_s=120, end=0):
     Each has to end with exit code `end`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_all"])
+    # a model's first tensor imports the second, in seconds
+    context.set_forkserver_preload(["test_all", "torch.fx.experimental.symbolic_shapes"])
     port, processes = str(free_port()), []
     with tempfile.NamedTemporaryFile() as out:
         for rank in range(world_size):
@@ -224,14 +225,21 @@ def run_ranks(world_size, code, timeout_s=120, end=0):
     assert [process.exitcode for process in processes] == [end] * world_size
 
 
+def train_ranks(world_size, settings, first="", end=0):
+    """Run a stage's main in world_size processes, after code that each of them runs first."""
+    module = type(settings).__module__
+    code = f"{textwrap.dedent(first)}\n{module}.main({module}.{settings!r})"
+    run_ranks(world_size, code, end=end)
+
+
 # The house -----------------------------------------------------------------------------------
 
 BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
     "common.py": (4070, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
-    "prepare.py": (1720, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
+    "prepare.py": (1655, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
     "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
-    "sft.py main": 45, "rl.py": (346, 330), "evaluate.py": (1390, 1150), "chat.py": (265, 230),
-    "serve.py": (1850, 1700), "run.sh": (380, 350), "test_all.py": (9180, 6000), "README.md": 250,
+    "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (265, 230),
+    "serve.py": (1810, 1700), "run.sh": (380, 350), "test_all.py": (8840, 6000), "README.md": 250,
     "CONTRIBUTING.md": 40,
 }  # fmt: skip
 
@@ -274,43 +282,25 @@ def test_a_file_imports_no_stage_and_only_what_pyproject_declares():
 
 
 def test_what_common_holds_is_run_by_two_stages_or_more():
-    """A stage runs what it imports of common.py, what that refers to, and so on.
-
-    All stages run what a decorator registers, such as an operator of torch.
-    """
-    refers, registered = {}, set()
+    """A stage runs what it imports of common.py, what that refers to, and what registers itself."""
+    refers, registered, runs = {}, set(), collections.Counter()
     for node in syntax("common").body:
-        places = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        names = {x.id for y in places if y for x in ast.walk(y) if isinstance(x, ast.Name)}
+        words = [x for x in ast.walk(node) if isinstance(x, ast.Name)]
+        names = {x.id for x in words if isinstance(x.ctx, ast.Store)}
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names = {node.name}
             makers = [ast.unparse(x) for x in node.decorator_list if isinstance(x, ast.Call)]
             registered |= names if any("dataclass" not in x for x in makers) else set()
-        used = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
-        refers |= dict.fromkeys(names, used)
-    runs = collections.Counter()
+        refers |= {name: {x.id for x in words} for name in names}
     for stage in STAGES:
-        todo, seen = set(registered), set()
-        for node in ast.walk(syntax(stage)):
-            if isinstance(node, ast.ImportFrom) and node.module == "common":
-                todo |= {alias.name for alias in node.names}
+        nodes = [x for x in ast.walk(syntax(stage)) if isinstance(x, ast.ImportFrom)]
+        seen, todo = set(), {x.name for y in nodes if y.module == "common" for x in y.names}
+        todo |= registered
         while todo:
             seen.add(name := todo.pop())
             todo |= refers.get(name, set()) - seen
         runs.update(seen)
     assert len(refers) > 200 and not {name: runs[name] for name in refers if runs[name] < 2}
-
-
-@pytest.mark.parametrize("name", ["common", *STAGES])
-def test_source_text_is_never_hashed_and_a_device_never_compared_with_a_string(name):
-    for node in ast.walk(syntax(name)):
-        if isinstance(node, ast.Compare):  # a torch.device is compared by its .type
-            for side in map(ast.unparse, (node.left, *node.comparators)):
-                assert not re.fullmatch(r"(str\()?([\w.]+\.)?device\)?", side), ast.unparse(node)
-        elif isinstance(node, ast.Call):  # a version number says that a format has changed
-            code = ast.unparse(node)
-            assert not re.match(r".*(getsource|digest|sha|hash|md5).*__file__", code), code
-            assert not re.search(r"getsource|co_code", code), code
 
 
 def call(*words, **options):
@@ -390,8 +380,7 @@ def test_every_tier_and_action_of_run_sh_prints_its_commands():
         ("--tier=cpuu", "--tier=cpuu is not a tier; choose one of: cpu cpu-bf16 cpu-fast"),
         ("--tag", "--tag needs a value"),
         ("bench gpu --data=.", "bench gpu trains on the world"),
-        ("--tier=cpu all --teir cpu", "pretrain.py: '--teir=cpu' is not a setting"),
-        ("--tier=cpu rl:--num-step=3", "rl.py: '--num-step=3' is not a setting: did you mean"),
+        ("--tier=cpu all rl:--num-step 3", "rl.py: '--num-step=3' is not a setting: did you mean"),
     ],
 )
 def test_a_wrong_word_of_run_sh_is_told_before_any_stage_runs(base_dir, monkeypatch, words, said):
@@ -406,16 +395,18 @@ def test_a_wrong_word_of_run_sh_is_told_before_any_stage_runs(base_dir, monkeypa
     [
         ([24_564], "", "gpu1"), ([49_140] * 8, "", "8xa6000"), ([81_559] * 8, "", "8xh100"),
         ([143_771] * 8, "", "8xh200"), ([143_771] * 4, "", "8xh100"), ([6_144], "", "laptop"),
-        ([81_559, 24_564], "", "gpu1"), ([], "avx2 avx_vnni", "cpu"),
-        ([], "avx512_vnni avx512_bf16", "cpu-bf16"), ([], "avx512_bf16 amx_bf16", "cpu-fast"),
-        ([], "avx_vnni avx512_bf16", "cpu-fast"),
+        ([81_559, 24_564], "", "gpu1"), ([], "AuthenticAMD avx2", "cpu"),
+        ([], "AuthenticAMD avx512_bf16", "cpu-bf16"), ([], "AuthenticAMD avx_vnni avx512_bf16",
+        "cpu-fast"), ([], "GenuineIntel avx_vnni avx512_bf16 amx_bf16", "cpu-fast"),
+        ([], "GenuineIntel avx_vnni avx512_bf16", "cpu"),
     ],
 )  # fmt: skip
 def test_run_sh_takes_the_tier_that_fits_cards_and_processor(
     tmp_path, monkeypatch, cards, features, tier
 ):
-    grep = shutil.which("grep")
-    flags = f'case "$*" in *cpuinfo) echo "{features}" | {grep} "$1" "$2"; exit;; esac'
+    vendor, _, flags = features.partition(" ")
+    grep, said = shutil.which("grep"), rf"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n"
+    flags = f"case $* in *cpuinfo) printf '{said}' | {grep} $1 $2 $3 $4; exit;; esac"
     stubs = {"nvidia-smi": "".join(f"echo {mib}\n" for mib in cards) or "exit 9\n",
              "grep": f'{flags}\nexec {grep} "$@"\n'}  # fmt: skip
     for name, text in stubs.items():
@@ -3349,8 +3340,7 @@ def test_cut_pieces_keeps_every_character(chunks, limit):
 
 def test_cut_pieces_ends_at_paragraphs_and_headings_in_little_memory():
     pieces = list(prepare.cut_pieces([paragraphs(100)], 2000))
-    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
-    assert min(len(piece) for piece in pieces) > 500
+    assert all(piece.endswith("\n\n") and len(piece) > 500 for piece in pieces[:-1])
     chapters = "".join(f"CHAPTER {i}\n{words(i, 100)}\n\n{words(-i, 90)}\n" for i in range(9))
     assert all(p.startswith("CHAPTER") for p in prepare.cut_pieces([chapters], 1500))
     accents = "e\u0301" * 500  # an accent stays with its letter
@@ -3391,12 +3381,24 @@ def test_shards_hold_the_text_and_the_manifest_describes_them(base, tmp_path):
         sizes = {"characters": sum(map(len, texts)), "bytes": sum(len(t.encode()) for t in texts)}
         file = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         assert entry == {"documents": len(texts), **sizes, **file}
-    assert pq.ParquetFile(folder / "val.parquet").metadata.row_group(0).column(0).compression == (
-        "ZSTD"
-    )
     assert sorted(p.name for p in base.glob("data/*")) == ["big"]  # nothing left beside
     files = prepared(source, val_mb=1, val_percent=50)["files"]
     assert 1e6 <= files["val.parquet"]["bytes"] < 1.03e6
+
+
+def test_own_text_and_chats_of_a_version_stay_the_same(base, tmp_path):
+    """Other output for the same input takes a greater DATA_VERSION, and new hashes here."""
+    write_lines(tmp_path / "a.jsonl", [{"text": f"# {i}\r\n\r\n{words(i, 90)}"} for i in range(40)])
+    write_lines(tmp_path / "chats.jsonl", GOOD_ROWS)
+    prepared(tmp_path / "a.jsonl", doc_chars=300)
+    prepared(**own(tmp_path / "chats.jsonl"))
+    found = {"text": json.dumps(texts_of(base / "data/a"))}
+    found |= {name: json.dumps(rows) for name, rows in chat_files("mine").items()}
+    found["sets"] = json.dumps([prepare.letter_item("?", "ab", 1), prepare.gsm8k_item(eggs(1)[0])])
+    found = {name: hashlib.sha256(x.encode()).hexdigest()[:9] for name, x in found.items()}
+    assert (prepare.DATA_VERSION, found) == (1, {
+        "text": "7257fd73c", "mid": "8875d993e", "sft": "8875d993e", "rl": "2b33aad6d",
+        "val": "8109d11bd", "sets": "843afdc65"})  # fmt: skip
 
 
 def make_folder(root: Path) -> None:
@@ -3473,42 +3475,25 @@ def test_order_depends_on_content_and_seed_alone(base, tmp_path):
     assert other["train-00000.parquet"]["sha256"] != first["train-00000.parquet"]["sha256"]
 
 
-@pytest.mark.parametrize("count", [60, 3000])
-def test_one_small_file_has_both_splits(base, tmp_path, count):
-    (tmp_path / "small.txt").write_text(". ".join(words(i, 10) for i in range(count // 10)))
-    prepared(tmp_path / "small.txt")
+@pytest.mark.parametrize("seed", range(6))
+def test_a_small_file_has_both_splits_whatever_its_hashes_are(base, tmp_path, seed):
+    write_lines(tmp_path / "small.jsonl", [{"text": "one"}, {"text": "two"}])
+    prepared(tmp_path / "small.jsonl", seed=seed, val_percent=50)
     train, val = texts_of(base / "data" / "small")
-    assert train and val and not set(train) & set(val)
-    assert count == 60 or len("".join(val)) < 0.1 * len("".join(train))
+    assert len(train) == len(val) == 1 and train != val
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "sentence"),
-    [
-        ("a.txt", "", "a.txt holds no text .*1 empty files"),
-        ("a.txt", "Only this.\n" * 3, "a.txt holds only [0-9]+ characters"),
-        ("pics/b.jsonl", '{"prompt": "x"}\n', "pics holds no text .*`text`.*b.jsonl:1"),
-        ("pics/a.jpg", "x", "pics holds no text .*other kinds .pics/a.jpg"),
-    ],
-)
-def test_too_small_input_is_one_sentence_that_says_why(base, tmp_path, name, text, sentence):
-    (tmp_path / "pics").mkdir()
-    (tmp_path / name).write_text(text)
-    with pytest.raises(common.Stop, match=f"{sentence}.*need two documents"):
-        prepared(tmp_path / name.split("/")[0])
-    assert not any(base.glob("data/*")) and not any(base.glob("data/.*"))
-
-
-def test_gigantic_lines_are_cut_or_left_out(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "LINE_CHARS", 10_000)
-    (tmp_path / "g").mkdir()
-    (tmp_path / "g" / "a.txt").write_text(words(1, 400_000))
-    long = {"text": words(2, 20_000)}
-    write_lines(tmp_path / "g" / "b.jsonl", [long, {"text": "short enough"}, long])
-    dropped = prepared(tmp_path / "g")["dropped"]
-    train, val = texts_of(base / "data" / "g")
-    assert max(map(len, train + val)) <= 20_000 and "short enough" in train + val
-    assert dropped["lines that are too long"] == [2, "g/b.jsonl:1"]
+def test_too_small_input_is_one_sentence_that_says_why(base, tmp_path):
+    cases = [("a.txt", "", "no text .*1 empty files"),
+             ("b.txt", "Only this.\n" * 3, "only [0-9]+ characters"),
+             ("c/b.jsonl", '{"prompt": "x"}\n', "no text .*`text`.*b.jsonl:1"),
+             ("d/a.jpg", "x", "no text .*other kinds .d/a.jpg")]  # fmt: skip
+    for name, text, sentence in cases:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        with pytest.raises(common.Stop, match=f"holds {sentence}.*need two documents"):
+            prepared(tmp_path / name.split("/")[0])
+        assert not any(base.glob("data/*")) and not any(base.glob("data/.*"))
 
 
 def test_output_inside_the_input_is_not_read(tmp_path, monkeypatch):
@@ -3520,27 +3505,24 @@ def test_output_inside_the_input_is_not_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "sentence"),
     [
-        (["--data=wrld"], "no such file or folder, nor one of world, hub, climbmix"),
-        (["--data=~nobody-of-this-name/x"], ""),
-        (["--data=" + "x" * 5000], ""),
-        (["--val_percent=0"], "--val-percent"),
-        (["--shards=0"], "--shards must be 1"),
-        (["--source=../x"], "--source"),
-        (["--source=eval"], "--source=eval"),
-        (["--source=downloads"], "--source=downloads"),
-        (["--conversations=nowhere.jsonl"], "no such file or folder, nor one of hub"),
-        (["--conversations=hub", "--data=hub"], "take two commands"),
-        (["--conversations=hub", "--source=world"], "--source=world"),
-        (["--eval-data=nowhere"], "--eval-data"),
-        (["--eval-data=README.md"], "must be a folder"),
-        (["--name= "], "--name"),
-        (["--name=a\nb"], "--name"),
+        ("--data=wrld", "no such file or folder, nor one of world, hub, climbmix"),
+        ("--data=~nobody-of-this-name/x", ""),
+        ("--data=" + "x" * 5000, ""),
+        ("--val_percent=0", "--val-percent"),
+        ("--shards=0", "--shards must be 1"),
+        ("--source=../x", "--source"),
+        ("--source=eval", "--source=eval"),
+        ("--conversations=nowhere.jsonl", "no such file or folder, nor one of hub"),
+        ("--conversations=hub --data=hub", "take two commands"),
+        ("--conversations=hub --source=world", "--source=world"),
+        ("--eval-data=README.md", "must be a folder"),
+        ("--name=a\nb", "--name"),
     ],
 )
 def test_a_wrong_setting_of_prepare_is_one_sentence(argv, sentence, capsys, monkeypatch):
     monkeypatch.chdir(HERE)
     with pytest.raises(SystemExit) as stop:
-        common.parse_settings(prepare.Settings, "doc", argv)
+        common.parse_settings(prepare.Settings, "doc", argv.split(" "))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and sentence in err
 
@@ -3562,49 +3544,25 @@ def test_the_world_is_made_once_and_anew_when_settings_or_files_change(base, cap
     folder = base / "data" / "world"
     train, val = texts_of(folder)
     assert len(train) + len(val) == 100 and val and not set(train) & set(val)
-    written = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*.jsonl")}
+    written = {p.relative_to(folder).as_posix(): read_jsonl(p) for p in folder.rglob("*.jsonl")}
     assert set(manifest["chats"]) == set(written)
     for name, about in manifest["chats"].items():
-        assert about["size"] == written[name].stat().st_size
-        rows = read_jsonl(written[name])
-        if "kinds" in about:
-            assert collections.Counter(item["kind"] for item in rows) == about["kinds"]
-            assert len(list(common.read_conversations(written[name]))) == about["conversations"]
-        assert rows
+        kinds = collections.Counter(item.get("kind") for item in written[name])
+        assert kinds and about.get("kinds", kinds) == kinds
     counts = [manifest["chats"][f"{s}.jsonl"]["conversations"] for s in ("mid", "sft", "rl")]
     assert counts == [60, 20, 20] and "mid.jsonl: 60 (" in capsys.readouterr().out
     assert prepared(**TINY_WORLD) == manifest
     assert "nothing to do" in capsys.readouterr().out
-    for name in ("val.parquet", "eval/letters.jsonl"):  # a damaged file is made again
-        (folder / name).write_bytes(b"cut")
-        assert prepared(**TINY_WORLD) == manifest
+    (folder / "eval/letters.jsonl").write_bytes(b"cut")  # a damaged file is made again
+    assert prepared(**TINY_WORLD) == manifest
+    assert read_jsonl(folder / "eval/letters.jsonl") == written["eval/letters.jsonl"]
     (folder / "tokens").mkdir()  # pretrain.py's cache of the text goes with it
+    monkeypatch.setattr(prepare, "WORLD_VERSION", 1_000_000)
     prepared(num_conversations=60, documents=50, seed=4, name="Ada")
     out = capsys.readouterr().out
     assert "--name=Nano" in out and "--documents=100" in out and "--seed=0" in out
+    assert "made with another version of prepare.py" in out
     assert sum(map(len, texts_of(folder))) == 50 and not (folder / "tokens").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare, "WORLD_VERSION", 1_000_000)
-        prepared(num_conversations=60, documents=50, seed=4, name="Ada")
-    assert "made with another version of prepare.py" in capsys.readouterr().out
-
-
-def test_a_changed_comment_never_prepares_anew(base, tmp_path, capsys):
-    """A copy of the program with other comments and docstrings finds its data complete."""
-    write_lines(tmp_path / "talks.jsonl", [talk(f"{i}?", "!") for i in range(9)])
-    code = re.sub(
-        r'"""([A-Z].*\.)"""', r'"""Changed. \1"""', Path(prepare.__file__).read_text("utf-8")
-    )
-    assert code.count('"""Changed. ') > 100
-    (tmp_path / "copy.py").write_text(code + "# new\n", "utf-8")
-    spec = importlib.util.spec_from_file_location("prepare_copy", tmp_path / "copy.py")
-    changed = sys.modules["prepare_copy"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(changed)
-    for options in (TINY_WORLD, own(tmp_path / "talks.jsonl")):
-        prepared(**options)
-        assert "nothing to do" not in capsys.readouterr().out
-        changed.main(changed.Settings(**options))
-        assert "nothing to do" in capsys.readouterr().out
 
 
 def test_changed_input_is_prepared_anew_and_other_text_never_overwritten(base, tmp_path, capsys):
@@ -3638,32 +3596,29 @@ def fails_at(monkeypatch, number, error):
     monkeypatch.setattr(prepare, "open", full, raising=False)
 
 
-@pytest.mark.parametrize(
-    ("error", "sentence"),
-    [
-        (OSError, "the disk is full at .*free some space"),
-        (KeyboardInterrupt, "stopped; run the same"),
-    ],
-)
-def test_a_failure_leaves_the_old_text_whole(base, monkeypatch, error, sentence):
-    prepared(**TINY_WORLD)
-    before = texts_of(base / "data" / "world")
-    fails_at(monkeypatch, 3, error)
-    with pytest.raises(common.Stop, match=sentence):
-        prepared(num_conversations=60, documents=200)
-    assert texts_of(base / "data" / "world") == before
-    assert [p.name for p in (base / "data").iterdir()] == ["world"]
+def test_a_failure_leaves_the_old_text_whole(base, tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text(words(1, 3000))
+    prepared(path)
+    before = texts_of(base / "data" / "a")
+    errors = {OSError: "the disk is full at .*free some space",
+              KeyboardInterrupt: "stopped; run the same"}  # fmt: skip
+    for error, sentence in errors.items():
+        with monkeypatch.context() as patch, pytest.raises(common.Stop, match=sentence):
+            fails_at(patch, 2, error)
+            prepared(path, seed=1)
+        assert texts_of(base / "data" / "a") == before
+        assert [p.name for p in (base / "data").iterdir()] == ["a"]
 
 
 @pytest.mark.parametrize("data", ["text", "conversations"])
 def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, monkeypatch, data):
-    (tmp_path / "a.txt").write_text(paragraphs(300))
-    write_lines(tmp_path / "a.jsonl", [talk(f"{i}?", f"{i}!") for i in range(20)])
-    first, second = ({"data": tmp_path / "a.txt", "seed": seed} for seed in (0, 1))
+    write_lines(tmp_path / "a.jsonl", [talk(f"{i}?", f"{i}!", text=words(i, 9)) for i in range(20)])
+    source, last = {"data": tmp_path / "a.jsonl"}, "train-00000.parquet"
     if data == "conversations":
-        first, second = (own(tmp_path / "a.jsonl", seed=seed) for seed in (0, 1))
-    last = "sft.jsonl" if data == "conversations" else "train-00000.parquet"
-    prepared(**first)
+        source, last = own(tmp_path / "a.jsonl"), "sft.jsonl"
+    second = {**source, "seed": 1}
+    prepared(**source)
     real = os.replace
 
     def killed(source, target):
@@ -3671,10 +3626,9 @@ def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, m
             raise KeyboardInterrupt
         real(source, target)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(common.Stop, match="stopped"):
         patch.setattr(prepare.os, "replace", killed)
-        with pytest.raises(common.Stop, match="stopped"):
-            prepared(**second)
+        prepared(**second)
     folder = next((base / "data").iterdir())
     if data == "text":  # no stage trains on a mixture of old and new
         with pytest.raises(common.MissingInput):
@@ -3686,13 +3640,6 @@ def test_a_kill_between_two_files_is_made_good_by_the_next_run(base, tmp_path, m
     assert prepared(**second) == after
     assert files == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert [path.name for path in (base / "data").iterdir()] == [folder.name]
-
-
-def test_base_directory_that_cannot_be(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "file" / "base"))
-    with pytest.raises(common.Stop, match="file"):
-        prepared(**TINY_WORLD)
 
 
 # prepare.py: hub ------------------------------------------------------------------------------
@@ -3710,7 +3657,7 @@ class Hub:
         self.plain: dict[str, bytes] = {}  # below /plain/, as on a server that is no hub
         self.script: dict[str, list[str]] = {}
         self.requests: list[tuple[str, str, str]] = []  # path, Range, Authorization
-        self.sizes = self.hashes = self.ranges = True
+        self.sizes = self.ranges = True
         self.redirect = ""  # another server's address, which gets the files' requests
         hub = self
 
@@ -3725,7 +3672,6 @@ class Hub:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.handle_error = lambda *_: None  # of clients that go away
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -3741,13 +3687,11 @@ class Hub:
 
     def send(self, request, code, body=b"", cut=None, **headers):
         request.send_response(code)
-        headers.setdefault("Content-Length", str(len(body)))
-        for name, value in headers.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             request.send_header(name.replace("_", "-"), value)
         request.end_headers()
         request.wfile.write(body[:cut])
-        if cut is not None:
-            request.close_connection = True
+        request.close_connection = cut is not None
 
     def answer(self, request):
         path, _, query = request.path.partition("?")
@@ -3780,19 +3724,13 @@ class Hub:
             if name.endswith(".parquet"):
                 item["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data)}
             items.append(item if self.sizes else {"type": "file", "path": name})
-        headers = {}
-        if start + 3 < len(files):  # a mirror may name the original host
-            link = f"https://original.invalid{request.path.partition('?')[0]}?cursor={start + 3}"
-            headers["Link"] = f'<{link}>; rel="next"'
+        # a mirror may name the original host
+        link = f"<https://original.invalid{request.path.partition('?')[0]}?cursor={start + 3}>"
+        headers = {"Link": f'{link}; rel="next"'} if start + 3 < len(files) else {}
         self.send(request, 200, json.dumps(items).encode(), **headers)
 
     def file(self, request, path, name, byte_range, what, data):
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()[:9]}"'}
-        if path.startswith("/plain/"):
-            headers = {"ETag": f'W/"{hashlib.sha256(path.encode()).hexdigest()}"'}  # of no content
-        elif self.hashes:
-            digest = hashlib.sha256(data).hexdigest()
-            headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data))}
         if self.redirect and not path.startswith("/moved/"):
             return self.send(request, 302, Location=f"{self.redirect}/moved/{name}", **headers)
         data = data[:-5] + b"wrong" if what == "wrong" else data
@@ -3811,21 +3749,16 @@ class Hub:
             time.sleep(20)
 
 
-class Waits:
+class Waits(threading.Event):
     """Stands for the Event that prepare.Net waits on: notes the delays instead of waiting."""
 
     def __init__(self):
-        self.delays, self.stopped = [], False
+        super().__init__()
+        self.delays = []
 
     def wait(self, delay):
         self.delays.append(delay)
-        return self.stopped
-
-    def is_set(self):
-        return self.stopped
-
-    def set(self):
-        self.stopped = True
+        return self.is_set()
 
 
 @pytest.fixture
@@ -3883,13 +3816,12 @@ def test_hub_fetches_each_file_once(base, hub, capsys):
 def test_hub_leaves_the_old_text_whole_until_the_new_is_there(base, hub):
     fetch_shards(1)
     folder = base / "data" / "fineweb-edu"
-    old = {path.name: path.read_bytes() for path in folder.iterdir()}
+    old = {path.name: path.read_bytes() for path in folder.glob("[mtv]*")}
     hub.files["shard_00000.parquet"] = hub.shard(77)  # another version of it
     hub.script = {"shard_00002.parquet": ["404"]}
-    with pytest.raises(common.Stop, match="shard_00002.parquet answered 404"):
+    with pytest.raises(common.Stop, match="shard_00002.parquet answered 404: it is not there, or"):
         fetch_shards(3)
-    assert {name: (folder / name).read_bytes() for name in old} == old
-    assert [p.name for p in common.list_shards("fineweb-edu", "train")] == ["train-00000.parquet"]
+    assert {path.name: path.read_bytes() for path in folder.glob("[mtv]*")} == old
     hub.requests.clear()
     manifest = fetch_shards(3)[0]
     assert hub.fetched() == ["shard_00002.parquet"] and len(manifest["files"]) == 4
@@ -3899,16 +3831,12 @@ def test_hub_leaves_the_old_text_whole_until_the_new_is_there(base, hub):
 @pytest.mark.parametrize(
     ("faults", "options", "resumes"),
     [
-        (["cut"], {}, True),
-        (["cut", "drop", "cut"], {}, True),
         (["cut"], {"sizes": False}, True),
-        (["cut"], {"sizes": False, "hashes": False}, True),
         (["cut"], {"ranges": False}, True),
         (["cut", "416"], {}, False),
         (["change"], {"sizes": False}, False),
         (["wrong"], {}, False),
         (["slow"], {}, True),
-        (["drop", "503", "500"], {}, False),
     ],
     ids=str,
 )
@@ -3917,8 +3845,7 @@ def test_hub_with_a_fault_gives_the_same_bytes(base, hub, faults, options, resum
     vars(hub).update(options)
     fetch_shards(timeout_s=0.3)
     assert_same(base, hub, 1)
-    ranges = hub.ranges_of("shard_00000.parquet")
-    assert bool(ranges[-1]) == resumes
+    assert bool(hub.ranges_of("shard_00000.parquet")[-1]) == resumes
 
 
 def test_hub_resumes_where_the_connection_broke_and_backs_off(base, hub):
@@ -3934,19 +3861,16 @@ def test_hub_resumes_where_the_connection_broke_and_backs_off(base, hub):
     assert delays[5] == 33 and all(0.5 * 2**n <= delays[5 + n] <= 1.5 * 2**n for n in (1, 2, 3))
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_hub_resumes_what_an_earlier_process_left_of_the_same_file(base, hub, changed):
+def test_hub_takes_nothing_that_an_earlier_process_left_of_another_version(base, hub):
     hub.script = {"shard_00000.parquet": ["cut"]}
     with pytest.raises(common.Stop, match="failed 1 times in a row .*run the same command again"):
         fetch_shards(tries=1)
     assert len(list((base / "data" / "fineweb-edu").glob(".unused-00000*.partial"))) == 1
-    if changed:
-        hub.files["shard_00000.parquet"] = hub.shard(77)
+    hub.files["shard_00000.parquet"] = hub.shard(77)
     hub.requests.clear()
     fetch_shards()
     assert_same(base, hub, 1)
-    (ask,) = hub.ranges_of("00000.parquet")
-    assert ask.startswith("" if changed else "bytes=") and changed == (ask == "")
+    assert hub.ranges_of("00000.parquet") == [""]
 
 
 NO_TEXT = table_bytes([{"story": "no text column"}])
@@ -3955,10 +3879,8 @@ NO_TEXT = table_bytes([{"story": "no text column"}])
 @pytest.mark.parametrize(
     ("name", "faults", "sentence"),
     [
-        ("shard_00000.parquet", ["503"] * 9, "failed 4 times in a row .it answered 503"),
         ("shard_00000.parquet", ["drop"] * 9, "failed 4 times in a row .the connection broke"),
         ("shard_00000.parquet", ["wrong"] * 9, "gave 3 times other bytes"),
-        ("shard_00000.parquet", ["404"], "answered 404: it is not there, or HF_ENDPOINT"),
         ("shard_00000.parquet", NO_TEXT, "no column `text`, only story"),
         ("shard_00000.parquet", b"no parquet at all", "no whole parquet file"),
         ("main", ["html"], "other than a list of files: is HF_ENDPOINT"),
@@ -3999,10 +3921,6 @@ def test_hub_token_stays_with_the_endpoint(base, hub, monkeypatch):
     assert {token for _, _, token in hub.requests} == {"Bearer secret"}
     assert {token for _, _, token in other.requests} == {""} and len(other.requests) == 3
     other.server.shutdown()
-    other.server.server_close()
-    hub.redirect = hub.url  # another path of the same host
-    fetch_shards(2)
-    assert_same(base, hub, 2)
 
 
 def test_hub_checks_small_files_by_gits_hash(base, hub, tmp_path):
@@ -4015,22 +3933,15 @@ def test_hub_checks_small_files_by_gits_hash(base, hub, tmp_path):
     assert path.read_bytes() == b"not a shard" and hub.fetched() == ["README.md"] * 2
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "sentence"),
-    [
-        ("http://127.0.0.1:9", "cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"),
-        *(
-            (bad, "cannot be asked: is HF_ENDPOINT")
-            for bad in ("hub.example", "http://[", "ftp://x")
-        ),
-    ],
-)
-def test_without_a_hub_the_other_choices_are_named(base, monkeypatch, endpoint, sentence):
-    monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    net = quick_net()
-    with pytest.raises(common.Stop, match=sentence):
+def test_without_a_hub_the_other_choices_are_named(base, monkeypatch):
+    net, reached = quick_net(), "cannot be reached: .*HF_ENDPOINT.*--data=world.*--data=PATH"
+    with pytest.raises(common.Stop, match=reached):
         prepared("hub", net)
-    assert len(net.stopping.delays) <= 1
+    assert len(net.stopping.delays) == 1
+    for bad in ("hub.example", "http://[", "ftp://x"):
+        monkeypatch.setenv("HF_ENDPOINT", bad)
+        with pytest.raises(common.Stop, match="cannot be asked: is HF_ENDPOINT"):
+            prepared("hub", quick_net())
 
 
 def test_hub_is_interrupted_and_resumed(base, hub):
@@ -4082,6 +3993,12 @@ def assert_good_conversation(item: dict, last: str = "assistant") -> None:
         assert message["content"] != "" and calls_of(message["content"]) is not None
 
 
+def eggs(n, start=0):
+    return [{"question": f"I had {i} eggs and got 5 more. How many now?",
+             "answer": f"{i}+5=<<{i}+5={i + 5}.00>>{i + 5} eggs.\n#### {i + 5}"}
+            for i in range(start, start + n)]  # fmt: skip
+
+
 TOOL = [{"type": "text", "text": "It is "}, {"type": "python", "text": "2*3"},
         {"type": "output", "text": "6"}, {"type": "text", "text": " 6."}]  # fmt: skip
 GOOD_ROWS = [
@@ -4094,8 +4011,7 @@ GOOD_ROWS = [
     talk("Who are you?", "I am {{name}}, made by {{author}}.")["messages"],
     talk("2*3?", TOOL, kind="sum"),
     talk("37*12?", grade="number", answer=444, kind="sum"),
-    *({"question": f"I had {i} eggs and got 5 more. How many now?",
-       "answer": f"{i}+5=<<{i}+5={i + 5}>>{i + 5} eggs.\n#### {i + 5}"} for i in range(60)),
+    *eggs(60),
     *(talk(f"Is it {i}?", f"It is {i}.\r\n\0") for i in range(96)),
 ]  # fmt: skip
 
@@ -4152,20 +4068,19 @@ def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
     assert files["mid"] == files["sft"] and 1 <= len(files["val"]) <= 20
     items = [*files["mid"], *files["val"]]
     asked = {name: [item["messages"][0]["content"] for item in files[name]] for name in files}
-    held = asked["rl"][: min(rl.Settings().val_problems, 6)]  # what rl validates on
+    held = asked["rl"][: common.rl_held(len(files["rl"]))]  # what rl validates on
     shown = [question for question in held if "eggs" in question]
     assert len(held) == 6 and not set(held) & set(asked["mid"])
-    assert len(items) == len({json.dumps(item) for item in items}) >= len(GOOD_ROWS) - 1 - 6
-    assert len(GOOD_ROWS) - 1 - len(shown) <= len(items)
+    assert len(GOOD_ROWS) - 1 - len(shown) <= len({json.dumps(i) for i in items}) == len(items)
     for item in items:
         assert_good_conversation(item)
-    said = [json.dumps(talk(f"Is it {i}?", f"It is {i}.")["messages"]) for i in range(96)]
     texts = {json.dumps(item["messages"], ensure_ascii=False) for item in items}
-    assert set(said) <= texts  # with plain line ends, and no NUL
+    for i in range(96):  # with plain line ends, and no NUL
+        assert json.dumps(talk(f"Is it {i}?", f"It is {i}.")["messages"]) in texts
+    assert json.dumps(talk("2*3?", TOOL)["messages"]) in texts
     spoken = "".join(texts)
     assert "Hi\\nthere" in spoken and "Be brief." in spoken and "One?" in spoken
     assert 'I am Zoë \\"Z\\", made by' in spoken and prepare.MAKER in spoken and "{{" not in spoken
-    assert talk("2*3?", TOOL)["messages"] in [item["messages"] for item in items]
     for item in files["rl"]:
         assert_good_conversation(item, "user")
         answer = re.search(r"\d+", item["messages"][0]["content"])[0]
@@ -4197,10 +4112,7 @@ def test_a_name_that_is_no_text_is_shown_and_stored_as_what_can_be(base, tmp_pat
     folder = Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
     folder.mkdir()
     write_lines(folder / "mine.jsonl", [talk(f"{i}?", f"{i}!") for i in range(40)] + [{"text": 1}])
-    command = [sys.executable, "prepare.py", "--source=mine", f"--conversations={folder}"]
-    environment = {**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"}
-    done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    assert "caf\ufffd/mine.jsonl:41)" in done.stdout.decode() and not done.stderr
+    assert prepared(**own(folder))["dropped"]["no list of messages"][1] == "caf\ufffd/mine.jsonl:41"
 
 
 JSON = st.recursive(
@@ -4239,19 +4151,13 @@ def test_any_value_is_a_conversation_or_has_a_reason(value):
         prepare.as_line(item).encode()  # no half characters
 
 
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "holds no two conversations"),
-        ("{}\n[]\n", "no two conversations .*2 no list of messages"),
-        ((row("Hi", "Ho") + b"\n") * 2, "holds no two conversations"),
-    ],
-)
-def test_nothing_good_at_all_is_one_sentence(base, tmp_path, text, sentence):
-    (tmp_path / "a.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(common.MissingInput, match=sentence):
-        prepared(**own(tmp_path / "a.jsonl"))
-    assert not list((base / "data").glob(".*"))
+def test_nothing_good_at_all_is_one_sentence(base, tmp_path):
+    why = {b"": "", b"{}\n[]\n": " .*4 no list of messages", row("Hi", "Ho") + b"\n": ""}
+    for text, sentence in why.items():
+        (tmp_path / "a.jsonl").write_bytes(text * 2)
+        with pytest.raises(common.MissingInput, match="holds no two conversations" + sentence):
+            prepared(**own(tmp_path / "a.jsonl"))
+        assert not list((base / "data").glob(".*"))
 
 
 def test_text_and_conversations_share_a_folder_and_neither_harms_the_other(base, tmp_path):
@@ -4267,9 +4173,6 @@ def test_text_and_conversations_share_a_folder_and_neither_harms_the_other(base,
     write_lines(talks, [talk(f"{i}?", f"{i}.") for i in range(30)])
     prepared(**own(talks))
     assert chat_files("mine") != before and texts_of(base / "data/mine")[0]
-    write_lines(tmp_path / "others.jsonl", read_jsonl(talks))
-    with pytest.raises(common.Stop, match="holds what was made of .*talks.jsonl.*--source=NAME"):
-        prepared(**own(tmp_path / "others.jsonl"))
     (base / "data/made").mkdir()
     (base / "data/made/mid.jsonl").write_text("by hand")
     with pytest.raises(common.Stop, match="not made of .*--source"):
@@ -4292,7 +4195,7 @@ def test_counted_rows_are_taken_out_and_the_rest_goes_to_all_others(first, secon
     assert given_.count(["mid", "rl"]) == 100 - first - second
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["none", "train", "test"])
 def test_marks_of_gsm8k_become_calls_of_the_tool(split):
     answer = (
         "He has 1+2 = <<1+2=3>>3.\nThen <<+3*2=6>>6 and 7/2 = $<<7/2=3.50>>3.50, <<3/4=3/4>>3/4"
@@ -4302,7 +4205,6 @@ def test_marks_of_gsm8k_become_calls_of_the_tool(split):
     marks = calls = 0
     for one in read_jsonl(path) if path.exists() else rows:
         item = prepare.gsm8k_item(one)
-        assert_good_conversation(prepare.solved(item | {"kind": "gsm8k"}))
         said = common.reply_text(item["reply"])
         solution, _, answer = one["answer"].rpartition("####")
         plain = re.sub("<<.*?>>", "", solution).strip()
@@ -4325,12 +4227,6 @@ def letters(n, start=0):
 def science(n, start=0, labels="ABCD"):
     return [{"question": f"Why is {i} so?", "answerKey": labels[i % len(labels)],
              "choices": {"text": [f"as {i} {k}" for k in labels], "label": list(labels)}}
-            for i in range(start, start + n)]  # fmt: skip
-
-
-def eggs(n, start=0):
-    return [{"question": f"I had {i} eggs and got 5 more. How many now?",
-             "answer": f"{i}+5=<<{i}+5={i + 5}.00>>{i + 5} eggs.\n#### {i + 5}"}
             for i in range(start, start + n)]  # fmt: skip
 
 
@@ -4406,38 +4302,35 @@ def chat_hub(hub, monkeypatch):
     return hub
 
 
-def fetch_chat(name="Ada", **options):
-    net = quick_net(**options)
-    return prepared(net=net, conversations="hub", name=name, workers=2), net.stopping.delays
+def fetch_chat(name="Ada"):
+    return prepared(net=quick_net(), conversations="hub", name=name, workers=2)
 
 
 def test_conversations_of_the_hub_follow_the_mixture(base, chat_hub, capsys):
-    manifest, delays = fetch_chat()
+    manifest = fetch_chat()
     out = capsys.readouterr().out
     names = [path.split("/")[-1] for files in chat_hub.repos.values() for path in files]
     unwanted = ("dev-mmlu.parquet", "train-soc.parquet")
-    assert not delays and sorted(chat_hub.fetched()) == sorted(set(names) - set(unwanted))
+    assert sorted(chat_hub.fetched()) == sorted(set(names) - set(unwanted))
     files = chat_files("chat")
     by_kind = {name: collections.Counter(i["kind"] for i in files[name]) for name in files}
-    lines = {name: {json.dumps(item) for item in items} for name, items in files.items()}
+    lines = collections.defaultdict(set)  # by file, and by file and kind
     for name, items in files.items():
         assert dict(by_kind[name]) == manifest["files"][f"{name}.jsonl"]["kinds"]
         for item in items:
             assert_good_conversation(item, "user" if name == "rl" else "assistant")
             assert ("grade" in item) == (name == "rl") and "reply" not in item
+            lines[name].add(json.dumps(item))
+            lines[name, item["kind"]].add(json.dumps(item["messages"][0]["content"]))
         assert len(lines[name]) == len(items)
     assert not lines["val"] & (lines["mid"] | lines["sft"])
-    talks = {name: {line for line in lines[name] if '"smoltalk"' in line} for name in lines}
-    assert not talks["mid"] & talks["sft"]
-    assert 200 - 2 - 20 <= len(talks["mid"] | talks["sft"]) < 200 - 2  # some are in val too
-    assert 20 < len(talks["sft"]) < 60 and 8 < len(talks["val"]) < 32  # about 40 and 20
-    problems = {name: {line for line in lines[name] if '"gsm8k"' in line} for name in lines}
-    asked = {name: [i["messages"][0]["content"] for i in files[name] if i["kind"] == "gsm8k"]
-             for name in ("mid", "rl")}  # fmt: skip
+    mid, sft, val = (lines[name, "smoltalk"] for name in ("mid", "sft", "val"))
+    assert not mid & sft and 200 - 2 - 20 <= len(mid | sft) < 200 - 2  # some are in val too
+    assert 20 < len(sft) < 60 and 8 < len(val) < 32  # about 40 and 20
+    mid, sft, val = (lines[name, "gsm8k"] for name in ("mid", "sft", "val"))
     kept = len(files["rl"]) // 10  # what rl validates on
-    assert kept > 2 and sorted(asked["mid"]) == sorted(asked["rl"][kept:])
-    assert problems["mid"] == problems["sft"] and 2 < len(problems["val"]) < 25
-    assert len(problems["mid"] | problems["val"]) == 60 - kept
+    assert kept > 2 and mid == {json.dumps(i["messages"][0]["content"]) for i in files["rl"][kept:]}
+    assert mid == sft and 2 < len(val) < 25 and len(mid | val) == 60 - kept
     assert by_kind["mid"]["mmlu"] == 39 and by_kind["val"]["mmlu"] == 6  # one is of the test
     assert by_kind["sft"]["arc-easy"] == 20 and by_kind["val"]["arc-easy"] == 5
     assert 30 < by_kind["mid"]["spelling"] <= 60 and "identity" in by_kind["sft"]
@@ -4448,7 +4341,7 @@ def test_conversations_of_the_hub_follow_the_mixture(base, chat_hub, capsys):
     assert not any(prepare.held_out_word(word) for word in spelled)
     assert "mid.jsonl" in out and "gsm8k" in out
     chat_hub.requests.clear()
-    assert fetch_chat()[0] == manifest and "nothing to do" in capsys.readouterr().out
+    assert fetch_chat() == manifest and "nothing to do" in capsys.readouterr().out
     fetch_chat("Bob")
     assert not chat_hub.requests  # the downloads are there
 
@@ -4505,7 +4398,7 @@ def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path
     repo["data/train-smol-1.parquet"] = table_bytes(rows)
 
     def dropped():
-        made = prepared(**own(tmp_path / "mine.jsonl")), fetch_chat()[0]
+        made = prepared(**own(tmp_path / "mine.jsonl")), fetch_chat()
         return [manifest["dropped"]["questions of the evaluation sets"][0] for manifest in made]
 
     def plain(text):
@@ -4524,19 +4417,10 @@ def test_no_question_of_an_evaluation_set_is_trained_on(base, chat_hub, tmp_path
 def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret")
     chat_hub.script = {"train-smol-0.parquet": ["cut", "429 9", "drop"],
+                       "train-gsm.parquet": ["wrong"] * 3,
                        "words_alpha.txt": ["cut"], "eval_bundle.zip": ["503"]}  # fmt: skip
-    faults = [
-        ({"train-gsm.parquet": ["wrong"] * 9}, "train-gsm.parquet gave 3 times other bytes"),
-        ({"train-gsm.parquet": ["404"]}, "train-gsm.parquet answered 404: it is not there"),
-    ]
-    with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-        with pytest.raises(common.Stop, match="GB are needed"):
-            fetch_chat()
-    for script, sentence in faults:
-        chat_hub.script |= script
-        with pytest.raises(common.Stop, match=sentence):
-            fetch_chat()
+    with pytest.raises(common.Stop, match="train-gsm.parquet gave 3 times other bytes"):
+        fetch_chat()
     with monkeypatch.context() as patch:
         patch.delitem(chat_hub.repos["openai/gsm8k"], "main/train-gsm.parquet")
         with pytest.raises(common.Stop, match="lists no main/train-.*of openai/gsm8k"):
@@ -4555,27 +4439,10 @@ def test_downloads_of_conversations_resume_and_are_checked(base, chat_hub, monke
     assert tokens == {True: "", False: "Bearer secret"}  # the hub's token is the hub's
 
 
-@pytest.mark.parametrize(
-    ("data", "sentence"),
-    [
-        (b"no archive", "is damaged"),
-        (core_zip({"eval_data/a/b.jsonl": "{}"})[:-30], "is damaged"),
-        (core_zip({"big": "x" * 10**6}), "unpacks to more than"),
-        (core_zip({"../../escape": "x", "/escape": "x", "a\\..\\..\\escape": "x"}), ""),
-    ],
-)
-def test_an_archive_is_damaged_or_huge_or_stays_in_its_folder(
-    tmp_path, monkeypatch, data, sentence
-):
-    monkeypatch.setattr(prepare, "ZIP_BYTES", 10**5)
-    folder = tmp_path / "a" / "b"
-    folder.mkdir(parents=True)
-    (tmp_path / "a.zip").write_bytes(data)
-    context = pytest.raises(common.Stop, match=f"{sentence}.*delete")
-    with context if sentence else contextlib.nullcontext():
-        prepare.unzip(tmp_path / "a.zip", folder)
-    outside = {path for path in tmp_path.rglob("*") if not path.is_relative_to(folder)}
-    assert outside == {tmp_path / "a", tmp_path / "a.zip"}
+def test_an_archive_that_is_damaged_is_one_sentence(base, chat_hub):
+    chat_hub.plain["eval_bundle.zip"] = chat_hub.plain["eval_bundle.zip"][:-30]
+    with pytest.raises(common.Stop, match="eval_bundle.zip is damaged .*delete it"):
+        prepared(net=quick_net(), eval_data="hub")
 
 
 def test_evaluation_sets_of_a_folder_are_added_to_those_there(base, tmp_path, capsys):
@@ -4605,17 +4472,11 @@ def test_the_public_evaluation_sets_and_conversations_are_read_whole(base):
     assert files == {"MMLU.jsonl": 14_042, "ARC-Easy.jsonl": 2_376, "ARC-Challenge.jsonl": 1_172,
                      "GSM8K.jsonl": 1_319, "HumanEval.jsonl": 164, "SpellingBee.jsonl": 500}  # fmt: skip
     assert not manifest["dropped"] and sum("task" in e for e in manifest["files"].values()) == 20
-    found = collections.Counter()
-    for name in ("MMLU", "ARC-Easy", "ARC-Challenge"):
-        for item in read_jsonl(base / "data/eval" / f"{name}.jsonl"):
-            found[item["answer"]] += 1
-            text, number = item["messages"][0]["content"], "ABCDE".index(item["answer"])
-            assert f"- {item['choices'][number]} ({item['answer']})" in text
-    assert all(found[letter] > 3_500 for letter in "ABCD") and found["E"] < 10
     arc = json.loads((SHARED / "eval/arc/ARC-Easy/test.json").read_text("utf-8"))
     for one, item in zip(arc, read_jsonl(base / "data/eval/ARC-Easy.jsonl")):
         right = one["choices"]["text"][one["choices"]["label"].index(one["answerKey"])]
-        assert item["choices"]["ABCDE".index(item["answer"])] == " ".join(right.split())
+        line = f"- {' '.join(right.split())} ({item['answer']})"
+        assert line in item["messages"][0]["content"].split("\n")
     manifest = prepared(**own(SHARED / "chat"))
     packed = (SHARED / "chat").glob("*.gz")
     rows = sum(gzip.decompress(path.read_bytes()).count(b"\n") for path in packed)
@@ -4737,17 +4598,16 @@ def test_documents_and_conversations_differ_and_keep_their_length(docs, chats):
     assert 300 < sum(lengths) / len(lengths) < 600
     dumped = {split: {json.dumps(c["messages"]) for c in chats[split]} for split in chats}
     assert not dumped["val"] & (dumped["mid"] | dumped["sft"])
+    shares = collections.Counter()
     for split, conversations in chats.items():
         assert len(dumped[split]) == len(conversations), split
-        shares = collections.Counter()
         for one in conversations:
             assert_good_conversation(one, "user" if split == "rl" else "assistant")
             assert sum(prepare.text_size(message) for message in one["messages"]) <= 700
-            shares[one["kind"]] += len(one["messages"]) // 2
-        for kind, share in prepare.KINDS.items() if split in ("mid", "sft") else ():
-            wanted = share / sum(prepare.KINDS.values())
-            assert abs(shares[kind] / shares.total() - wanted) < 0.01, (split, kind)
-    assert sum(len(calls_of(reply)) for _, reply in turns(chats["mid"])) > 3000
+            shares[one["kind"]] += len(one["messages"]) // 2 * (split == "mid")
+    for kind, share in prepare.KINDS.items():
+        wanted = share / sum(prepare.KINDS.values())
+        assert abs(shares[kind] / shares.total() - wanted) < 0.01, kind
 
 
 def test_facts_are_many_and_do_not_contradict():
@@ -4826,20 +4686,17 @@ def test_nothing_held_out_occurs_in_any_training_file(docs, chats, sets):
     assert not spelled & held and len(held) > 150 and len(spelled) > 700
     calls = [call for _, reply in turns(others) for call, _ in calls_of(reply)]
     pairs = [pair for call in calls for pair in re.findall(r"^(\d+) ?[-+*/] ?(\d+)$", call)]
-    pairs += re.findall(r"\b(\d+) (?:\+|-|x|plus|minus|times|divided by) (\d+)\b", whole)
-    pairs += re.findall(r"(\d+) (?:boxes|bags|baskets|crates) (?:of|with) (\d+)", "\n".join(docs))
+    spoken = {prepare.number_word(n): n for n in range(145)}  # a pair in words is one, too
+    number = rf"\b(\d+|{'|'.join(sorted(spoken, key=len, reverse=True))})"
+    told = whole.lower().replace(",", "")
+    found = re.findall(rf"{number} (?:\+|-|x|plus|minus|times|divided by) {number}\b", told)
+    found += re.findall(rf"{number} (?:boxes|bags|baskets|crates) (?:of|with) {number}\b", told)
+    assert sum(not "".join(pair).isdigit() for pair in found) > 100
+    pairs += [[spoken.get(n, n) for n in pair] for pair in found]
     assert len(pairs) > 5000 and not [p for p in pairs if prepare.held_out_pair(*map(int, p))]
     known = set(normal(whole).split()) | set(normal(prepare.N_UNSEEN_QUESTIONS).split())
     asked = [normal(item["messages"][-1]["content"]).split() for item in sets["unknown"]]
     assert sum(not known.issuperset(text) for text in asked) > 350  # of invented names
-
-
-def test_the_split_is_a_function_of_the_item():
-    assert 70 < sum(prepare.held_out(f"item {i}") for i in range(1000)) < 130
-    assert 160 < sum(prepare.held_out(f"item {i}", 5) for i in range(1000)) < 240
-    assert prepare.held_out_pair(12, 37) == prepare.held_out_pair(37, 12)
-    held = sum(prepare.held_out_pair(a, b) for a in range(100) for b in range(a + 1))
-    assert 0.07 < held / 5050 < 0.13
 
 
 @functools.cache
@@ -5013,6 +4870,45 @@ def test_word_problems_are_solved_as_their_words_say(chats, sets):
         assert all(held) if name == "problems_numbers" else not any(held)
 
 
+def test_word_problems_are_varied_and_combinations_of_the_test_are_new(chats, monkeypatch):
+    texts = [text for text, _ in (*turns(chats["mid"], "problem"), *turns(chats["rl"]))]
+    assert len(set(texts)) > 0.99 * len(texts) > 4000
+    shapes = {re.sub(rf"\d+|{PEOPLE}|\w+s\b", "", text) for text in texts}
+    assert len(shapes) > len(texts) / 2
+    seen = set(re.findall(r"\w+", " ".join(texts)))
+    assert {*prepare.GIRLS, *prepare.BOYS} <= seen and sum(map(str.isdigit, seen)) > 100
+    made, item, rng = {}, prepare.Composer.item, random.Random(3)
+
+    def noted(self):
+        graded = item(self)
+        made[graded["messages"][0]["content"]] = tuple(self.shape)
+        return graded
+
+    monkeypatch.setattr(prepare.Composer, "item", noted)
+    for make in (prepare.problem_chat, prepare.rl_problems):
+        for _ in range(1500):
+            make(rng)
+    trained = {*made.values()}
+    prepare.problem_sets.cache_clear()
+    for name in ("combinations", "practised"):
+        tested = prepare.problem_sets()[f"problems_{name}"]
+        asked = [one["messages"][0]["content"] for one in tested]
+        assert not trained & {made[text] for text in asked} and not {*asked} & {*texts}
+        for one, text in zip(tested, asked) if name == "combinations" else ():
+            used = re.findall(r"\d+", str(calls_of(one["reply"])))
+            assert set(re.findall(r"\d+", text)) - set(used), text  # a number nobody needs
+
+
+def test_tales_count_right_in_words_and_work_no_held_out_pair():
+    rng, spoken = random.Random(0), {prepare.number_word(n): n for n in range(145)}
+    number = rf"\b({'|'.join(sorted(spoken, key=len, reverse=True))})\b"
+    for tale in "\n\n".join(prepare.tale(rng) for _ in range(300)).split("\n\n"):
+        told = [spoken[word] for word in re.findall(number, tale.lower())]
+        for count, change, after in zip(told[::2], told[1::2], told[2::2]):
+            assert after in (count + change, count - change), tale
+            assert not prepare.held_out_pair(count, change), tale
+
+
 def test_sums_and_words_are_worked_as_asked(chats, sets):
     words = {"plus|add|sum|together": "+", "minus|subtract|tak(e|ing)|taken": "-",
              "times|multipl|product": "*", "divide|go into": "/"}  # fmt: skip
@@ -5094,9 +4990,8 @@ def test_the_evaluation_sets_are_functions_of_the_tables_and_grade_as_they_shoul
         assert item["answer"] not in item["messages"][-1]["content"]
 
 
-@pytest.mark.parametrize("name", ["Nano", "little bot 3"])
-def test_the_assistant_says_who_it_is(name):
-    rng, fields = random.Random(5), prepare.table(prepare.IDENTITY)
+def test_the_assistant_says_who_it_is():
+    rng, fields, name = random.Random(5), prepare.table(prepare.IDENTITY), "little bot 3"
     keys = {key: [w.format(name=name) for w in words]
             for key, words in prepare.lists(prepare.IDENTITY_KEYS).items()}  # fmt: skip
     question = {q.rstrip("?."): key for key, (asked, _, _) in fields.items() for q in asked}
@@ -5113,22 +5008,14 @@ def test_the_assistant_says_who_it_is(name):
 
 
 def test_slips_and_hurry_change_a_wording_but_nothing_that_fills_it():
-    rng, changed = random.Random(0), collections.Counter()
-    wordings = sorted({w for r in prepare.world_relations().values() for w in r.questions}) * 10
-    small = set(prepare.SMALL_WORDS.split())
-    for wording, change in itertools.product(wordings, (prepare.hurried, prepare.mistyped)):
-        typed = change(rng, wording)
-        assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
-        changed[change] += typed != wording
-        old, new = (re.findall(r"{.*?}|[^\s?.,:]+", text) for text in (wording, typed))
-        if change is prepare.hurried:  # leaves out small words alone
-            assert set(collections.Counter(old) - collections.Counter(new)) <= small
-        else:  # has a letter too few, one too many, or two swapped, in one word
-            wrong = [(a, b) for a, b in zip(wording.split(), typed.split()) if a != b]
-            assert len(wrong) == (typed != wording) and all(
-                abs(len(a) - len(b)) < 2 for a, b in wrong
-            )
-    assert all(0.08 < count / len(wordings) < 0.15 for count in changed.values())
+    rng, small = random.Random(0), set(prepare.SMALL_WORDS.split())
+    for wording in sorted({w for r in prepare.world_relations().values() for w in r.questions}):
+        for change in (prepare.hurried, prepare.mistyped) * 10:
+            typed = change(rng, wording)
+            assert re.findall(r"{.*?}", typed) == re.findall(r"{.*?}", wording)
+            old, new = (re.findall(r"{.*?}|[^\s?.,:]+", text) for text in (wording, typed))
+            gone = collections.Counter(old) - collections.Counter(new)
+            assert gone.total() <= 1 if change is prepare.mistyped else set(gone) <= small
     assert prepare.slips("moon") == ["mon", "mono", "mooon"]
 
 
@@ -5145,17 +5032,15 @@ def test_text_and_conversations_read_well(docs, chats):
     text = "\n".join([*docs, *(t for ask, reply in turns(plain) for t in (ask, said(reply)))])
     lines = [line for line in text.split("\n") if line and " - " not in line]
     for wrong in BAD_ENGLISH:
-        found = [
-            line for line in lines if re.search(wrong, line) and not re.search(GOOD_ENGLISH, line)
-        ]
-        assert found == [], (wrong, found[:5])
-    for document in docs:
-        assert all(line[0] in '"-' or line[0].isupper() or line[0].isdigit()
-                   for line in document.split("\n") if line)  # fmt: skip
-    assert [prepare.with_article(w) for w in ("owl", "unicorn", "hour", "dog")] == [
-        "an owl", "a unicorn", "an hour", "a dog"]  # fmt: skip
-    plural = {"fox": "foxes", "wolf": "wolves", "city": "cities", "mouse": "mice", "sheep": "sheep"}
-    assert {word: prepare.plural(word) for word in plural} == plural
+        found = [line for line in lines if re.search(wrong, line)]
+        assert not [line for line in found if not re.search(GOOD_ENGLISH, line)], wrong
+    for line in "\n".join(docs).split("\n"):
+        assert not line or line[0] in '"-' or line[0].isupper() or line[0].isdigit()
+    forms = {prepare.with_article: "owl an owl, unicorn a unicorn, hour an hour, dog a dog",
+             prepare.plural: "fox foxes, wolf wolves, city cities, mouse mice, sheep sheep"}  # fmt: skip
+    for make, pairs in forms.items():
+        for word, form in (pair.split(" ", 1) for pair in pairs.split(", ")):
+            assert make(word) == form
     assert prepare.number_word(342) == "three hundred and forty-two"
     assert [prepare.roman(n) for n in (4, 9, 14, 1999)] == ["IV", "IX", "XIV", "MCMXCIX"]
 
@@ -5355,8 +5240,9 @@ def test_a_half_trained_model_is_refused_other_text_and_a_whole_one_notes_it(tin
 @pytest.mark.parametrize(
     ("changes", "within"),
     [({"device_batch_size": 1}, 2e-4), ({"device_batch_size": 3, "plain": True}, 2e-4),
-     ({"compile": "yes"}, 1e-3), ({"compile": "yes", "recompute": True}, 1e-3),
-     ({"compile": "yes", "fp8": True}, 0.02)],
+     ({"compile": "yes"}, 1e-3),
+     pytest.param({"compile": "yes", "recompute": True}, 1e-3, marks=pytest.mark.slow),
+     pytest.param({"compile": "yes", "fp8": True}, 0.02, marks=pytest.mark.slow)],
     ids=str,
 )  # fmt: skip
 def test_what_changes_rounding_alone_changes_no_loss_by_more(unbroken, changes, within):
@@ -5373,43 +5259,29 @@ def test_what_changes_rounding_alone_changes_no_loss_by_more(unbroken, changes, 
 
 
 def test_a_run_whose_memory_runs_out_goes_on_with_the_same_losses(tiny_run, monkeypatch, capsys):
-    sizes = {"total_batch_size": 8 * 32, "device_batch_size": 4}
-    pretrain.main(tiny_pretrain(tag="u", **sizes))
+    settings = tiny_pretrain(total_batch_size=8 * 32, device_batch_size=4)
+    pretrain.main(dataclasses.replace(settings, tag="u"))
+    scarce_there = "common.GPT.forward = test_all.scarce(common.GPT.forward, 2, first=3)"
+    train_ranks(2, settings, f"if rank == 1: {scarce_there}")  # and both take fewer rows
+    same_losses(within=1e-3)
+    metas = [common.read_meta(path) for path in common.list_checkpoints("t", "base")]
+    assert [meta["micro_batch"] for meta in metas] == [4, 2, 2]
     # in the second pass of the second step, when the gradients of the first are there
     monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 2, first=3))
-    pretrain.main(tiny_pretrain(**sizes))
+    pretrain.main(dataclasses.replace(settings, restart=True))
     assert capsys.readouterr().out.count("memory ran out in step 2: on in passes of 2 rows") == 1
     same_losses(within=2e-4)
-    before = base_losses()
-    assert before[1] == base_losses("u")[1]
-    assert common.read_meta(common.find_checkpoint("t", "base"))["micro_batch"] == 2
+    assert base_losses()[1] == base_losses("u")[1]
     shutil.rmtree(common.run_dir("u"))
     shutil.copytree(common.run_dir("t"), common.run_dir("u"))
     drop_steps(4, 6)  # what goes on with memory enough is the same run bit for bit
     monkeypatch.setattr(common.GPT, "forward", FORWARD)
-    pretrain.main(tiny_pretrain(**sizes))
+    pretrain.main(settings)
     same_weights()
     same_losses()
     monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 0))
     with pytest.raises(common.Stop, match="not even one row fits"):
-        pretrain.main(tiny_pretrain(restart=True, **sizes))
-
-
-def test_all_ranks_take_fewer_rows_when_one_ranks_memory_runs_out(tiny_run):
-    sizes = {"total_batch_size": 8 * 32, "device_batch_size": 4}
-    pretrain.main(tiny_pretrain(tag="u", **sizes))
-    options = dataclasses.asdict(tiny_pretrain(**sizes))
-    run_ranks(
-        2,
-        f"""
-    if rank == 1:
-        common.GPT.forward = test_all.scarce(common.GPT.forward, 2, first=3)
-    pretrain.main(pretrain.Settings(**{options!r}))
-    """,
-    )
-    same_losses(within=1e-3)
-    metas = [common.read_meta(path) for path in common.list_checkpoints("t", "base")]
-    assert [meta["micro_batch"] for meta in metas] == [4, 2, 2]
+        pretrain.main(dataclasses.replace(settings, restart=True))
 
 
 def test_an_fp16_run_resumes_bit_for_bit_and_recomputing_changes_nothing(tiny_run):
@@ -5425,37 +5297,32 @@ def test_an_fp16_run_resumes_bit_for_bit_and_recomputing_changes_nothing(tiny_ru
 
 def test_ranks_differ_by_rounding_alone(tiny_run, tmp_path):
     """The same code with fp64 for fp32 and bf16: what is left of a difference is a fault."""
-    folder = tmp_path / "doubles"
-    folder.mkdir()
     for path in HERE.glob("*.py"):
         text = re.sub(r"torch\.(float32|bfloat16)\b", "torch.float64", path.read_text("utf-8"))
         text = text.replace(".float()", ".double()")
-        if path.name == "common.py":
-            head = "\nimport torch\n"
-            assert text.count(head) == 1
-            text = text.replace(head, f"{head}torch.set_default_dtype(torch.float64)\n")
-        (folder / path.name).write_text(text, "utf-8")
-    losses = []
-    for world_size in (1, 2, 3):
-        options = dataclasses.asdict(tiny_pretrain(dtype="float64", num_iterations=20))
-        code = f"import pretrain\npretrain.main(pretrain.Settings(**{options!r}))\n"
-        (folder / "start.py").write_text(code, "utf-8")
-        flags = ["--standalone", f"--nproc_per_node={world_size}", str(folder / "start.py")]
-        subprocess.run([sys.executable, "-m", "torch.distributed.run", *flags], check=True)
-        losses.append(base_losses())
-        shutil.rmtree(common.run_dir("t") / "base")
-        (common.run_dir("t") / "metrics.jsonl").unlink()
-    assert len(losses[0]) == 20
-    assert losses[1:] == [pytest.approx(losses[0], abs=1e-9)] * 2
+        text = re.sub(
+            r"""("|ops\.)nanochat(?=[":.])""", r"\1doubles", text
+        )  # operators, a set more
+        (tmp_path / path.name).write_text(text, "utf-8")
+    for tag, world_size in (("u", 1), ("t", 3)):
+        code = f"""
+        torch.set_default_dtype(torch.float64)
+        sys.path.insert(0, {str(tmp_path)!r})
+        for name in ("common", "pretrain"):
+            del sys.modules[name]
+        import pretrain
+        """
+        train_ranks(world_size, tiny_pretrain(tag=tag, dtype="float64"), code)
+    assert len(base_losses()) == 6 and final_weights("t", 6)["embed.weight"].dtype == torch.float64
+    same_losses(within=1e-9)
 
 
 def test_a_run_goes_on_with_1_2_3_and_1_ranks_as_if_unbroken(tiny_run):
     pretrain.main(tiny_pretrain(num_iterations=8))
     shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
-    options = dataclasses.asdict(tiny_pretrain(num_iterations=8))
     for step, world_size in ((2, 2), (4, 3), (6, 1)):
         drop_steps(*range(step + 2, 10, 2))
-        run_ranks(world_size, f"pretrain.main(pretrain.Settings(**{options!r}))")
+        train_ranks(world_size, tiny_pretrain(num_iterations=8))
         shards = len([*common.find_checkpoint("t", "base", 8).glob("optimizer-*.pt")])
         assert shards == world_size
     assert len(base_losses()) == 8
@@ -5497,39 +5364,34 @@ def test_all_ranks_agree_on_the_number_of_their_start():
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="/proc has the ranks' ids")
-def test_torchrun_goes_on_by_itself_after_ranks_are_killed(tiny_run):
-    settings = tiny_pretrain(num_iterations=120, save_every=10, eval_every=0, keep=2, restart=True)
-    options = {**dataclasses.asdict(settings), "tag": "u"}
-    run_ranks(2, f"pretrain.main(pretrain.Settings(**{options!r}))")
-    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=2"]
+def test_torchrun_goes_on_by_itself_after_a_rank_is_killed(tiny_run):
+    settings = tiny_pretrain(num_iterations=60, save_every=10, eval_every=0, keep=2, restart=True)
+    train_ranks(2, dataclasses.replace(settings, tag="u"))
+    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
     command, env = torchrun(flags, settings)
-    victims, resumed, killed = [(20, 1), (40, 0)], 0, 0.0
+    killed, resumed = False, False
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
         for line in agent.stdout:
-            if victims and f"base {victims[0][0]:05d}/" in line:
-                killed = time.monotonic()
-                os.kill(ranks_of(agent)[victims.pop(0)[1]], signal.SIGKILL)
-            if "going on from" in line:
-                resumed += 1
-                assert time.monotonic() - killed < 180
-    assert agent.returncode == 0 and not victims and resumed == 2 and len(base_losses()) == 120
+            if "base 00020/" in line and not killed:
+                killed = True
+                os.kill(ranks_of(agent)[0], signal.SIGKILL)
+            resumed |= "going on from" in line
+    assert agent.returncode == 0 and killed and resumed and len(base_losses()) == 60
     same_losses(within=1e-4)
-    a, b = final_weights("u", 120), final_weights("t", 120)
+    a, b = final_weights("u", 60), final_weights("t", 60)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-5)
 
 
 def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_run, capfd):
-    options = dataclasses.asdict(
-        tiny_pretrain(num_iterations=100_000, save_every=2, eval_every=0, compile="no")
-    )
+    settings = tiny_pretrain(num_iterations=100_000, eval_every=0, compile="no")
     code = f"""
     def full(path, *args, **options):
         shard = "step-000004.partial" in str(path) and str(path).endswith("001.pt")
         return open("/dev/full" if shard else path, *args, **options)
     common.open = full
     try:
-        pretrain.main(pretrain.Settings(**{options!r}))
+        pretrain.main(pretrain.{settings!r})
     except common.Stop as stop:
         print(f"rank {{rank}} said: {{stop}}\\n", end="", flush=True)  # in one piece
     """
@@ -5540,113 +5402,76 @@ def test_a_disk_that_fills_up_under_one_rank_stops_all_with_its_sentence(tiny_ru
     common.load_file(common.find_checkpoint("t", "base"), "optimizer-001.pt", CPU)
 
 
-def test_no_compiler_no_fork_and_no_locks_are_needed(tiny_run, monkeypatch, capfd):
-    monkeypatch.setenv("PATH", "/nonexistent")
-    for name in ("CC", "CXX"):
+def test_no_compiler_no_fork_and_no_locks_are_needed(unbroken, monkeypatch, capfd):
+    unbroken("base")
+    for name in ("PATH", "CC", "CXX"):
         monkeypatch.setenv(name, "/nonexistent")
     for module, name in ((os, "fork"), (signal, "SIGALRM")):
         monkeypatch.delattr(module, name, raising=False)
     monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    pretrain.main(tiny_pretrain(tag="u", compile="yes"))
+    pretrain.main(chat_pretrain(compile="yes"))
     assert "compile: off: it needs a C++ compiler" in capfd.readouterr().out
-    child = multiprocessing.get_context("spawn").Process(
-        target=pretrain.main, args=(tiny_pretrain(compile="yes"),)
-    )
-    child.start()
-    child.join(120)
-    assert child.exitcode == 0
     same_losses()
 
 
-def test_ranks_need_no_shared_memory(tiny_run):
-    hide = ["unshare", "--mount", "sh", "-c",
-            'mount -t tmpfs -o ro none /dev/shm && exec "$@"', "sh"]  # fmt: skip
-    if not shutil.which("unshare") or subprocess.run([*hide, "true"], check=False).returncode:
+def test_ranks_need_no_shared_memory(unbroken):
+    hide = "mount --make-rprivate / && mount -t tmpfs -o ro none /dev/shm"
+    if call("unshare", "--mount", "sh", "-c", hide).returncode:
         pytest.skip("mount namespaces are not allowed here")
-    command, env = torchrun(["--standalone", "--nproc_per_node=2"], tiny_pretrain())
-    subprocess.run([*hide, *command], env=env, check=True)
-    pretrain.main(tiny_pretrain(tag="u"))
+    unbroken("base")
+    code = f"""
+    import ctypes
+    assert not ctypes.CDLL(None).unshare(0x20000) and not os.system({hide!r})  # CLONE_NEWNS
+    assert not os.access("/dev/shm", os.W_OK)
+    """
+    train_ranks(2, chat_pretrain(), code)
     same_losses(within=1e-3)
 
 
-@pytest.fixture
-def two_hosts():
-    """The words that run a command on either of two hosts, network namespaces joined by a cable."""
-    names = [f"nanochat-{os.getpid()}-{i}" for i in (0, 1)]
-    steps = [f"ip netns add {name}" for name in names]
-    steps += [f"ip link add eth0 netns {names[0]} type veth peer name eth0 netns {names[1]}"]
-    for i, name in enumerate(names):
-        steps += [f"ip -n {name} addr add 10.99.0.{i + 1}/24 dev eth0"]
-        steps += [f"ip -n {name} link set {device} up" for device in ("eth0", "lo")]
-    try:
-        for step in steps:
-            try:
-                done = subprocess.run(step.split(), capture_output=True, text=True, check=False)
-            except FileNotFoundError:
-                pytest.skip("network namespaces need iproute2")
-            if done.returncode:
-                pytest.skip(f"network namespaces are not allowed here: {step}: {done.stderr}")
-        yield [["ip", "netns", "exec", name] for name in names]
-    finally:
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
 @pytest.mark.parametrize("shared", [True, False])
-def test_two_hosts_train_as_one_process_does(tiny_run, two_hosts, base_dir, shared, tmp_path):
-    pretrain.main(tiny_pretrain(tag="u", num_iterations=20))
-    shutil.rmtree(common.data_dir(tiny_run) / "tokens")
-    other = tmp_path / "other"  # the second host's disk: text of its own, without the token cache
+def test_nodes_share_the_runs_and_may_have_the_text_each_on_a_disk_of_its_own(
+    tiny_run, base_dir, shared, tmp_path, capfd
+):
+    """Two ranks, each of which is told that it is alone on its node."""
+    other = tmp_path / "other"  # the second node's disk, without a token cache
     shutil.copytree(base_dir / "data", other / "data")
     if shared:
         (other / "runs").symlink_to(base_dir / "runs")
     else:
         shutil.copytree(base_dir / "runs", other / "runs")
-    agents = []
-    for i, host in enumerate(two_hosts):
-        flags = ["--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_id=test",
-                 "--rdzv_endpoint=10.99.0.1:29500", f"--rdzv_conf=is_host={1 - i}",
-                 f"--local_addr=10.99.0.{i + 1}"]  # fmt: skip
-        command, env = torchrun(
-            flags, tiny_pretrain(num_iterations=20), GLOO_SOCKET_IFNAME="eth0",
-            NANOCHAT_BASE_DIR=str((base_dir, other)[i]),
-        )  # fmt: skip
-        with open(tmp_path / f"host{i}.txt", "w") as out:
-            agents.append(subprocess.Popen(host + command, env=env, stdout=out, stderr=out))
-    try:
-        codes = [agent.wait(240) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-    said = [(tmp_path / f"host{i}.txt").read_text() for i in (0, 1)]
-    if not shared:
-        assert 0 not in codes and "must be a folder that all nodes share" in said[1], said
-        return
-    assert codes == [0, 0], said
-    same_losses(within=0.01)  # what is rounded grows while the loss falls steeply
-    a, b = base_losses("u"), base_losses("t")
-    assert len(a) == 20 and all(abs(a[step] - b[step]) < 1e-3 for step in range(1, 9))
-    rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
-    assert [path.read_bytes() for path in rows[0]] == [path.read_bytes() for path in rows[1]] != []
+    code = f"""
+    import time
+    clock, os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = time.monotonic, "0", "1"
+    if not {shared}:
+        time.monotonic = lambda: 10 * clock()  # it waits 20 seconds for what may come late
+    if rank == 1:
+        os.environ["NANOCHAT_BASE_DIR"] = {str(other)!r}
+    """
+    train_ranks(2, tiny_pretrain(), code, end=0 if shared else 1)
+    assert shared == ("must be a folder that all nodes share" not in capfd.readouterr().out)
+    if shared:
+        pretrain.main(tiny_pretrain(tag="u"))
+        same_losses(within=1e-3)
+        rows = [[*(base / "data").glob("*/tokens/*/*.npy")] for base in (base_dir, other)]
+        one, two = ([path.read_bytes() for path in paths] for paths in rows)
+        assert one == two != []
 
 
-def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run):
-    settings = dataclasses.asdict(
-        tiny_pretrain(num_iterations=100_000, eval_every=0, save_every=0, compile="no", keep=2)
-    )
-    code = f"import pretrain; pretrain.main(pretrain.Settings(**{settings!r}))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=HERE, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if "base 00003" in line:
-            break
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "run the same command again" in out
-    step = int(common.find_checkpoint("t", "base").name[-6:])
-    assert step >= 3
+def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run, capfd):
+    settings = tiny_pretrain(num_iterations=100_000, eval_every=0, save_every=0, compile="no")
+    code = f"""
+    log = common.Run.log
+
+    def log_and_signal(run, step, **values):
+        log(run, step, **values)
+        if step == 3:
+            os.kill(os.getpid(), {signal.SIGTERM:d})
+
+    common.Run.log = log_and_signal
+    """
+    train_ranks(1, settings, code)
+    assert "run the same command again" in capfd.readouterr().out
+    assert 3 <= int(common.find_checkpoint("t", "base").name[-6:]) < 100_000
 
 
 def test_width_and_horizon_follow_from_depth_and_steps_flops_or_ratio():
@@ -5723,32 +5548,28 @@ def test_the_tiers_fit_the_cards_that_they_name():
 
 
 def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
-    numbers = pretrain.main(
-        pretrain.Settings(depth=20, plan=True, plan_device="H100", plan_count=8)
-    )
-    out = capsys.readouterr().out
+    d20 = pretrain.Settings(depth=20, plan=True, plan_device="H100", plan_count=8)
+    numbers = pretrain.main(d20)
     blocks = 20 * 12 * 1280**2 + 10 * 10 * 32 + 20 * 2  # with the values' gates and the skip
     assert numbers["parameters"] == (2 + 10) * 65536 * 1280 + blocks + 1280**2
     assert 11e9 < numbers["tokens"] < 11.5e9 and 2 * 3600 < numbers["seconds"] < 6 * 3600
     assert 50 < numbers["cost_usd"] < 150
-    for word in ("parameters", "FLOPs", "tokens", "memory", "sends", "time", "cost"):
-        assert word in out
     # 7/8 of 2 x 4 bytes; by eights go 20 matrices of a shape in 24 slots, 81 in 88, 10 in 16
     slots = (2 * 24 * 4 + 88) * 1280**2 + 16 * 10 * 32 + 12 * 65536 * 1280 + 2 * 20
     assert numbers["exchanged_bytes"] == 7 * slots
     limits = [pretrain.card_limits(gb, pretrain.Settings()) for gb in (6, 24, 141)]
     assert limits == sorted(limits, key=lambda x: x[:2]) and limits[0][0] >= 4
-    assert all(plain <= recomputed for plain, recomputed, _ in limits)
     assert all(plain < recomputed for plain, recomputed, _ in limits[1:])
-    assert not list(base_dir.iterdir())
     for name in common.PEAK_FLOPS:
-        pretrain.main(pretrain.Settings(depth=34, plan=True, plan_device=name, plan_count=8))
+        capsys.readouterr()
+        pretrain.main(dataclasses.replace(d20, depth=34, plan_device=name))
         said = capsys.readouterr().out
         total, rows = re.search(r"memory +([\d.]+) GB .* (\d+) rows:", said).groups()
         assert float(total) < 0.9 * pretrain.MEMORY_GB[name] or rows == "1", name
+    assert not list(base_dir.iterdir())
 
 
-def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
+def test_the_documents_cards_and_steps_are_those_of_the_plan(base_dir):
     text = (HERE / "docs" / "results.md").read_text("utf-8")
 
     def table(head):
@@ -5756,18 +5577,14 @@ def test_the_readmes_cards_and_steps_are_those_of_the_plan(base_dir, capsys):
         rows = text.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
         return [[float(x) for x in re.findall(r"[0-9.]+", row.replace(",", ""))] for row in rows]
 
-    cards = {gb: tuple(limits) for gb, *limits in table("card")}
-    settings = pretrain.Settings()
-    assert cards == {gb: pretrain.card_limits(gb, settings) for gb in pretrain.CARDS_GB}
-    rows = table("GPUs")
-    assert len(rows) > 3
-    for count, *cells in rows:
-        for depth, (step, sent, takes) in ((20, cells[:3]), (32, cells[3:])):
+    limits = [[gb, *pretrain.card_limits(gb, pretrain.Settings())] for gb in pretrain.CARDS_GB]
+    assert table("card") == limits
+    for count, *cells in table("GPUs"):
+        for depth, expected in ((20, cells[:3]), (32, cells[3:])):
             options = {"plan": True, "plan_device": "H100", "plan_count": int(count)}
             plan = pretrain.main(pretrain.Settings(depth=depth, **options))
-            assert step == round(1e3 * plan["step_seconds"])
-            assert sent == round(plan["exchanged_bytes"] / 1e9, 1)
-            assert takes == round(1e3 * plan["exchange_seconds"])
+            step, takes = (round(1e3 * plan[f"{x}_seconds"]) for x in ("step", "exchange"))
+            assert expected == [step, round(plan["exchanged_bytes"] / 1e9, 1), takes]
 
 
 def test_samples_that_memory_has_no_room_for_end_no_run(tokenizer, monkeypatch, capsys):
@@ -5829,70 +5646,57 @@ def chat_run(trained, base_dir):
 
 
 OFTEN = {"device": "cpu", "dtype": "float32", "save_every": 2, "log_every": 1, "keep": 0}
+MODULES = {"base": pretrain, "mid": midtrain, "sft": sft, "rl": rl}
 CHAT_STAGES = {
-    "mid": (midtrain, {"eval_every": 2}),
-    "sft": (sft, {"eval_every": 2, "start_from": "base"}),
-    "rl": (rl, {"eval_every": 2, "start_from": "mid", "num_iterations": 4, "max_tokens": 24,
-                "problems_per_step": 3, "num_samples": 4, "device_batch_size": 5, "slots": 7}),
+    "mid": {"eval_every": 2},
+    "sft": {"eval_every": 2, "start_from": "base"},
+    "rl": {"eval_every": 2, "start_from": "mid", "num_iterations": 4, "max_tokens": 24,
+                "problems_per_step": 3, "num_samples": 4, "device_batch_size": 5, "slots": 7},
 }  # fmt: skip
 
 
 def stage_settings(name, tag="t", **changes):
     if name == "base":
         return chat_pretrain(tag=tag, **changes)
-    module, options = CHAT_STAGES[name]
-    return module.Settings(**{"tag": tag, **OFTEN, **options, **changes})
+    return MODULES[name].Settings(**{"tag": tag, **OFTEN, **CHAT_STAGES[name], **changes})
 
 
 def run_stage(name, tag, **changes):
     if name == "rl" and not common.list_checkpoints(tag, "mid"):
         midtrain.main(midtrain.Settings(tag=tag, **OFTEN, num_iterations=40))  # some are right
-    module, settings = CHAT_STAGES[name][0], stage_settings(name, tag, **changes)
-    return module, settings, module.main(settings)
+    return MODULES[name].main(stage_settings(name, tag, **changes))
 
 
-def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run):
-    flags = {"matrix_lr": 0.03, "head_lr": 0.005, "lr_scale": 0.7, "weight_decay": 0.1}
-    wanted = chat_pretrain(restart=True, **flags)
-    pretrain.main(wanted)
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run, warm_start):
+    base = {"matrix_lr": 0.03, "head_lr": 0.005, "lr_scale": 0.7, "weight_decay": 0.1}
+    pretrain.main(chat_pretrain(restart=True, **base))
     parent = common.find_checkpoint("t", "base")
-
-    def begin(warm_start, **changes):
-        settings = stage_settings("sft", lr_scale=0.5, warm_start=warm_start, **changes)
-        run = common.Run("sft", "t", settings, CPU)
-        model, optimizer, start, meta = common.begin_or_resume(
-            run, parent, common.Horizon(9, 3, ""), {}
-        )
-        assert start == 0 and meta["parent"] == common.parent_key(parent)
-        return model, optimizer
-
-    def rates(model, *asked):
-        return [0.35 * g["lr"] for g in common.optimizer_groups(model, *asked)]
-
-    model, optimizer = begin(warm_start=False)
-    expected = rates(model, 0.03, wanted.embed_lr, 0.005, 0.1)
-    assert [g["lr"] for g in optimizer.groups] == pytest.approx(expected)
-    assert optimizer.groups[0]["weight_decay"] == 0.1
-    assert not any(x.any() for unit in optimizer.units for x in unit.state.values())
-    model, warm = begin(warm_start=True, matrix_lr=0.01, weight_decay=0.0)
-    expected = rates(model, 0.01, wanted.embed_lr, 0.005, 0.0)
-    assert [g["lr"] for g in warm.groups] == pytest.approx(expected)
-    assert warm.groups[0]["weight_decay"] == 0
+    own = {"matrix_lr": 0.01, "weight_decay": 0.0} if warm_start else {}  # come before the base's
+    settings = stage_settings("sft", lr_scale=0.5, warm_start=warm_start, **own)
+    model, optimizer, start, meta = common.begin_or_resume(
+        common.Run("sft", "t", settings, CPU), parent, common.Horizon(9, 3, ""), {}
+    )
+    assert start == 0 and meta["parent"] == common.parent_key(parent)
+    rate, decay = (own or base)["matrix_lr"], (own or base)["weight_decay"]
+    groups = common.optimizer_groups(model, rate, pretrain.Settings().embed_lr, 0.005, decay)
+    expected = [0.7 * 0.5 * group["lr"] for group in groups]
+    assert [group["lr"] for group in optimizer.groups] == pytest.approx(expected)
+    assert optimizer.groups[0]["weight_decay"] == decay
     saved = common.load_file(parent, "optimizer-000.pt", CPU)["optimizer"]
-    assert warm.steps == saved["steps"] == 6
-    for unit, other in zip(warm.units, saved["units"], strict=True):
-        assert all(torch.equal(unit.state[name], other[name]) for name in unit.state)
-        assert any(x.any() for x in unit.state.values())
+    assert (optimizer.steps, saved["steps"]) == (6 * warm_start, 6)
+    for unit, other in zip(optimizer.units, saved["units"], strict=True):
+        for name in unit.state:
+            assert torch.equal(unit.state[name], other[name] * warm_start) and other[name].any()
 
 
-@pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
+@pytest.mark.parametrize("name", MODULES)
 def test_a_killed_stage_resumes_bit_for_bit(unbroken, name):
     unbroken(name)
-    module, settings = pretrain if name == "base" else CHAT_STAGES[name][0], stage_settings(name)
-    stage, given = module.__name__, dataclasses.asdict(settings)
+    module, settings = MODULES[name], stage_settings(name)
     code = f"""
     import time
-    save, steps = {stage}.save_checkpoint, []
+    save, steps = common.save_checkpoint, []
 
     def save_and_die(run, *rest):
         common.finish_save(run)
@@ -5904,10 +5708,9 @@ def test_a_killed_stage_resumes_bit_for_bit(unbroken, name):
             time.sleep(0.2)
             os.kill(os.getpid(), {signal.SIGKILL:d})
 
-    {stage}.save_checkpoint = save_and_die
-    {stage}.main({stage}.Settings(**{given!r}))
+    {module.__name__}.save_checkpoint = save_and_die
     """
-    run_ranks(1, code, end=-signal.SIGKILL)
+    train_ranks(1, settings, code, end=-signal.SIGKILL)
     whole = common.list_checkpoints("u", name)
     assert 1 <= len(common.list_checkpoints("t", name)) < len(whole)
     module.main(settings)
@@ -5916,7 +5719,7 @@ def test_a_killed_stage_resumes_bit_for_bit(unbroken, name):
     same_losses(name)
     assert not list((common.run_dir("t") / name).glob(".*")), "what was half written goes"
     if name != "base":
-        parent = CHAT_STAGES[name][1].get("start_from", "base")
+        parent = CHAT_STAGES[name].get("start_from", "base")
         a, b = final_weights("t", last, name), final_weights("t", 0, parent)
         assert any(not torch.equal(a[key], b[key]) for key in a), "it learned something"
     rates = [x["lr"] for x in common.read_log("u") if x["stage"] == name and "lr" in x]
@@ -5928,8 +5731,6 @@ def test_pretraining_validates_on_text_that_it_does_not_train_on(text_source):
     val = list(common.read_texts(common.data_dir(text_source) / "val.parquet"))
     assert pretrain.validation_texts(text_source, 10**6) == val
     assert pretrain.validation_texts(text_source, 1) == val[:1]
-    shards = common.list_shards(text_source, "train")
-    assert not set(val) & {text for path in shards for text in common.read_texts(path)}
 
 
 def test_the_validation_loss_is_of_all_rows_whatever_the_micro_batch(chat_run, tokenizer):
@@ -5955,49 +5756,42 @@ def test_the_best_validation_outlives_worse_ones_and_a_resume(base_dir):
     assert (again.metrics["best_val_loss"], again.metrics["val_loss"]) == (1.0, 2.0)
 
 
-@pytest.mark.parametrize("name", ["base", *CHAT_STAGES])
+@pytest.mark.parametrize("name", MODULES)
 def test_a_validation_that_broke_off_is_made_up_for_and_the_best_is_kept(
     unbroken, name, monkeypatch
 ):
     unbroken(name)
-    module = pretrain if name == "base" else CHAT_STAGES[name][0]
+    module = MODULES[name]
     part = {"base": "evaluate_bpb", "rl": "validate"}.get(name, "evaluate_loss")
-    timeless = {"time", "tok_per_s", "mfu", "data", "update", "left_s", "sampling_s"}
-
-    def timed(values):
-        return {key: value for key, value in values.items() if key not in timeless}
 
     def validations(tag):
         lines = [x for x in common.read_log(tag) if x["stage"] == name]
-        return [timed(x) for x in lines if any("val" in k for k in x)]
+        lines = [{key: x[key] for key in x if "val" in key or key == "step"} for x in lines]
+        return [x for x in lines if len(x) > 1]
 
-    evaluate_, calls, saved, count = getattr(module, part), [], [], len(validations("u"))
+    evaluate_, calls, saved, whole = getattr(module, part), [], [], validations("u")
 
     def break_off(*args):
         calls.append(args)
-        if len(calls) in (2, count + 1, count + 2):  # in mid-run, and twice at the end
+        if len(calls) in (2, len(whole) + 1, len(whole) + 2):  # in mid-run, and twice at the end
             raise RuntimeError("it broke off")
         return evaluate_(*args)
 
     monkeypatch.setattr(module, part, break_off)
-    settings = stage_settings(name)
-    for _ in range(9):
+    settings, metrics = stage_settings(name), {}
+    while not metrics:
         try:
             metrics = module.main(settings)
-            break
         except RuntimeError:
             saved.append(len(common.list_checkpoints("t", name)))
-    assert len(calls) == count + 3 and validations("t") == validations("u")
-    whole_run = len(common.list_checkpoints("u", name))
-    assert saved[1:] == [whole_run] * 2, "the model is saved before it is evaluated"
-    whole = common.Run(name, "u", None, CPU)
-    common.take_up_log(whole, common.read_meta(common.find_checkpoint("u", name)))
-    assert timed(metrics) == timed(whole.metrics)
+    assert len(calls) == len(whole) + 3 and validations("t") == whole
+    assert saved[1:] == [len(common.list_checkpoints("u", name))] * 2, "saved before evaluated"
+    assert whole[-1].items() <= metrics.items()
     if name != "rl":
         key = "val_bpb" if name == "base" else "val_loss"
-        assert metrics[f"best_{key}"] == min(x[key] for x in validations("t"))
+        assert metrics[f"best_{key}"] == min(x[key] for x in whole)
     assert module.main(settings) == metrics, "it is finished, and says how it ended"
-    assert len(calls) == count + 3
+    assert len(calls) == len(whole) + 3
 
 
 def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another(chat_run):
@@ -6021,37 +5815,17 @@ def test_muons_products_are_the_base_runs_unless_the_machine_computes_in_another
 @pytest.mark.parametrize("name", CHAT_STAGES)
 def test_two_ranks_follow_one_in_the_chat_stages(unbroken, name):
     unbroken(name)
-    module, settings = CHAT_STAGES[name][0], stage_settings(name)
+    module, settings = MODULES[name], stage_settings(name)
     for tag in "tu":  # what bf16 makes of another order of sums would move a draw
         path = common.find_checkpoint(tag, "base") / "meta.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "muon_dtype": "float32"}))
     module.main(dataclasses.replace(settings, tag="u", restart=True))
-    options = dataclasses.asdict(settings)
-    run_ranks(2, f"{module.__name__}.main({module.__name__}.Settings(**{options!r}))")
+    train_ranks(2, settings)
     assert len(stage_losses("t", name)) >= 3
     same_losses(name, within=1e-3)
     if name != "rl":
         a, b = ([x["val_loss"] for x in common.read_log(tag) if "val_loss" in x] for tag in "ut")
         assert len(a) >= 2 and a == pytest.approx(b, abs=1e-3) and all(a)
-
-
-def test_two_ranks_make_the_rl_step_of_one(tokenizer, tmp_path):
-    code = f"""
-    tokenizer = test_all.TOKENIZER()
-    groups = test_all.rl_groups(tokenizer)
-    mine = groups[rank::int(os.environ['WORLD_SIZE'])]
-    weights = test_all.rl_step(tokenizer, mine)
-    if rank == 0:
-        torch.save(weights, {str(tmp_path / "weights.pt")!r})
-    """
-    run_ranks(2, code)
-    torch.manual_seed(0)
-    alone = rl_step(tokenizer, rl_groups(tokenizer))
-    together = torch.load(tmp_path / "weights.pt", weights_only=True)
-    start = random_model(vocab_size=tokenizer.vocab_size).state_dict()
-    assert any(not torch.equal(alone[key], start[key]) for key in alone)
-    for key in alone:
-        torch.testing.assert_close(together[key], alone[key], rtol=0, atol=2e-5)
 
 
 def rl_groups(tokenizer):
@@ -6067,25 +5841,21 @@ def rl_groups(tokenizer):
     return groups
 
 
-def rl_step(tokenizer, groups):
-    """Make one update with the groups; return the weights after it."""
-    model = random_model(vocab_size=tokenizer.vocab_size)
-    optimizer = common.Optimizer(common.optimizer_groups(model, 0.02, 0.01, 0.01, 0), torch.float32)
-    batches = rl.group_batches(groups, 3, 4, tokenizer.bos, CPU)
-    steps = common.training_steps(
-        iter(batches), lambda b: model(b.ids, b.targets, b.weights), optimizer, lambda _: 1.0, 1,
-        accum=4,
-    )  # fmt: skip
-    list(steps)
-    return model.state_dict()
-
-
 def test_the_rl_step_is_the_same_where_memory_runs_out(tokenizer, monkeypatch):
-    groups = rl_groups(tokenizer)
-    expected = rl_step(tokenizer, groups)
-    monkeypatch.setattr(common.GPT, "forward", scarce(FORWARD, 1, first=1))
-    for name, weight in rl_step(tokenizer, groups).items():
-        torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
+    weights = []
+    for forward in (FORWARD, scarce(FORWARD, 1, first=1)):
+        monkeypatch.setattr(common.GPT, "forward", forward)
+        model = random_model(vocab_size=tokenizer.vocab_size)
+        groups = common.optimizer_groups(model, 0.02, 0.01, 0.01, 0)
+        batches = rl.group_batches(rl_groups(tokenizer), 3, 4, tokenizer.bos, CPU)
+        steps = common.training_steps(
+            iter(batches), lambda b: model(b.ids, b.targets, b.weights),  # noqa: B023
+            common.Optimizer(groups, torch.float32), lambda _: 1.0, 1, accum=4,
+        )  # fmt: skip
+        list(steps)
+        weights.append(model.state_dict())
+    for a, b in zip(*(one.values() for one in weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
 
 
 def test_the_rl_gradient_is_the_plain_policy_gradient(tokenizer):
@@ -6168,7 +5938,7 @@ def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
     lines = [json.loads(line) for line in path.open()]
     huge = {**lines[0], "messages": [{"role": "user", "content": "word " * 40}]}
     write_lines(path, [huge, *lines, huge])
-    run_stage("rl", "t", num_iterations=30 // 3 + 1)  # an epoch and more: none is met
+    run_stage("rl", "t", num_iterations=11)  # an epoch and more: none is met
     # of the first 3 of 32 one is too long: the next, which sft may have seen solved, takes no place
     assert "problems: 28, and 2 for validation; too long and left out: 2" in capsys.readouterr().out
     write_lines(path, [huge])
@@ -6220,43 +5990,10 @@ def test_conversations_of_which_none_fits_are_said_and_in_validation_left_out(ch
             run_stage(name, "u", num_iterations=steps)
 
 
-def test_the_base_runs_batch_and_decay_are_taken_where_none_is_given(chat_run, monkeypatch):
+def test_the_base_runs_batch_is_taken_where_none_is_given(chat_run):
     midtrain.main(midtrain.Settings(tag="t", **OFTEN, total_batch_size=64, num_iterations=1))
     run_stage("sft", "t", start_from="mid", num_iterations=1)
     assert common.read_meta(common.find_checkpoint("t", "sft"))["batch_tokens"] == 192
-    meta = common.find_checkpoint("t", "base") / "meta.json"
-    saved = json.loads(meta.read_text())
-    saved["settings"]["weight_decay"] = 0.5
-    meta.write_text(json.dumps(saved))
-    decays, plain = [], common.optimizer_groups
-    monkeypatch.setattr(
-        common, "optimizer_groups", lambda *args: decays.append(args[4]) or plain(*args)
-    )
-    for choice in ({}, {"weight_decay": 0.0}, {"weight_decay": 0.25}):
-        run_stage("mid", "t", restart=True, num_iterations=1, **choice)
-    assert decays == [0.5, 0.0, 0.25]
-
-
-def test_flipping_a_masked_token_as_a_target_changes_no_loss(chat_run, tokenizer):
-    path = common.data_dir(chat_run) / "sft.jsonl"
-    rows, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
-    model = random_model(vocab_size=tokenizer.vocab_size, max_seq_len=64)
-    raw, every = np.stack([rows.row(i) for i in range(len(rows))]), np.arange(len(rows))
-    flags = raw >= common.NO_TARGET
-    other = (raw % common.NO_TARGET + 1) % 256 + flags * common.NO_TARGET
-    for end in range(2, 66, 3):  # what stands last is a target alone, and no other's input
-
-        def loss(last, end=end):
-            rows.arrays = [np.concatenate([raw[:, : end - 1], last[:, None]], 1)]
-            rows.ends = np.array([len(raw)])
-            return model(*rows.gather(every))
-
-        before, masked = loss(raw[:, end - 1]), flags[:, end - 1]
-        assert torch.equal(loss(np.where(masked, other[:, end - 1], raw[:, end - 1])), before)
-        changed = loss(np.where(masked, raw[:, end - 1], other[:, end - 1]))
-        same = torch.allclose(changed, before, rtol=1e-7, atol=0)
-        assert masked.all() == same, "a learned target does matter"
-    assert flags[:, 1:].any() and not flags[:, 1:].all()
 
 
 def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
@@ -6276,19 +6013,19 @@ def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
 def test_the_last_step_of_an_epoch_takes_the_rows_that_are_left(chat_run, name, monkeypatch):
-    module, plain, asked = CHAT_STAGES[name][0], common.row_batches, []
+    module, plain, asked = MODULES[name], common.row_batches, []
     monkeypatch.setattr(module, "row_batches", lambda rows, *rest: (
         asked.append((len(rows), rest[-1])) or plain(rows, *rest)
     ))  # fmt: skip
     run_stage(name, "t")
     count = asked[0][0]
-    _, _, metrics = run_stage(name, "t", restart=True, total_batch_size=64 * (count - 1))
+    metrics = run_stage(name, "t", restart=True, total_batch_size=64 * (count - 1))
     assert metrics["step"] == 2 and asked == [(count, count)] * 2
     mixture = common.read_meta(common.find_checkpoint("t", name))["mixture"]
-    assert name == "sft" or mixture["text rows"] > 0
+    assert mixture.get("text rows", 0) == pytest.approx(count * (name == "mid") / 4, abs=0.5)
 
 
-def test_one_epoch_meets_every_row_and_every_problem_once(chat_run, tokenizer):
+def test_one_epoch_meets_every_row_and_every_problem_once(chat_run, tokenizer, monkeypatch):
     path = common.data_dir(chat_run) / "sft.jsonl"
     rows, _ = common.conversation_rows(path, tokenizer, 64, ALONE)
     whole = collections.Counter(tuple(rows.gather(np.array([i]))[0][0].tolist())
@@ -6301,12 +6038,15 @@ def test_one_epoch_meets_every_row_and_every_problem_once(chat_run, tokenizer):
         assert whole == collections.Counter(
             tuple(row) for b in seen for row in b.ids.tolist() if set(row) != {tokenizer.bos}
         )
-    run = common.Run("rl", "t", rl.Settings(problems_per_step=4), CPU)
-    sampler = rl.Sampler(run, None, None, list(range(10)), 1, 1)
-    met = [i for step in range(5) for i in sampler.problems_of(step)]
-    assert sorted(met[:10]) == sorted(met[10:]) == list(range(10)) and met[:10] != met[10:]
     options = {"num_iterations": 0, "problems_per_step": 20, "save_every": 0}
-    assert run_stage("rl", "t", **options)[2]["step"] == 2, "of 27 problems"
+    assert run_stage("rl", "t", **options)["step"] == 2, "of 27 problems"
+    met, engine = [], SimpleNamespace(refresh=lambda _: None, tokenizer=tokenizer)
+    monkeypatch.setattr(rl, "answer_problems", lambda _, some, *rest: met.extend(some) or [])
+    run = common.Run("rl", "t", rl.Settings(problems_per_step=4), CPU)
+    batches = rl.sampled_batches(run, None, engine, list(range(10)), 1, 1, 0, {})
+    for _ in range(5):
+        next(batches)
+    assert sorted(met[:10]) == sorted(met[10:]) == list(range(10)) and met[:10] != met[10:]
 
 
 def test_a_restart_that_cannot_begin_leaves_the_model(chat_run, monkeypatch):
@@ -6381,18 +6121,10 @@ def test_two_processes_do_not_train_one_stage_at_once(tiny_run):
     pretrain.main(tiny_pretrain())
 
 
-def test_a_stage_whose_parent_changed_says_so(unbroken):
-    unbroken("mid")
-    pretrain.main(chat_pretrain(tag="u", seed=5, restart=True))
-    with pytest.raises(common.MissingInput, match="another model than"):
-        midtrain.main(stage_settings("mid", "u"))
-    midtrain.main(stage_settings("mid", "u", restart=True))
-
-
 @pytest.mark.parametrize("name", CHAT_STAGES)
-def test_a_stage_whose_conversations_changed_says_so(unbroken, name, capsys):
+def test_a_stage_whose_parent_or_conversations_changed_says_so(unbroken, name, capsys):
     unbroken(name)
-    module, settings = CHAT_STAGES[name][0], stage_settings(name, "u")
+    module, settings = MODULES[name], stage_settings(name, "u")
     path = common.data_dir("tiny") / f"{name}.jsonl"
     lines = path.read_text("utf-8").splitlines(keepends=True)
     path.write_text("".join(lines[:-1]), "utf-8")
@@ -6405,6 +6137,10 @@ def test_a_stage_whose_conversations_changed_says_so(unbroken, name, capsys):
     module.main(dataclasses.replace(settings, restart=True))
     module.main(settings)
     assert "finished" in capsys.readouterr().out
+    if name == "mid":
+        pretrain.main(chat_pretrain(tag="u", seed=5, restart=True))
+        with pytest.raises(common.MissingInput, match="another model than"):
+            module.main(settings)
 
 
 def test_a_missing_parent_or_file_is_one_sentence(tiny_run):
@@ -6416,27 +6152,6 @@ def test_a_missing_parent_or_file_is_one_sentence(tiny_run):
         midtrain.main(midtrain.Settings(tag="t", device="cpu"))
     with pytest.raises(common.MissingInput, match=r"rl.jsonl is missing"):  # of talks alone
         rl.main(rl.Settings(tag="t", device="cpu", start_from="base", chats="tiny"))
-
-
-def test_system_text_joins_the_user_and_special_names_stay_text(tokenizer):
-    messages = [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "<|assistant_end|><|bos|>"},
-        {"role": "assistant", "content": "<|python_start|>1"},
-    ]
-    ids, mask = common.render_conversation(tokenizer, messages)
-    special = set(tokenizer.specials.values())
-    assert [i for i in ids if i in special] == [
-        tokenizer.specials[f"<|{name}|>"]
-        for name in "bos user_start user_end assistant_start assistant_end".split()
-    ]
-    assert tokenizer.decode([i for i in ids if i not in special]) == (
-        "Be kind.\n\n<|assistant_end|><|bos|><|python_start|>1"
-    )
-    own = [i for i, m in zip(ids, mask) if m]
-    assert tokenizer.decode(own) == "<|python_start|>1<|assistant_end|>"
-    prompt = common.render_prompt(tokenizer, messages[:2])
-    assert ids[: len(prompt)] == prompt
 
 
 # evaluate.py ---------------------------------------------------------------------------------
@@ -7492,19 +7207,11 @@ def test_chat_answers_from_a_flag_and_from_a_pipe_by_the_last_stage(tiny_run, ca
         with pytest.raises(error, match=message):
             answer(**more)
     command = [sys.executable, HERE / "chat.py", "--device=cpu", "-p", "Hi", "--max-tokens=3"]
-    for words, code in ((["--tag=none-such"], 1), (["--tag=t", "-i", "base"], 0)):
+    for tag, code, said in (("none-such", 1, ""), ("t", 0, "Hi")):
         pipes = {"capture_output": True, "text": True, "timeout": 60}
-        done = subprocess.run([*command, *words], check=False, **pipes)
+        done = subprocess.run([*command, f"--tag={tag}", "-ibase"], check=False, **pipes)
         assert done.returncode == code and done.stderr.count("\n") == 1, done.stderr
-        assert done.stdout.startswith("Hi") if code == 0 else done.stdout == ""
-    assert "(base model" in done.stderr
-
-
-@pytest.mark.parametrize("words", ["-i raw", "--top-p=0", "--max-tokens=0", "-t -1", "--seed=-1"])
-def test_chats_mistaken_flags_end_with_code_2(words):
-    with pytest.raises(SystemExit) as ended:
-        common.parse_settings(chat.Settings, "", words.split())
-    assert ended.value.code == 2
+        assert done.stdout[:2] == said
 
 
 class ScriptedTalk:
@@ -7810,33 +7517,28 @@ def test_an_answer_is_what_the_model_says_alone_whole_and_streamed(served, token
 
 def test_openais_own_client_talks_to_it(served, tokenizer):
     openai = pytest.importorskip("openai")
-    _, url = served
-    for base in (f"{url}/v1", url):
-        client = openai.OpenAI(base_url=base, api_key="none", max_retries=0)
-        create = client.chat.completions.create
-        asked = {"model": "t-sft", "messages": user("Hi"), "temperature": 0, "max_tokens": 8}
-        whole = create(**asked)
-        chunks = list(create(**asked, stream=True, stream_options={"include_usage": True}))
-        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-        assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
-        assert whole.choices[0].finish_reason in ("length", "stop")
-        done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
-        assert done.usage.completion_tokens <= 4
-        assert [model.id for model in client.models.list()] == ["t-sft"]
-        assert client.models.retrieve("t-sft").id == "t-sft"
-        with pytest.raises(openai.NotFoundError, match="t-sft"):
-            client.models.retrieve("gpt-4")
-        with pytest.raises(openai.BadRequestError, match="temperature"):
-            create(**{**asked, "temperature": 5})
-        with pytest.raises(openai.NotFoundError, match="t-sft"):
-            create(**{**asked, "model": "gpt-4"})
+    client = openai.OpenAI(base_url=f"{served[1]}/v1", api_key="none", max_retries=0)
+    create = client.chat.completions.create
+    asked = {"model": "t-sft", "messages": user("Hi"), "temperature": 0, "max_tokens": 8}
+    whole = create(**asked)
+    chunks = list(create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content and chunks[-1].usage == whole.usage
+    done = client.completions.create(model="t", prompt="The cat", max_tokens=4, temperature=0)
+    assert done.usage.completion_tokens <= 4
+    assert [model.id for model in client.models.list()] == ["t-sft"]
+    assert client.models.retrieve("t-sft").id == "t-sft"
+    with pytest.raises(openai.NotFoundError, match="t-sft"):
+        client.models.retrieve("gpt-4")
+    for wrong, error in (({"temperature": 5}, openai.BadRequestError),
+                         ({"model": "gpt-4"}, openai.NotFoundError)):  # fmt: skip
+        with pytest.raises(error, match=next(iter(wrong)) + "|t-sft"):
+            create(**{**asked, **wrong})
     # an answer with calls that is sent back as the client's own object
-    parts = parts_of(("text", "So"), ("python", "37*12"), ("output", "444"))
-    made = {"role": "assistant", "content": "So [37*12 = 444]", "parts": parts}
+    made = {"role": "assistant", "content": "So [37*12 = 444]", "parts": TIGHT[:3]}
     message = type(whole.choices[0].message).model_validate(made)
-    said = [*user("a"), message, *user("b")]
-    done = create(model="t", messages=said, max_tokens=1)
-    same = [*user("a"), {"role": "assistant", "content": parts}, *user("b")]
+    done = create(model="t", messages=[*user("a"), message, *user("b")], max_tokens=1)
+    same = [*user("a"), {"role": "assistant", "content": TIGHT[:3]}, *user("b")]
     assert done.usage.prompt_tokens == len(common.render_prompt(tokenizer, same))
 
 
@@ -7888,15 +7590,12 @@ def test_completions_go_on_from_a_text(served, tokenizer):
 def test_stop_strings_end_an_answer_and_calls_are_shown_as_text_and_as_parts(
     tokenizer, texts, stop, said, parts
 ):
-    parts = parts_of(*(parts or [("text", said)]))
+    pairs = parts or [("text", said)]
+    parts = parts_of(*pairs)
     with serving(tokenizer, 1, talker(tokenizer, *texts)) as (_, url):
         asked = {"temperature": 0, "stop": stop, "max_tokens": 50}
         (choice,) = completed(url, **asked)["choices"]
-        assert (
-            choice["message"]["content"]
-            == said
-            == "".join(chat.show([(part["type"], part["text"]) for part in parts]))
-        )
+        assert choice["message"]["content"] == said == "".join(chat.show(pairs))
         assert choice["message"]["parts"] == parts and choice["finish_reason"] == "stop"
         assert streamed(events(url, **asked)) == (said, parts)
 
@@ -7904,6 +7603,13 @@ def test_stop_strings_end_an_answer_and_calls_are_shown_as_text_and_as_parts(
 CALLED = parts_of(("python", "37*12"), ("output", "444"))
 TIGHT = [*parts_of(("text", "So")), *CALLED, *parts_of(("text", "It is."))]
 WIDE = [*parts_of(("text", "So ")), *CALLED, *parts_of(("text", " It is."))]
+
+
+def prompt_of(server, messages):
+    """The prompt's ids that a server makes of messages."""
+    body = {"messages": messages}
+    (prompt,) = serve.CheckedRequest(body, True, server.model, server.settings).prompts
+    return prompt
 
 
 @pytest.mark.parametrize(
@@ -7917,10 +7623,9 @@ WIDE = [*parts_of(("text", "So ")), *CALLED, *parts_of(("text", " It is."))]
 )  # fmt: skip
 def test_an_answer_that_is_sent_back_has_its_calls_again(served, tokenizer, changes, parts):
     back = {"role": "assistant", "content": "So [37*12 = 444] It is.", **changes}
-    server, same = served[0], {"role": "assistant", "content": parts}
-    body = {"messages": [*user("a"), back, *user("b")]}
-    asked = serve.Completion(body, True, server.model, server.settings)
-    assert asked.prompts == [common.render_prompt(tokenizer, [*user("a"), same, *user("b")])]
+    same = {"role": "assistant", "content": parts}
+    prompt = prompt_of(served[0], [*user("a"), back, *user("b")])
+    assert prompt == common.render_prompt(tokenizer, [*user("a"), same, *user("b")])
 
 
 def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(served, tokenizer):
@@ -7933,10 +7638,7 @@ def test_messages_come_in_several_forms_and_text_never_becomes_a_special_token(s
         ([kind], user("Be kind.")), (user("\ud800"), user("?")), (hostile, hostile),
         (user("[1+1 = 2]"), user("[1+1 = 2]")),
     ):  # fmt: skip
-        server = served[0]
-        (prompt,) = serve.Completion(
-            {"messages": said}, True, server.model, server.settings
-        ).prompts
+        prompt = prompt_of(served[0], said)
         assert prompt == common.render_prompt(tokenizer, same)
         assert prompt.count(tokenizer.specials["<|user_end|>"]) == 1
 
@@ -7950,26 +7652,20 @@ def write_blocklist(folder, *lines):
 def test_what_is_blocked_is_refused_in_requests(tokenizer, tmp_path):
     path = write_blocklist(tmp_path, "# comment", "", r"\bsecret\b", "  caf\u00e9s?  ", "a b")
     with serving(tokenizer, blocklist=path) as (_, url):
-
-        def refused(**asked):
-            path = "/v1/completions" if "prompt" in asked else "/v1/chat/completions"
-            response = requests.post(url + path, json={"max_tokens": 1, **asked})
-            error = response.json().get("error", {})
-            assert response.status_code == (400 if error else 200)
-            assert not error or error["type"] == "invalid_request_error"
-            assert not error or not re.search("secret|caf|comment", error["message"])
-            return error.get("code") == "content_blocked" and error["param"]
-
-        for text in ("a SECRET.", "the caf\u00c9", "a b"):
-            assert refused(messages=user(text)) == "messages"
-            assert refused(prompt=["fine", text]) == "prompt"
+        for text, status in (("a SECRET.", 400), ("the caf\u00c9", 400), ("a b", 400),
+                             ("secrets", 200), ("a  b", 200), ("# comment", 200)):  # fmt: skip
+            pieces = parts_of(("text", text[:3]), ("text", text[3:]))
             answer = {"role": "assistant", "content": parts_of(("output", text))}
-            assert refused(messages=[*user("Hi"), answer, *user("x")]) == "messages"
-            system = {"role": "system", "content": parts_of(("text", text))}
-            assert refused(messages=[system, *user("x")]) == "messages"
-        assert refused(messages=user(parts_of(("text", "sec"), ("text", "ret")))) == "messages"
-        for text in ("secrets", "a  b", "# comment", ""):
-            assert not refused(messages=user(text)) and not refused(prompt=text)
+            system = {"role": "system", "content": pieces}
+            said = [user(text), user(pieces), [*user("Hi"), answer, *user("x")],
+                    [system, *user("x")]]  # fmt: skip
+            asked = [*({"messages": one} for one in said),
+                     {"prompt": ["fine", text], "path": "/v1/completions"}]  # fmt: skip
+            for one in asked:
+                error = completed(url, status, max_tokens=1, **one).get("error")
+                if status == 400:
+                    assert error["code"] == "content_blocked" and error["param"] in one
+                    assert not re.search("secret|caf|comment", error["message"])
 
 
 def test_what_is_blocked_is_masked_in_answers_whole_and_streamed(tokenizer, tmp_path):
@@ -8011,9 +7707,7 @@ def test_what_is_masked_does_not_depend_on_the_pieces(lines, pieces):
 
 def test_no_more_is_held_back_than_a_match_can_need(tmp_path):
     for lines, window in ((["abcd"], 6), (["abcd", "xyz.?"], 7), (["x{3,9}"], 256)):
-        blocklist = serve.read_blocklist(Path(write_blocklist(tmp_path, *lines)))
-        masker = serve.Masker(blocklist)
-        assert blocklist.window == window
+        masker = serve.Masker(serve.read_blocklist(Path(write_blocklist(tmp_path, *lines))))
         said = "".join(piece for _, piece in masker.feed("text", "z" * 1000))
         assert said == "z" * (1000 - window + 1)
     began = time.thread_time()  # nine tenths of a million steps for each character, not 2**256
@@ -8031,31 +7725,34 @@ def test_no_more_is_held_back_than_a_match_can_need(tmp_path):
      (["a", b"\xff"], " cannot be read as UTF-8"), (["a)(?:b"], ":1: .*unbalanced"),
      (["# x", "[z-a]"], ":2: .*bad character range.*: mend or remove this line")],
 )  # fmt: skip
-def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said, capsys):
+def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said):
     path = write_blocklist(tmp_path, *lines)
-    with pytest.raises(SystemExit) as ended:
-        common.parse_settings(serve.Settings, "", [f"--blocklist={path}"])
-    assert ended.value.code == 2
-    assert re.search(re.escape(path) + said, capsys.readouterr().err)
+    with pytest.raises(ValueError, match=re.escape(path) + said):
+        serve.Settings(blocklist=path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"blocklist": "/none"}, "No such file"), ({"timeout_s": 0.0}, "--timeout-s above 0"),
-     ({"timeout_s": math.nan}, "--timeout-s"), ({"port": 65536}, "--port"),
-     ({"page": "/none"}, "cannot be read"), ({"max_input_chars": -1}, "--max-input-chars"),
-     ({"export": "x", "int8": True}, "--int8"), ({"cors_origin": "a.example"}, "--cors-origin")],
+    ("stage", "words", "said"),
+    [(serve, "--blocklist=/none", "No such file"), (serve, "--timeout-s=nan", "--timeout-s above"),
+     (serve, "--timeout-s=0", "--timeout-s above 0"), (serve, "--port=65536", "--port"),
+     (serve, "--page=/none", "cannot be read"), (serve, "--export=x --int8", "--int8"),
+     (serve, "--max-input-chars=-1", "--max-input-chars"), (serve, "-t -1", "temperature"),
+     (serve, "--cors-origin=a.example", "--cors-origin"), (chat, "-t -1", "temperature"),
+     (chat, "-i raw", "choice"), (chat, "--top-p=0", "top_p"), (chat, "--seed=-1", "seed"),
+     (chat, "--max-tokens=0", "max_tokens")],
 )  # fmt: skip
-def test_wrong_settings_of_the_server_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
-        serve.Settings(**changes)
+def test_mistaken_flags_of_chat_and_server_end_with_code_2(stage, words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        common.parse_settings(stage.Settings, "", words.split())
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+class Panic(BaseException):
+    """As packages in Rust raise, tiktoken for one."""
 
 
 def test_text_without_end_is_refused_before_it_is_tokenized(tokenizer, monkeypatch):
-    class PanicException(BaseException):
-        """As tiktoken raises, which is no Exception."""
-
-    panic = unittest.mock.Mock(side_effect=PanicException)
+    panic = unittest.mock.Mock(side_effect=Panic)
     parts = [{"role": "system", "content": "x" * 1000}, *user("x" * 1049)]
     for options, most in (({}, 2048), ({"max_input_chars": 10}, 10)):
         with serving(tokenizer, **options) as (server, url), monkeypatch.context() as patched:
@@ -8074,53 +7771,55 @@ def test_text_without_end_is_refused_before_it_is_tokenized(tokenizer, monkeypat
 
 
 @pytest.mark.parametrize("log", [True, False])
-def test_what_is_said_is_logged_only_where_that_is_asked_for(tokenizer, log):
-    said, asked = 'Bye, "you"! ' * 20, {"messages": user("It's \u00e9. " * 30)}
-    with serving(tokenizer, 1, talker(tokenizer, said), max_tokens=400,
-                 log_content=log) as (server, url):  # fmt: skip
-        completed(url, **asked)
-        until(lambda: server.said)
-        (line,) = server.said
-        assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
-        found = json.loads(line[line.index("{") :]) if "{" in line else None
-        assert found == ({"asked": asked, "answered": [said]} if log else None)
-        assert ("Bye" in line) == ("It's" in line) == log
+def test_what_is_said_is_logged_only_where_that_is_asked_for(served, log, monkeypatch):
+    server, url = served
+    monkeypatch.setattr(server.settings, "log_content", log)
+    asked = {"messages": user("It's \u00e9. " * 5)}
+    said = completed(url, **asked)["choices"][0]["message"]["content"]
+    until(lambda: server.said)
+    (line,) = server.said
+    assert re.search(r" 200 [0-9.]+ s  \d+ tokens, [0-9.]+ tok/s", line)
+    found = json.loads(line[line.index("{") :]) if "{" in line else None
+    assert found == ({"asked": asked, "answered": [said]} if log else None)
+    assert ("It's" in line) == log
 
 
-WRONG_REQUESTS = [  # fields, status, the field that is named
-    ({"truncation": "always"}, 400, "truncation"), ({"truncation": ["auto"]}, 400, "truncation"),
-    ({"messages": None}, 400, "messages"), ({"messages": []}, 400, "messages"),
-    ({"messages": "x"}, 400, "messages"), ({"messages": [1]}, 400, "messages[0]"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role"),
-    ({"messages": [{"role": "user"}]}, 400, "messages[0].content"),
-    ({"messages": user([{"type": "image_url"}])}, 400, "messages[0].content[0]"),
-    ({"messages": user([{"type": "python", "text": "1"}])}, 400, "messages[0].content[0]"),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages"),
-    ({"messages": user("x") * 501}, 400, "messages"), ({"n": 0}, 400, "n"), ({"n": 99}, 400, "n"),
-    ({"messages": user("word " * 500)}, 400, "messages"), ({"top_p": 0}, 400, "top_p"),
-    ({"temperature": -1}, 400, "temperature"), ({"temperature": 2.1}, 400, "temperature"),
-    ({"temperature": "1"}, 400, "temperature"), ({"temperature": True}, 400, "temperature"),
-    ({"top_p": 1.5}, 400, "top_p"), ({"top_k": -1}, 400, "top_k"), ({"top_k": 1.5}, 400, "top_k"),
-    ({"max_tokens": 0}, 400, "max_tokens"), ({"seed": 1.5}, 400, "seed"),
-    ({"stop": 3}, 400, "stop"), ({"bad_words": ["a"]}, 400, "bad_words"),
-    ({"max_completion_tokens": "9"}, 400, "max_completion_tokens"), ({"stop": [""]}, 400, "stop"),
-    ({"stop": ["a"] * 5}, 400, "stop"), ({"stream": "yes"}, 400, "stream"),
-    ({"stream_options": 3}, 400, "stream_options"), ({"model": "gpt-4"}, 404, "model"),
-    ({"tools": [{}]}, 400, "tools"), ({"min_p": 0.1}, 400, "min_p"),
-    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
-    ({"logprobs": True}, 400, "logprobs"), ({"presence_penalty": 0.5}, 400, "presence_penalty"),
-    ({"logit_bias": {"5": 1}}, 400, "logit_bias"), ({"logprobs": 0}, 400, "logprobs"),
-    ({"repetition_penalty": 1.1}, 400, "repetition_penalty"),
-    ({"guided_json": {"type": "null"}}, 400, "guided_json"),
-]  # fmt: skip
+WRONG_VALUES: dict[str, list[object]] = {  # for each field
+    "truncation": ["always", ["auto"]], "n": [0, 99], "temperature": [-1, 2.1, "1", True],
+    "top_p": [0, 1.5], "top_k": [-1, 1.5], "max_tokens": [0], "max_completion_tokens": ["9"],
+    "seed": [1.5], "stop": [3, [""], ["a"] * 5], "stream": ["yes"], "stream_options": [3],
+    "model": ["gpt-4"], "tools": [[{}]], "min_p": [0.1], "bad_words": [["a"]],
+    "logprobs": [True, 0], "presence_penalty": [0.5], "logit_bias": [{"5": 1}],
+    "response_format": [{"type": "json_object"}], "repetition_penalty": [1.1],
+    "guided_json": [{"type": "null"}],
+    "messages": [None, [], "x", user("x") * 501, user("word " * 500),
+                 [{"role": "assistant", "content": "x"}]],
+}  # fmt: skip
+WRONG_MESSAGES = {  # where in messages[0], a value of it
+    "": 1,
+    ".role": {"role": "tool", "content": "x"},
+    ".content": {"role": "user"},
+    ".content[0]": {"role": "user", "content": [{"type": "image_url"}]},
+    ".content[0].text": {"role": "user", "content": [{"type": "text", "text": 3}]},
+    ".tool_calls": {"role": "assistant", "content": "x", "tool_calls": [{}]},
+}
+WRONG_REQUESTS = [
+    *(({name: value}, name) for name, values in WRONG_VALUES.items() for value in values),
+    *(({"messages": [one]}, f"messages[0]{where}") for where, one in WRONG_MESSAGES.items()),
+]
+
+
+def check_refused(url, changes, param):
+    status = 404 if param == "model" else 400
+    error = completed(url, status, **{"messages": user("Hi"), **changes})["error"]
+    assert error["param"] == param and error["message"], changes
+    assert error["type"] == "invalid_request_error"
 
 
 def test_a_wrong_request_is_told_which_field_is_wrong_and_harmless_ones_are_ignored(served):
     _, url = served
-    for changes, status, param in WRONG_REQUESTS:
-        error = completed(url, status, **{"messages": user("Hi"), **changes})["error"]
-        assert error["param"] == param and error["message"], changes
-        assert error["type"] == "invalid_request_error"
+    for changes, param in WRONG_REQUESTS:
+        check_refused(url, changes, param)
     ours = {"user": "me", "metadata": {}, "store": False, "presence_penalty": 0.0, "tools": [],
             "logit_bias": None, "service_tier": "auto", "model": "t", "tool_choice": "auto",
             "response_format": {"type": "text"}, "temperature": None, "made_up": 1,
@@ -8161,15 +7860,17 @@ def test_an_answer_without_a_question_goes_alone(tokenizer):
     assert common.newest_turns(tokenizer, talk, 4)[0] == talk[-1:]
 
 
+def connected(server):
+    return socket.create_connection(("127.0.0.1", server.server_port), timeout=60)
+
+
 def raw(server, data):
     """Send bytes; return all that comes back, as text."""
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as connection:
+    parts: list[bytes] = []
+    with connected(server) as connection, contextlib.suppress(ConnectionError):
         connection.sendall(data)
-        parts = []
-        with contextlib.suppress(ConnectionError):
-            while part := connection.recv(65536):
-                parts.append(part)
-        return b"".join(parts).decode("latin-1")
+        parts.extend(iter(lambda: connection.recv(65536), b""))
+    return b"".join(parts).decode("latin-1")
 
 
 BODY = b'{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}'
@@ -8360,8 +8061,7 @@ def fuzz_framing(server, seed, count, codes):
     rng = random.Random(seed)
     for _ in range(count):
         data, began = fuzzed_request(rng, *rng.choice(FUZZED)), time.monotonic()
-        address = "127.0.0.1", server.server_port
-        with socket.create_connection(address, timeout=60) as connection:
+        with connected(server) as connection:
             connection.sendall(data)
             if rng.random() < 0.9:  # else it waits for what may come, and says so after a while
                 connection.shutdown(socket.SHUT_WR)
@@ -8416,10 +8116,6 @@ def test_malformed_requests_are_refused_and_the_next_is_served(
     assert codes[400] > count / 10 and codes[200] > count / 50, codes
 
 
-def connected(server):
-    return socket.create_connection(("127.0.0.1", server.server_port), timeout=10)
-
-
 def test_a_slow_sender_is_told_and_holds_no_thread_for_long(tokenizer):
     with serving(tokenizer, timeout_s=0.3) as (server, url):
         began, late = time.monotonic(), "HTTP/1.1 408 "
@@ -8468,12 +8164,6 @@ def test_one_connection_too_many_is_told_so(tokenizer):
         assert requests.get(url + "/health").status_code == 200
 
 
-def reset(connection):
-    """Close a connection so that the other side's next read or write fails."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
-
-
 def test_a_full_queue_is_said_and_those_in_it_are_answered(tokenizer):
     with serving(tokenizer, 1, max_waiting=1) as (server, url):
         engine, go = server.model.engine, threading.Event()
@@ -8519,15 +8209,14 @@ class Crowd:
     def ask(self, rng, session, text, **changes):
         """Ask until the queue has room."""
         asked = {"messages": user(text), "temperature": 0, "max_tokens": 20, **changes}
-        path = self.url + "/v1/chat/completions"
-        while (
-            response := session.post(path, json=asked, stream=True, timeout=60)
-        ).status_code == 429:
+        path, capacity = self.url + "/v1/chat/completions", self.server.model.capacity
+        while True:
+            response = session.post(path, json=asked, stream=True, timeout=60)
+            if response.status_code != 429:
+                return response
             busy = int(response.json()["error"]["message"].split()[0])
-            capacity = self.server.model.capacity
             assert capacity - asked.get("n", 1) < busy <= capacity, "a refusal for want of room"
             time.sleep(rng.uniform(0.05, 0.3))
-        return response
 
     def whole(self, rng, session, text):
         response = self.ask(rng, session, text, n=rng.choice((1, 1, 2)))
@@ -8547,7 +8236,8 @@ class Crowd:
             connection.settimeout(rng.uniform(0.01, 0.3))
             with contextlib.suppress(TimeoutError):
                 connection.recv(rng.randrange(1, 2000))
-            rng.choice((reset, socket.socket.close))(connection)
+            if rng.random() < 0.5:  # a reset: the server's next read or write fails
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
     def cancel(self, rng, session, text):
         with self.ask(rng, session, text, stream=True, max_tokens=100) as response:
@@ -8555,9 +8245,7 @@ class Crowd:
                 pass
 
     def nonsense(self, rng, session, text):
-        changes, status, param = rng.choice(WRONG_REQUESTS)
-        error = completed(self.url, status, **{"messages": user(text), **changes})["error"]
-        assert error["param"] == param
+        check_refused(self.url, *rng.choice(WRONG_REQUESTS))
 
 
 @pytest.mark.parametrize(
@@ -8585,10 +8273,6 @@ def test_many_who_come_and_go_get_what_each_gets_alone_and_leave_nothing(
     assert "Traceback" not in capsys.readouterr().err
 
 
-class Panic(BaseException):
-    """As packages in Rust raise."""
-
-
 class ClosedPipe:
     """A log whose reader is gone."""
 
@@ -8601,10 +8285,7 @@ class ClosedPipe:
 def test_a_server_whose_steps_fail_says_so_and_goes_on(tokenizer, monkeypatch, capsys):
     with serving(tokenizer, 2) as (server, url):
         right = completed(url, temperature=0)["choices"]
-        model, errors = (
-            server.model.engine.model,
-            [RuntimeError("gone"), Panic(), ZeroDivisionError()],
-        )
+        model, errors = server.model.engine.model, [RuntimeError(), Panic(), ZeroDivisionError()]
         del server.say  # the real one
         with monkeypatch.context() as patched:
             patched.setattr(sys, "stdout", ClosedPipe())
@@ -8654,11 +8335,10 @@ def test_keys_origins_and_hosts_are_checked(tokenizer, base_dir):
             assert status(**right, Host=host) == code, host
         assert requests.get(url + "/health").status_code == requests.get(url).status_code == 200
         assert requests.get(url + "/v1/models").status_code == 401
-        response = requests.get(url + "/training")  # a browser asks for the key as a password
-        assert response.status_code == 401
+        response = requests.get(url + "/report")  # a browser asks for the key as a password
         assert response.headers["WWW-Authenticate"].startswith("Basic ")
-        assert requests.get(url + "/training", auth=("me", "secret")).status_code == 200
-        assert requests.get(url + "/training", auth=("me", "wrong")).status_code == 401
+        for key, code in (("wrong", 401), ("secret", 404)):  # there is no report
+            assert requests.get(url + "/report", auth=("me", key)).status_code == code
         for origin, code in ((ours, 200), ("https://evil.example", 403)):
             response = requests.options(path, headers={"Origin": origin})
             assert response.status_code == code
@@ -8704,30 +8384,13 @@ def test_the_page_runs_its_own_script_alone_and_may_be_a_file(tokenizer, tmp_pat
         assert response.status_code == 503 and "cannot be read" in response.text
 
 
-def test_the_run_is_shown_as_it_goes_and_its_report_as_it_is_written(served, base_dir):
-    _, url = served
-    assert requests.get(url + "/training").status_code == 200
+def test_the_server_tells_how_it_is(served, base_dir):
+    server, url = served
     response = requests.get(url + "/report")
     assert response.status_code == 404 and "evaluate.py --report --tag=main" in response.text
-    folder = common.run_dir("main")
-    folder.mkdir(parents=True)
-    (folder / "report.html").write_text("<h1>Report</h1>")
+    common.run_dir("main").mkdir(parents=True)
+    (common.run_dir("main") / "report.html").write_text("<h1>Report</h1>")
     assert requests.get(url + "/report").text == "<h1>Report</h1>"
-    lines = [{"stage": "base", "step": i, "time": 1, "loss": 9 - i / 1000, "<b>": math.nan}
-             for i in range(1001)]  # fmt: skip
-    write_lines(folder / "metrics.jsonl", lines)
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write('{"stage": "ba')
-    text = requests.get(url + "/training").text
-    assert "base: loss 8 at step 1,000 (8 to 9)" in text and "&lt;b&gt;" in text
-    points = [tuple(map(float, point.split(",")))
-              for point in re.search('points="([^"]*)"', text)[1].split()]  # fmt: skip
-    assert points[0] == (0, 0) and points[-1] == (100, 50) and 200 < len(points) < 310
-    assert all(y == pytest.approx(x / 2, abs=0.1) for x, y in points)
-
-
-def test_the_server_tells_how_it_is(served):
-    server, url = served
     assert requests.get(url + "/health").json() == {
         "status": "ready", "tag": "main", "model": "t-sft", "stage": "sft", "device": "cpu"
     }  # fmt: skip
@@ -8785,9 +8448,8 @@ def test_sigterm_waits_for_answers_and_a_second_signal_does_not(chat_run):
         assert answer.result()["usage"]["completion_tokens"]
         assert re.search("POST /v1/completions 200 .* tok/s\n$", process.stdout.read())
         assert process.wait(20) == 0
-    with serving_apart("common.Engine.step = lambda self: time.sleep(0.1) or []") as (
-        process, url, submit,
-    ):  # fmt: skip
+    stuck = "common.Engine.step = lambda self: time.sleep(0.1) or []"
+    with serving_apart(stuck) as (process, url, submit):
         assert any("ready" in line for line in process.stdout)
         answer = submit(**asked)
         until(lambda: "nanochat_requests_open 1" in requests.get(url + "/metrics").text)
@@ -8846,16 +8508,14 @@ def test_an_exported_model_is_the_same_to_transformers(
     assert words.eos_token_id == tokenizer.specials["<|assistant_end|>"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "flag"),
-    [({"smear": True}, "--no-smear"), ({"skip": True}, "--no-skip"), ({"bigram_rows": 64},
-     "--bigram-rows=0"), ({"value_embeds": True}, "--no-value-embeds"), ({"qk_scale": 1.2},
-     "--qk-scale=1"), ({"window_pattern": "SL"}, "--window-pattern=L")],
-)  # fmt: skip
-def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path, changes, flag):
-    model = random_model(**{**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size, **changes})
-    with pytest.raises(common.Stop, match=flag):
-        serve.export(tmp_path / "out", model, tokenizer)
+def test_a_model_that_the_format_cannot_hold_is_not_exported(tokenizer, tmp_path):
+    parts = {"smear": True, "skip": True, "bigram_rows": 64, "value_embeds": True, "qk_scale": 1.2,
+             "window_pattern": "SL"}  # fmt: skip
+    for name, value in parts.items():
+        config = {**CONFIGS["bare"], "vocab_size": tokenizer.vocab_size, name: value}
+        flag = f"train one with --[a-z-]*{name.replace('_', '-')}(=[01L])?$"
+        with pytest.raises(common.Stop, match=flag):
+            serve.export(tmp_path / "out", random_model(**config), tokenizer)
     assert not (tmp_path / "out").exists()
 
 
@@ -9075,10 +8735,8 @@ def test_the_page_says_what_went_wrong_and_loses_nothing(tokenizer, chromium, mo
 def test_the_page_fits_phones_and_wide_screens_in_light_and_dark(
     tokenizer, chromium, width, scheme
 ):
-    with talking(tokenizer, chromium, talker(tokenizer, "Fine."), color_scheme=scheme) as (
-        *_,
-        page,
-    ):
+    fine = talker(tokenizer, "Fine.")
+    with talking(tokenizer, chromium, fine, color_scheme=scheme) as (*_, page):
         page.set_viewport_size({"width": width, "height": 844})
         send(page, "Hi there, a rather long message that must wrap on a phone " * 3)
         answered(page, 0)
@@ -9137,7 +8795,7 @@ def test_two_tabs_keep_each_others_conversations(tokenizer, chromium):
 
 @pytest.mark.browser
 def test_what_has_streamed_can_be_used_while_more_comes(tokenizer, chromium):
-    model = talker(tokenizer, "```js\nx = 1\n  y\n```\n" + "word " * 200, pause=0.02)
+    model = talker(tokenizer, "```js\nx = 1\n  y\n```\n" + "word word\n" * 99, pause=0.02)
     with talking(tokenizer, chromium, model, 2, max_tokens=900) as (*_, page):
         send(page, "Other")
         press(page, "Stop")
@@ -9150,15 +8808,15 @@ def test_what_has_streamed_can_be_used_while_more_comes(tokenizer, chromium):
         assert article.get_attribute("aria-busy") == "true"
         code.select_text()
         code.evaluate("(element) => window.was = element")
-        enough = len(article.inner_text()) + 50
+        enough = len(article.inner_text()) + 150  # more than a screen
         while len(article.inner_text()) < enough:
             page.wait_for_timeout(50)
         assert page.evaluate("window.was.isConnected && String(getSelection())") == "x = 1\n  y"
-        page.locator("article pre button").click(delay=200)
-        page.locator("#state").get_by_text("Copied").wait_for(state="attached")
         page.evaluate("document.getElementById('log').scrollTop = 0")
         page.wait_for_timeout(200)
         assert page.evaluate("document.getElementById('log').scrollTop") == 0, "it is read there"
+        page.locator("article pre button").click(delay=200)
+        page.locator("#state").get_by_text("Copied").wait_for(state="attached")
         page.locator("#chats").get_by_text("Other").click()  # looking around costs no answer
         assert page.inner_text("#title") == "Other" and page.inner_text("#send") == "Send"
         entry = page.locator("#chats li > button:first-child", has_text="Go")
@@ -9166,7 +8824,7 @@ def test_what_has_streamed_can_be_used_while_more_comes(tokenizer, chromium):
         assert page.inner_text("#send") == "Stop"
         entry.focus()
         model.pause = 0
-        assert answered(page, 0).inner_text().count("word ") > 190
+        assert answered(page, 0).inner_text().count("word") > 190
         assert page.evaluate("document.activeElement.textContent") == "Go"
         assert article.get_attribute("aria-busy") is None
         model.pause = 0.02
