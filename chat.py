@@ -11,7 +11,6 @@ Keys:    Ctrl-C stops an answer, Ctrl-D ends the program, /help lists the comman
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
 import os
 import sys
@@ -30,6 +29,7 @@ from common import (
     one_sentence,
     parse_settings,
     prompt_room,
+    read_meta,
     render_call,
     setting,
 )
@@ -222,20 +222,20 @@ def say(pieces: Pieces) -> None:
 # 9. Main -------------------------------------------------------------------------------------
 
 
-def load(settings: Settings) -> tuple[Engine, str]:
-    """Load the model into an engine of one slot, print which one it is, and return its stage."""
+def load(settings: Settings) -> tuple[Engine, str, str]:
+    """Load the model into an engine of one slot, and print which one it is.
+
+    Returns its stage and an opening that it may complete.
+    """
     model, tokenizer, folder = load_for_answers(settings)
     engine, stage = Engine(model, tokenizer, slots=1), folder.parent.name
     note(f"{stage} model of run {settings.tag}, {folder.name}, on {engine.device.type}")
-    return engine, stage
+    return engine, stage, (read_meta(folder).get("openings") or ["The"])[0]
 
 
 def main(settings: Settings) -> None:
     """Load a model and answer --prompt, or every line of stdin."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # what the locale cannot read or write
-    engine, stage = load(settings)
+    engine, stage, opening = load(settings)
     if stage == "base" and settings.system:
         raise Stop("--system is for a model that chats; -i base completes a text as it is")
     talk = Conversation(engine, stage, settings)
@@ -246,7 +246,8 @@ def main(settings: Settings) -> None:
             raise Stop(str(error)) from None
     typed = sys.stdin.isatty()
     if typed:
-        note(f"type {'a text to complete' if talk.completes else 'a message'}, or /help")
+        what = f"a text to complete, such as {opening!r}" if talk.completes else "a message"
+        note(f"type {what}, or /help")
     for line in read_terminal() if typed else sys.stdin:
         line = line.rstrip("\r\n")
         if line.strip() == "/quit":

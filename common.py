@@ -30,6 +30,7 @@ import functools
 import gc
 import hashlib
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -203,10 +204,10 @@ def chat_format(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, str
         <|bos|><user>system text, an empty line, 37 x 12?</user>
         <assistant>That is <python>37*12</python><output>444</output>444.</assistant><user>...
 
-    The author is "user" for all up to <|assistant_start|>, then "assistant", or "tool" for the
-    output, which the engine forces; "" for <|bos|>. To change the format, also raise ROWS_VERSION.
+    The author is "user" for all up to <|assistant_start|>, then "assistant", or "tool" for what is
+    not learned: outputs, which the engine forces, messages of weight 0, and <|bos|>. To change the format, also raise ROWS_VERSION.
     """
-    yield BOS, True, ""
+    yield BOS, True, "tool"
     system = ""
     for message in messages:
         role, content = message["role"], message["content"]
@@ -216,15 +217,16 @@ def chat_format(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, str
         if role == "user":
             content, system = system + content, ""
         yield f"<|{role}_start|>", True, "user"
+        writer = role if message.get("weight", 1) else "tool"
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         for part in parts:
-            kind, author = part["type"], "tool" if part["type"] == "output" else role
+            kind, author = part["type"], "tool" if part["type"] == "output" else writer
             if kind != "text":
                 yield f"<|{kind}_start|>", True, author
             yield part["text"], False, author
             if kind != "text":
                 yield f"<|{kind}_end|>", True, author
-        yield f"<|{role}_end|>", True, role
+        yield f"<|{role}_end|>", True, writer
 
 
 def render_conversation(
@@ -444,9 +446,8 @@ def conversation_documents(
             if len(ids) <= T + 1:
                 break
             messages = messages[: -2 if messages[-1]["role"] == "assistant" else -1]
-        answered = any(m["role"] == "assistant" for m in messages)
         marked = [i if learned else i + NO_TARGET for i, learned in zip(ids, mask)]
-        return conversation, messages != conversation["messages"], marked if answered else []
+        return conversation, messages != conversation["messages"], marked if any(mask) else []
 
     for conversation, cut, ids in in_threads(fitted, conversations):
         kind = conversation.get("kind", "own")
@@ -1650,16 +1651,21 @@ class Sampling:
     max_tokens: int = 256
     temperature: float = 1.0  # 0 takes the likeliest token
     top_k: int = 0  # 0 is off
-    top_p: float = 1.0  # 1 is off
+    top_p: float = 1.0  # 1 is off; 0 takes the likeliest token
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or not math.isfinite(self.temperature):
             raise ValueError(f"temperature {self.temperature} must be 0 or more")
-        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_tokens < 1:
-            raise ValueError("top_p must be in (0, 1], top_k 0 or more, max_tokens 1 or more")
+        if not 0 <= self.top_p <= 1 or self.top_k < 0 or self.max_tokens < 1:
+            raise ValueError("top_p must be from 0 to 1, top_k 0 or more, max_tokens 1 or more")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} must be 0 or more")
+
+    @property
+    def greedy(self) -> bool:
+        """True if the likeliest token is taken, without any chance."""
+        return self.temperature == 0 or self.top_p == 0
 
 
 COLDEST = 1e-5  # lower temperatures are taken as this one: they would be 0 in fp32, and logits NaN
@@ -1681,7 +1687,7 @@ def sample(logits: Tensor, samplings: list[Sampling], uniforms: list[float]) -> 
     chosen, V = logits.argmax(-1), logits.size(-1)
     for filtered in (False, True):
         rows = [i for i, s in enumerate(samplings)
-                if s.temperature and (s.top_k > 0 or s.top_p < 1) == filtered]  # fmt: skip
+                if not s.greedy and (s.top_k > 0 or s.top_p < 1) == filtered]  # fmt: skip
         if not rows:
             continue
         own = [samplings[i] for i in rows]
@@ -1978,7 +1984,7 @@ class Engine:
             raise ValueError(f"the prompt has {n} tokens: this model takes 1 to {context - 1}")
         limit = min(request.sampling.max_tokens, context - n)
         rng = np.random.default_rng(request.sampling.seed)
-        uniforms = rng.random(limit if request.sampling.temperature else 0).tolist()
+        uniforms = rng.random(0 if request.sampling.greedy else limit).tolist()
         decoder = ReplyDecoder(self.tokenizer, request.stop, request.tool)
         self.waiting.append(job := Job(request, limit, uniforms, decoder))
         return job
@@ -2180,7 +2186,7 @@ class Engine:
                 job.asked = None
         free = [i for i, job in enumerate(jobs) if not job.forced]
         samplings = [jobs[i].request.sampling for i in free]
-        uniforms = [jobs[i].uniforms[len(jobs[i].reply.ids)] if s.temperature else 0.0
+        uniforms = [0.0 if s.greedy else jobs[i].uniforms[len(jobs[i].reply.ids)]
                     for i, s in zip(free, samplings)]  # fmt: skip
         logits = logits if len(free) == len(jobs) else logits[free]
         chosen = dict(zip(free, sample(logits, samplings, uniforms))) if free else {}
@@ -3557,6 +3563,9 @@ def start_wandb(run: Run) -> Any:
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
     """Turn Ctrl-C, full memory and a disk's errors into one sentence and a non-zero exit."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the locale cannot read or write
     try:
         yield
     except KeyboardInterrupt:

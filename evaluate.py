@@ -344,9 +344,6 @@ def score_groups(
 
 # 4. Answers: facts, letters, replies with the tool, samples ----------------------------------
 
-PROMPTS = ("The capital of France is", "The opposite of hot is", "Once upon a time",
-           "In the morning", "There are many ways to")  # fmt: skip
-
 
 def starts_with_answer(text: str, answers: Iterable[str]) -> bool:
     """True if text begins with one of the answers as whole words."""
@@ -367,10 +364,10 @@ def complete_facts(engine: Engine, items: list[dict]) -> Iterator[Graded]:
         yield Graded(i, right, item["prompt"], text, item["answer"])
 
 
-def write_samples(engine: Engine, seed: int) -> list[dict[str, Any]]:
+def write_samples(engine: Engine, prompts: list[str], seed: int) -> list[dict[str, Any]]:
     """Complete a few prompts, greedily and sampled."""
     t, samples = engine.tokenizer, []
-    for prompt, temperature in itertools.product(PROMPTS, (0.0, 0.8)):
+    for prompt, temperature in itertools.product(prompts, (0.0, 0.8)):
         sampling = Sampling(64, temperature=temperature, top_k=50, seed=seed)
         ids = engine.generate(Request([t.bos, *t.encode(prompt)], sampling, tool=False))
         text = reply_text(reply_parts(t, ids))
@@ -1338,6 +1335,7 @@ def evaluate_stage(run: Run, settings: Settings) -> dict[str, Any]:
         key = [limits.get(task, settings.max_items), crc32(path) if path.is_file() else 0]
         if settings.restart or report["done"].get(task) != key:
             keys[task] = key
+    openings = read_meta(folder).get("openings") or ["The"]  # of the text, noted since version 2
     model = load_model(folder, run.device, pick_dtype(run.device, settings.dtype))
     row_bytes = model.config.cache_bytes(model.dtype.itemsize)  # 64 slots, or what 8 GiB hold
     slots = settings.device_batch_size or max(1, min(64, (8 << 30) // row_bytes))
@@ -1349,7 +1347,7 @@ def evaluate_stage(run: Run, settings: Settings) -> dict[str, Any]:
         ))  # fmt: skip
     for task, key in keys.items():
         if task == "samples":
-            report["samples"] = write_samples(engine, settings.seed)
+            report["samples"] = write_samples(engine, openings, settings.seed)
         else:
             records = run_task(run, engine, task, asked, settings)
             if task.startswith("CORE/"):

@@ -20,6 +20,7 @@ Method:  documents are cut at paragraph ends, then sorted by a hash of seed and 
 from __future__ import annotations
 
 import bisect
+import bz2
 import codecs
 import contextlib
 import csv
@@ -29,6 +30,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -55,6 +57,7 @@ import pyarrow.parquet as pq
 import requests
 
 from common import (
+    NUMBER,
     MissingInput,
     Stop,
     at_least,
@@ -86,7 +89,7 @@ Dropped = dict[str, list[Any]]  # what was left out: [how often, the first place
 # does nothing where the manifest says the same. These numbers stand in it for the code:
 # raise one when the same input gives other data (golden tests notice), not for a new comment.
 WORLD_VERSION = 1  # what the embedded world writes, asks and answers
-DATA_VERSION = 1  # how own files and the hub's data sets are read, checked, cut and split
+DATA_VERSION = 2  # how own files and the hub's data sets are read, checked, cut and split
 
 # name: folder below data/, repository; the last shard is for validation
 HUB = {
@@ -120,6 +123,10 @@ class Settings:
         60_000, "world: conversations of mid; sft gets a sixth as many, rl a tenth as problems."
     )
     doc_chars: int = setting(20_000, "own files: longer documents are cut, at paragraph ends.")
+    document_ends: str = setting(
+        "<|endoftext|>,<|end_of_text|>", "own files: a line of one of these ends a document."
+    )
+    encoding: str = setting("", "own files: encoding of those that are not UTF-8; none: a guess.")
     val_percent: float = setting(2.0, "world, own files: percentage of the validation documents.")
     val_mb: int = setting(20, "world, own files: MB of validation text at most.")
     shard_mb: int = setting(100, "world, own files: MB of text in one training shard.")
@@ -135,6 +142,10 @@ class Settings:
             raise ValueError("--val-percent must be over 0 and at most 50: training needs both")
         if not self.name.strip() or not self.name.isprintable():
             raise ValueError("--name must be a name, on one line")
+        try:
+            codecs.lookup(self.encoding or "utf-8")
+        except LookupError:
+            raise ValueError(f"--encoding={self.encoding} is none that Python knows") from None
         known = {"data": ("world", *HUB), "conversations": ("", "hub"), "eval_data": ("", "hub")}
         for key, words in known.items():
             value, flag = getattr(self, key), f"--{key.replace('_', '-')}"
@@ -280,17 +291,18 @@ class Sorter:
 def split_documents(sorter: Sorter, settings: Settings) -> tuple[Iterator[str], Iterator[str]]:
     """Return the validation texts, those of the smallest hashes, and then the training texts.
 
-    Both have a text wherever there are two distinct ones, and share none. Read them in turn.
+    Both have a text wherever there are two distinct ones, and share none. Read them in turn. Of
+    few texts more than --val-percent are for validation: 20, or a tenth of them.
     """
-    documents = sorter.documents()
+    documents, least = sorter.documents(), min(20, max(1, sorter.count // 10))
     below = int(settings.val_percent / 100 * (1 << 128)).to_bytes(16, "big")
     first_train: list[str] = []
 
     def validation() -> Iterator[str]:
         taken = 0
-        for key, text in documents:
-            enough = taken and (key >= below or taken >= settings.val_mb * 10**6)
-            if enough or key == sorter.greatest:
+        for number, (key, text) in enumerate(documents):
+            full = number and taken >= settings.val_mb * 10**6
+            if full or (number >= least and key >= below) or key == sorter.greatest:
                 first_train.append(text)
                 return
             taken += len(text.encode())
@@ -664,39 +676,96 @@ TEXT_SUFFIXES = """
  cmake mk proto graphql vue svelte dart zig nim v sv vhd vhdl asm s f f90 pas d tcl diff
 """
 COLUMNS = ("text", "content")  # of records, the first that is there
-LINE_CHARS = 1 << 25  # the longest line of .jsonl that is read
+FILE_KINDS = {".parquet": ".table", ".arrow": ".table", ".json": ".json", ".jsonl": ".jsonl",
+         ".ndjson": ".jsonl"}  # fmt: skip
+PACKED: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open,
+    ".zst": lambda raw: pa.CompressedInputStream(raw, "zstd"),
+}  # fmt: skip
+TEXT_TYPES = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary,
+              pa.types.is_large_binary)  # fmt: skip
+LINE_CHARS = 1 << 25  # the longest line of .jsonl, or value of an array, that is read
+LFS = b"version https://git-lfs"  # how a file begins that stands for one in Git LFS
 
 
 def file_kind(path: Path) -> str:
-    """Return .parquet, .jsonl or .txt by a file's name without .gz, "" where it is none."""
-    name = path.name.lower().removesuffix(".gz")
-    suffix = os.path.splitext(name)[1].replace(".ndjson", ".jsonl")
+    """Return .table, .json, .jsonl or .txt by a file's name without .gz, "" where it is none."""
+    name = path.name.lower()
+    name = name.removesuffix(next(filter(name.endswith, PACKED), ""))
+    suffix = os.path.splitext(name)[1]
     plain = not suffix or suffix[1:] in TEXT_SUFFIXES.split()
-    return suffix if suffix in (".parquet", ".jsonl") else ".txt" if plain else ""
+    return FILE_KINDS.get(suffix, ".txt" if plain else "")
 
 
 def sniff_encoding(head: bytes) -> str:
-    """Return the encoding of text that begins with `head`, "" where it is no text."""
+    """Return the encoding of text that begins with `head`, "" where it is not known."""
     marks = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
              codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
     for mark, encoding in marks.items():
         if head.startswith(mark):
             return encoding
     text = codecs.getincrementaldecoder("utf-8")("replace").decode(head)
-    strange = len(re.findall("[\0-\x06\x0e-\x1a\x7f\ufffd]", text))
-    return "utf-8-sig" if strange * 10 <= len(text) + 10 else ""
+    wrong, other = text.count("\ufffd"), len(re.findall("[\0-\x06\x0e-\x1a\x7f]", text))
+    right = len(re.findall("[^\0-\x7f\ufffd]", text))
+    if wrong > max(2, right, len(text) / 300) and not other:  # more than some damage
+        detector: Any = getattr(requests.compat, "chardet", None)  # the one that requests brings
+        if detector and (guess := detector.detect(head)["encoding"]):
+            return guess
+    return "utf-8-sig" if (wrong + other) * 10 <= len(text) + 10 else ""
 
 
 def clean(text: str) -> str:
-    """Return text with plain line ends, without NULs, outer blanks and halves of characters."""
+    """Return text with plain line ends, without NULs, outer blanks and halves of characters.
+
+    The indentation of a first line stays: it means something in a program.
+    """
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = text.replace("\0", "").strip()
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", text.replace("\0", "").rstrip())
+    text = text if text[:1] == "\t" or text[:2].isspace() else text.lstrip()
     try:
         text.encode()
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def present(row: dict[str, Any], *names: str) -> Any:
+    """Return the first of a row's fields that is there and not null, or None."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def stream_values(text: IO[str], start: str = "") -> Iterator[Any]:
+    """Yield the values of a JSON array, or a value without one; `start` of it was read before.
+
+    At most LINE_CHARS are in memory. Raises ValueError where a value or the array does not end.
+    """
+    decode, skip = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
+    more = read = start or text.read(1 << 16)
+    at = len(read) - len(read.lstrip())
+    in_array = read.startswith("[", at)
+    at += in_array
+    while True:
+        at += len(skip.match(read, at)[0])  # type: ignore[index]  # it matches everywhere
+        if read.startswith("]", at) if in_array else at == len(read) and not more:
+            return
+        end = 0
+        with contextlib.suppress(ValueError, RecursionError):
+            value, end = decode(read, at)
+        if end and (end < len(read) or not more):
+            yield value
+            at = end
+        elif not more or len(read) - at > LINE_CHARS:
+            raise ValueError("it does not end")
+        else:
+            more = text.read(1 << 20)  # the value may go on there
+            read, at = read[at:] + more, 0
+
+
+def is_array(value: Any) -> bool:
+    """True if a value is a list of records, and not the messages of one conversation."""
+    records = isinstance(value, list) and all(isinstance(one, dict) for one in value)
+    return records and not any(present(one, "role", "from") for one in value)
 
 
 def printable(path: Path | str) -> str:
@@ -720,9 +789,11 @@ def left_out(dropped: Dropped, form: str) -> str:
 class OwnFiles:
     """The files of some kinds below a path, and what was left out of them."""
 
-    def __init__(self, root: Path, kinds: Sequence[str] = (".txt", ".jsonl", ".parquet")) -> None:
-        self.root, self.kinds = root, kinds
+    def __init__(self, root: Path, encoding: str = "", with_text: bool = True) -> None:
+        self.root, self.encoding = root, encoding
+        self.kinds = {*FILE_KINDS.values(), *[".txt"] * with_text}
         self.dropped: Dropped = {}
+        self.unknown_bytes = 0  # of files in an encoding that is not known
         found = [root] if root.is_file() else sorted(self.find_files())
         self.files = {path: path.stat() for path in found}
 
@@ -760,7 +831,7 @@ class OwnFiles:
 
     def expected_bytes(self) -> int:
         """Guess the size of the text: packed files hold about four times theirs."""
-        packed = (".gz", ".parquet")
+        packed = (*PACKED, ".parquet")
         extra = (i.st_size for p, i in self.files.items() if p.suffix.lower() in packed)
         return self.size() + 3 * sum(extra)
 
@@ -779,28 +850,42 @@ class OwnFiles:
                     self.drop("empty files", path)
                 try:
                     with open(path, "rb") as raw:
-                        packed = path.suffix.lower() == ".gz"
-                        with gzip.open(raw) if packed else contextlib.nullcontext(raw) as file:
+                        if raw.peek(len(LFS)).startswith(LFS):
+                            self.drop("Git LFS pointers, whose files `git lfs pull` gets", path)
+                            continue
+                        unpack = PACKED.get(path.suffix.lower(), contextlib.nullcontext)
+                        with unpack(raw) as file:
                             for record in records(path, file) if info.st_size else ():
                                 yield record
                                 now = done + (0 if raw.closed else raw.tell())
                                 progress.add(now - progress.done)
-                except (OSError, EOFError, zlib.error, pa.ArrowException):
+                except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException):
                     self.drop("damaged or unreadable files", path)
                 done += info.st_size
 
     def open_text(self, path: Path, file: Any) -> IO[str]:
         """Open a file in the encoding it seems to have, as an empty one where it is no text."""
-        encoding = sniff_encoding(file.read(1 << 13))
-        file.seek(0)
-        if not encoding:
+        file = io.BufferedReader(file, 1 << 14)
+        head = file.peek(1 << 14)
+        encoding = sniff_encoding(head)
+        if not encoding and b"\0" in head:
             self.drop("binary files", path)
             return io.StringIO()
+        if not encoding.startswith("utf-"):
+            encoding = self.encoding or encoding
+            if not encoding:
+                self.drop("files in an unknown encoding (--encoding=NAME says it)", path)
+                self.unknown_bytes += path.stat().st_size
+                return io.StringIO()
+            self.drop(f"files read as {encoding}, not UTF-8 (--encoding=NAME sets it)", path)
         return io.TextIOWrapper(file, encoding, "replace")
 
-    def documents(self, limit: int) -> Iterator[str]:
-        """Yield the clean documents of all files, each at most `limit` characters long."""
-        for path, piece in self.read(partial(self._pieces, limit)):
+    def documents(self, limit: int, ends: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the clean documents of all files, each at most `limit` characters long.
+
+        A line that is one of `ends` stands between two documents.
+        """
+        for path, piece in self.read(partial(self._pieces, limit, ends)):
             if text := clean(piece):
                 if "\ufffd" in text:
                     self.drop("documents with invalid characters replaced", path)
@@ -808,50 +893,105 @@ class OwnFiles:
             else:
                 self.drop("empty documents", path)
 
-    def _pieces(self, limit: int, path: Path, file: Any) -> Iterator[tuple[Path, str]]:
-        if file_kind(path) == ".txt":
+    def _pieces(
+        self, limit: int, ends: Sequence[str], path: Path, file: Any
+    ) -> Iterator[tuple[Path, str]]:
+        for lines in self._texts(path, file):
+            for is_end, group in itertools.groupby(lines, key=lambda line: line.strip() in ends):
+                if not is_end:
+                    yield from ((path, piece) for piece in cut_pieces(group, limit))
+
+    def _texts(self, path: Path, file: Any) -> Iterator[Iterable[str]]:
+        """Yield the lines of each text of a file: of the whole file, or of its records."""
+        kind = file_kind(path)
+        if kind == ".table":
+            values = self.table(path, file, COLUMNS)
+        else:
             text = self.open_text(path, file)
-            pieces = cut_pieces(iter(lambda: text.read(1 << 20), ""), limit)
-            yield from ((path, piece) for piece in pieces)
-            return
-        read = self._parquet if file_kind(path) == ".parquet" else partial(self.json_lines, {})
-        for place, value in read(path, file):
-            if isinstance(value, dict):
-                value = next((value[key] for key in COLUMNS if value.get(key) is not None), None)
+            if kind == ".txt" or (kind == ".json" and not self.has_records(text)):
+                yield iter(partial(text.readline, 1 << 20), "")
+                return
+            values = self.json_values(path, text)
+        for place, value in values:
+            value = present(value, *COLUMNS) if isinstance(value, dict) else value
             if isinstance(value, str):
-                yield from ((path, piece) for piece in cut_pieces([value], limit))
+                yield value.splitlines(keepends=True) or [""]
             else:
                 self.drop("records without `text` or `content`", place)
 
-    def json_lines(self, words: dict[str, str], path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-        """Yield (place, value) of each line of .jsonl, with `words` put in for placeholders."""
-        text = self.open_text(path, file)
-        for number in itertools.count(1):
-            if not (line := text.readline(LINE_CHARS)):
+    def has_records(self, text: IO[str]) -> bool:
+        """True if the first value of a .json file, or of its array, is a record with text."""
+        value = None
+        with contextlib.suppress(ValueError):
+            value = next(stream_values(text), None)
+        text.seek(0)
+        return isinstance(value, dict) and isinstance(present(value, *COLUMNS), str)
+
+    def values(self, path: Path, file: Any) -> Iterator[tuple[str, Any]]:
+        """Yield (place, value) of each row of a table, or value of JSON."""
+        if file_kind(path) == ".table":
+            return self.table(path, file)
+        return self.json_values(path, self.open_text(path, file))
+
+    def json_values(self, path: Path, text: IO[str]) -> Iterator[tuple[str, Any]]:
+        """Yield (place, value) of lines of JSON; the records of an array one by one."""
+        line, number = "\n", 0
+        while line and not line.strip():
+            line, number = text.readline(LINE_CHARS), number + 1
+        try:
+            json.loads(line or "0")
+        except (ValueError, RecursionError):
+            if line[0] == "[" or (line[0] == "{" and file_kind(path) == ".json"):  # over many lines
+                count = 0
+                try:
+                    for count, value in enumerate(stream_values(text, line), 1):
+                        yield f"{path}: record {count}", value
+                except ValueError:
+                    self.drop("lines of broken JSON", f"{path}: after record {count}")
                 return
+        while line:
             place = f"{path}:{number}"
             if len(line) == LINE_CHARS and line[-1] != "\n":
                 self.drop("lines that are too long", place)
                 while (rest := text.readline(LINE_CHARS)) and rest[-1] != "\n":
                     pass
             elif line.strip():
-                for mark, word in words.items():
-                    line = line.replace(mark, json.dumps(word)[1:-1])
                 try:
-                    yield place, json.loads(line)
+                    value = json.loads(line)
                 except (ValueError, RecursionError):
                     self.drop("lines of broken JSON", place)
+                else:
+                    yield from ((place, one) for one in (value if is_array(value) else [value]))
+            line, number = text.readline(LINE_CHARS), number + 1
 
-    def _parquet(self, path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-        with pq.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            name = next((name for name in COLUMNS if name in names), None)
-            if name is None:
-                self.drop(f"tables without `text` or `content` (has {', '.join(names[:8])})", path)
-                return
-            for batch in table.iter_batches(batch_size=64, columns=[name]):
-                for value in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    yield str(path), value and value.decode("utf-8", "replace")
+    def table(
+        self, path: Path, file: Any, columns: Sequence[str] = ()
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (place, row) of a table, or the text of the first of `columns` that it has."""
+        if ".parquet" in path.name.lower():
+            table: Any = pq.ParquetFile(file)
+            schema, batches = table.schema_arrow, table.iter_batches(batch_size=64)
+        else:  # Arrow's own format, as a file or a stream
+            try:
+                table = pa.ipc.open_file(file)
+                batches = map(table.get_batch, range(table.num_record_batches))
+            except pa.ArrowInvalid:
+                file.seek(0)
+                table = batches = pa.ipc.open_stream(file)
+            schema = table.schema
+        name = next((name for name in columns if name in schema.names), "")
+        if columns and not name:
+            has = ", ".join(schema.names[:8])
+            return self.drop(f"tables without `text` or `content` (has {has})", path)
+        if name and not any(is_text(schema.field(name).type) for is_text in TEXT_TYPES):
+            return self.drop(f"tables whose `{name}` is {schema.field(name).type}, no text", path)
+        for batch in batches:
+            if name:
+                texts = batch.column(name).cast(pa.large_binary()).to_pylist()
+                rows = [text and text.decode("utf-8", "replace") for text in texts]
+            else:
+                rows = batch.to_pylist()
+            yield from ((str(path), row) for row in rows)
 
 
 def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest:
@@ -859,9 +999,12 @@ def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest
     size = files.expected_bytes()
     check_space(size * 3 // 2)
     sorter = Sorter(folder / "buckets", settings.seed, size)
-    # so that even a short text has fifty documents, of which one is for validation
-    for text in files.documents(min(settings.doc_chars, max(200, size // 50))):
+    # so that even a short text has 200 documents, of which 20 are for validation
+    limit, ends = min(settings.doc_chars, max(200, size // 200)), settings.document_ends.split(",")
+    for text in files.documents(limit, ends):
         sorter.add(text)
+    if files.unknown_bytes * 2 > files.size():
+        raise MissingInput(f"most of {files.root} cannot be read{left_out(files.dropped, ' ({})')}")
     if sorter.least >= sorter.greatest:  # none or one, however often it came
         what = f"only {sorter.total_chars:,} characters of text" if sorter.count else "no text"
         raise MissingInput(
@@ -880,12 +1023,23 @@ def make_own_text(settings: Settings, files: OwnFiles, folder: Path) -> Manifest
 # sft train on conversations (a graded item with its reply), rl on graded items without a reply.
 # data/eval/ has the graded items of the public sets; no question of theirs is trained on.
 
-MAKER = "someone with a small open program for training chat models"  # {{author}} of own files
 ROLES = {
-    "system": "system", "developer": "system", "user": "user", "human": "user",
-    "assistant": "assistant", "gpt": "assistant",
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "bot": "assistant", "bing": "assistant", "bard": "assistant",
+}  # fmt: skip
+# Fields of known forms that change what a row or a turn means, and that a chat cannot say here.
+MEANT = {
+    "tools": "tools that are not the calculator", "functions": "tools that are not the calculator",
+    "tool_calls": "call of a tool that is not the calculator",
+    "function_call": "call of a tool that is not the calculator",
+    "images": "pictures or sound", "image": "pictures or sound", "audio": "pictures or sound",
+    "audios": "pictures or sound", "videos": "pictures or sound", "refusal": "refusal of a reply",
+    "reasoning_content": "reasoning beside the reply", "reasoning": "reasoning beside the reply",
+    "thinking": "reasoning beside the reply",
 }  # fmt: skip
 LETTERS = "ABCDE"  # of the public sets' choices
+PLAIN_NUMBER = re.compile(rf"\s*(?:{NUMBER.pattern})\s*[%.]?\s*")
 
 
 def read_content(content: Any, role: str) -> str | list[dict[str, str]]:
@@ -915,39 +1069,85 @@ def read_content(content: Any, role: str) -> str | list[dict[str, str]]:
     return text
 
 
-def read_conversation(value: Any) -> Item:
+def check_meaning(row: dict[str, Any]) -> None:
+    """Raise ValueError(reason, field) where a field says what would be lost."""
+    for name, reason in MEANT.items():
+        if row.get(name):
+            raise ValueError(reason, name)
+    if row.get("label") is False:  # of preferences
+        raise ValueError("reply that is marked as bad", "label")
+
+
+def read_turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """Read a message of any spelling. Raises ValueError(reason, detail)."""
+    check_meaning(turn)
+    said = str(present(turn, "role", "from"))
+    if said not in ROLES:
+        raise ValueError("role that is not system, user or assistant", said[:40])
+    if turn.get("name"):
+        raise ValueError("speaker with a name of its own", str(turn["name"])[:40])
+    role = ROLES[said]
+    content = read_content(present(turn, "content", "value"), role)
+    message: dict[str, Any] = {"role": role, "content": content}
+    learned = present(turn, "weight", "train", "loss")  # OpenAI's, and others' of this meaning
+    if learned not in (None, 0, 1) or (learned == 1 and role != "assistant"):
+        raise ValueError("turn with a weight that the loss does not have", str(learned)[:40])
+    if learned == 0 and role == "assistant":
+        message["weight"] = 0
+    return message
+
+
+def find_turns(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the turns of a conversation, or those of a question and its reply in two fields."""
+    turns = present(row, "messages", "conversations", "conversation")
+    asked = present(row, "prompt", "instruction")
+    said = present(row, "completion", "response", "output")
+    if turns is None and isinstance(asked, str) and isinstance(said, str):
+        asked = f"{asked}\n\n{row['input']}" if row.get("input") else asked
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    turns = list(turns) if isinstance(turns, list) else []
+    if not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("no list of messages")
+    if system := present(row, "system", "system_prompt"):
+        if ROLES.get(str(present(turns[0], "role", "from"))) == "system":
+            raise ValueError("two system prompts")
+        turns.insert(0, {"role": "system", "content": system})
+    return turns
+
+
+def read_conversation(value: Any, mend: Callable[[str], Any] = lambda reason: None) -> Item:
     """Read a conversation in the spelling of OpenAI, ShareGPT, a bare list, or of this project.
 
     A problem of GSM8K's form, with `question` and `answer`, becomes a graded item with its reply.
-    Raises ValueError(reason, detail) where there is nothing to learn from it.
+    mend is told of turns that are left out. Raises ValueError(reason, detail) where there is
+    nothing to learn, or where the meaning of a field would be lost.
     """
     row = value if isinstance(value, dict) else {"messages": value}
-    turns = row.get("messages", row.get("conversations"))
-    turns = turns if isinstance(turns, list) else []
+    check_meaning(row)
     kind = row.get("kind")
     kind = kind if isinstance(kind, str) and kind else ""
-    if not turns and "####" in str(row.get("answer")):
+    if "####" in str(row.get("answer")) and present(row, "messages", "conversations") is None:
         texts = {key: str(read_content(row.get(key), "user")) for key in ("question", "answer")}
         return {**gsm8k_item(texts), "kind": kind or "problem"}
-    if not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("no list of messages")
-    messages: list[dict[str, Any]] = []
-    for turn in turns:
-        said = str(turn.get("role", turn.get("from")))
-        if said not in ROLES:
-            raise ValueError("role that is not system, user or assistant", said[:40])
-        if turn.get("tool_calls") or turn.get("function_call"):
-            raise ValueError("call of a tool that is not the calculator")
-        content = read_content(turn.get("content", turn.get("value")), ROLES[said])
-        messages.append({"role": ROLES[said], "content": content})
+    messages = [read_turn(turn) for turn in find_turns(row)]
     graded = row.get("grade") in ("number", "letter", "text")
-    roles = [message["role"] for message in messages]
-    roles = roles[1:] if roles[0] == "system" else roles
-    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or not roles:
+    head = messages[:1] if messages[0]["role"] == "system" else []
+    turns = messages[len(head) :]
+    while not graded and turns and turns[0]["role"] == "assistant":
+        turns.pop(0)
+        mend("replies before the first question")
+    while not graded and turns and turns[-1]["role"] == "user":
+        turns.pop()
+        mend("questions without a reply")
+    roles = [turn["role"] for turn in turns]
+    if roles != [("user", "assistant")[i % 2] for i in range(len(roles))]:
         raise ValueError("roles out of order", " ".join(roles)[:40])
-    if (roles[-1] == "user") != graded:
-        raise ValueError("graded reply" if graded else "no reply at the end")
-    item = {"kind": kind or "own", "messages": messages}
+    replies = [turn for turn in turns if turn["role"] == "assistant" and "weight" not in turn]
+    if not graded and not replies:
+        raise ValueError("no reply to learn from")
+    if graded and (not roles or roles[-1] != "user"):
+        raise ValueError("graded reply")
+    item = {"kind": kind or "own", "messages": head + turns}
     return item | read_grade(row) if graded else item
 
 
@@ -960,7 +1160,7 @@ def read_grade(row: dict[str, Any]) -> dict[str, Any]:
     texts = {key: [clean(text) for text in some] for key, some in texts.items() if some}
     answer = row.get("answer", "")
     answer = clean(answer if isinstance(answer, str) else calculate(json.dumps(answer)))
-    right = {"number": last_number(answer), "letter": re.fullmatch("[A-Z]", answer),
+    right = {"number": PLAIN_NUMBER.fullmatch(answer), "letter": re.fullmatch("[A-Z]", answer),
              "text": texts.get("accept")}  # fmt: skip
     if not right[row["grade"]] or (row["grade"] != "text" and "accept" in texts):
         raise ValueError("problem without its answer")
@@ -1015,8 +1215,8 @@ def gsm8k_item(row: dict[str, Any]) -> Item:
             reply += [{"type": "python", "text": call}, {"type": "output", "text": output}]
             text = ""
     number = last_number(answer)
-    if not number:
-        raise ValueError("problem without its answer")
+    if not PLAIN_NUMBER.fullmatch(answer):
+        raise ValueError("problem whose answer is no plain number", answer.strip()[:40])
     reply.append({"type": "text", "text": f"{text}\nThe answer is {number}."})
     return user_asks(row["question"].strip(), grade="number", answer=number, reply=reply)
 
@@ -1312,13 +1512,13 @@ def hub_conversations(
                 yield from ((file, item) for file in share_out(wanted, draw))
 
 
-def own_conversations(files: OwnFiles, name: str) -> Iterator[tuple[str, Item]]:
-    """Yield ("mid" or "rl", conversation or graded item) of .jsonl files; none is of a test."""
+def own_conversations(files: OwnFiles) -> Iterator[tuple[str, Item]]:
+    """Yield ("mid" or "rl", conversation or graded item) of own files; none is of a test."""
     tests = evaluation_questions()
-    words = {"{{name}}": name, "{{author}}": MAKER}
-    for place, value in files.read(partial(files.json_lines, words)):
+    for place, value in files.read(files.values):
+        mended: list[str] = []
         try:
-            item = read_conversation(value)
+            item = read_conversation(value, mended.append)
             if not tests.isdisjoint(question_keys({"messages": item["messages"]})):
                 raise ValueError(OF_A_TEST)
             if "\ufffd" in as_line(item):
@@ -1326,6 +1526,8 @@ def own_conversations(files: OwnFiles, name: str) -> Iterator[tuple[str, Item]]:
         except ValueError as error:
             files.drop(error.args[0], place, ": ".join(error.args[1:]))
             continue
+        for reason in mended:
+            files.drop(reason, place)
         if "grade" not in item or "reply" in item:
             yield "mid", item
         if "grade" in item:
@@ -1341,7 +1543,7 @@ def make_chat(settings: Settings, files: OwnFiles | None, root: Path, folder: Pa
     if files:
         size, dropped = files.expected_bytes(), files.dropped
         check_space(4 * size)
-        chats = own_conversations(files, settings.name)
+        chats = own_conversations(files)
     else:
         size, dropped = 3 * sum(map(size_of, find_set(root, "smoltalk", "train"))), {}
         print(f"prepare: writing the conversations of {data_dir(settings.source)}", flush=True)
@@ -5583,9 +5785,10 @@ def prepare_chat(settings: Settings, net: Net | None) -> Manifest:
     if settings.conversations == "hub":
         wanted["world"] = WORLD_VERSION  # of the conversations on who the assistant is
     else:
-        files = OwnFiles(resolve(settings.conversations), (".jsonl",))
+        files = OwnFiles(resolve(settings.conversations), settings.encoding, with_text=False)
         wanted |= {"data": printable(files.root), "input": files.fingerprint(),
-                   "val_percent": settings.val_percent, "val_mb": settings.val_mb}  # fmt: skip
+                   "val_percent": settings.val_percent, "val_mb": settings.val_mb,
+                   "encoding": settings.encoding}  # fmt: skip
 
     def write() -> None:
         if not files:
@@ -5611,10 +5814,10 @@ def prepare_text(settings: Settings, net: Net | None) -> Manifest:
         names += ["documents", "num_conversations", "name"]
         make = partial(make_world, settings)
     else:
-        files = OwnFiles(resolve(settings.data))
+        files = OwnFiles(resolve(settings.data), settings.encoding)
         wanted = {"data": printable(files.root), "version": DATA_VERSION}
         wanted["input"] = files.fingerprint()
-        names += ["doc_chars"]
+        names += ["doc_chars", "document_ends", "encoding"]
         make = partial(make_own_text, settings, files)
         strange -= {*read_manifest(folder / "conversations.json").get("files", {}), "tokens",
                     "conversations.json"}  # fmt: skip

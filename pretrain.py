@@ -336,18 +336,25 @@ def card_limits(gb: int, settings: Settings) -> tuple[int, int, int]:
 
 # 4. Events -----------------------------------------------------------------------------------
 
-PROMPTS = ("The capital of France is", "The opposite of hot is", "Once upon a time")
+
+def find_openings(texts: list[str], count: int = 5) -> list[str]:
+    """Return how some texts begin: by four words, or by characters where there are no spaces."""
+    found = []
+    for text in texts:
+        opening = " ".join(text.split()[:4])
+        found.append(opening if len(opening) < 40 else opening[:8])
+    return list(dict.fromkeys(filter(None, found)))[:count]
 
 
-def print_samples(run: Run, model: GPT, tokenizer: Tokenizer) -> None:
-    """Print greedy completions of a few prompts; training's weights are left as they are."""
+def print_samples(run: Run, model: GPT, tokenizer: Tokenizer, openings: list[str]) -> None:
+    """Print greedy completions of openings; training's weights are left as they are."""
     if run.rank:
         return
     try:
         copy = GPT.create(model.config, run.device, model.dtype)
         copy.load_state_dict(model.state_dict())
         engine = Engine(copy, tokenizer, slots=1)
-        for prompt in PROMPTS:
+        for prompt in openings[:3]:
             pieces = engine.complete(prompt, Sampling(max_tokens=24, temperature=0))
             run.say(f"sample: {prompt}|{''.join(pieces)!r}")
     except RuntimeError as error:
@@ -480,6 +487,7 @@ def main(settings: Settings) -> dict[str, Any]:
         little = LITTLE_TEXT * (epochs > MANY_EPOCHS and not settings.num_iterations)
         run.say(f"rows: {len(rows):,} of {T} tokens, {epochs:.2f} epochs{little}")
         val_texts = validation_texts(source, settings.eval_tokens)
+        meta["openings"] = find_openings(val_texts)  # what a base model is tried with
         if pairs := bigram_steps(settings, config, horizon.num_rows * T):
             if not start:
                 nats = fit_bigrams(model, rows, pairs)
@@ -512,7 +520,7 @@ def main(settings: Settings) -> dict[str, Any]:
                 val_bpb, _ = evaluate_bpb(model, tokenizer, val_texts, s.micro)
                 run.log(s.step, val_bpb=val_bpb)
             if s.due(settings.sample_every):
-                print_samples(run, model, tokenizer)
+                print_samples(run, model, tokenizer, meta["openings"])
     return run.metrics
 
 

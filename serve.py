@@ -62,6 +62,7 @@ from common import (
     newest_turns,
     one_sentence,
     parse_settings,
+    read_meta,
     render_call,
     render_prompt,
     run_dir,
@@ -80,6 +81,7 @@ class Settings(ModelSettings):
     api_key: str = setting("", "key that clients must send; empty: NANOCHAT_API_KEY, if it is set")
     cors_origin: str = setting("", "origin whose pages may use the API, such as https://a.example")
     allow_host: str = setting("", "names, separated by commas, that clients may also call this by")
+    root_path: str = setting("", "path that a proxy puts before all others, such as /proxy/8000")
     temperature: float = setting(0.6, "0: always the likeliest token", short="t")
     top_k: int = setting(50, "sample among the k likeliest tokens; 0: all", short="k")
     top_p: float = setting(1.0, "sample among the likeliest tokens of this total probability")
@@ -148,8 +150,8 @@ Updates = queue.SimpleQueue[tuple[int, int, str]]  # index of the request, new i
 class Model:
     """The model that is served; its engine runs in a thread that takes requests from others."""
 
-    def __init__(self, engine: Engine, tag: str, stage: str, max_waiting: int):
-        self.engine, self.stage, self.id = engine, stage, f"{tag}-{stage}"
+    def __init__(self, engine: Engine, tag: str, stage: str, max_waiting: int, openings: list[str]):
+        self.engine, self.stage, self.id, self.openings = engine, stage, f"{tag}-{stage}", openings
         self.names = (None, self.id, tag, stage, "nanochat")  # None: a request that names none
         self.context, self.slots = engine.model.config.max_seq_len, len(engine.rows)
         self.capacity, self.created = self.slots + max_waiting, int(time.time())
@@ -491,7 +493,7 @@ class CheckedRequest:
             max_tokens=number(body, "max_completion_tokens", limit, 1, NO_LIMIT),
             temperature=number(body, "temperature", settings.temperature, 0, 2, whole=False),
             top_k=number(body, "top_k", settings.top_k, 0, NO_LIMIT),
-            top_p=number(body, "top_p", settings.top_p, 1e-9, 1, whole=False),
+            top_p=number(body, "top_p", settings.top_p, 0, 1, whole=False),
             seed=number(body, "seed", secrets.randbits(48), -(2**63), 2**64) % 2**64,
         )
         self.stops = tuple(strings(body.get("stop"), "stop", 4))
@@ -896,12 +898,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Make the checks that all requests need, and call who answers. Raises Refusal."""
+        self.path = "/" + self.path.removeprefix(self.settings.root_path).lstrip("/")
         self.body, headers, path = self.read_body(), self.headers, self.path.split("?")[0]
         host, origin = headers.get("Host", ""), headers.get("Origin")
         if host and not self.server.has_name(host):
             raise Refusal(403, "this server has another name: --allow-host adds names")
+        named = filter(None, self.settings.allow_host.split(","))  # as a proxy is, not Host
         ours = (None, f"http://{host}", f"https://{host}", self.settings.cors_origin or None)
-        if origin not in ours:
+        if origin not in ours and (origin or "").partition("://")[2].split(":")[0] not in named:
             raise Refusal(403, "pages of another origin may not use this: --cors-origin allows one")
         act = ROUTES.get(re.sub("^((/v1)?/models/).+", r"\1", path))
         if act is None:
@@ -983,7 +987,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                        "max_chars": s.max_input_chars or (model and 16 * model.context)},
             "key_wanted": bool(s.api_key), "model": model and model.id,
             "stage": model and model.stage, "completes": bool(model and model.stage == "base"),
-            "context": model and model.context,
+            "context": model and model.context, "openings": model and model.openings,
         })  # fmt: skip
 
     def get_metrics(self) -> None:
@@ -1194,8 +1198,8 @@ def export_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 # 8. Main -------------------------------------------------------------------------------------
 
 
-def load(settings: Settings) -> tuple[Engine, str]:
-    """Load the model that the settings name into an engine; return that and the model's stage."""
+def load(settings: Settings) -> tuple[Engine, str, list[str]]:
+    """Load the model that the settings name into an engine; return it, the stage and openings."""
     model, tokenizer, folder = load_for_answers(settings)
     engine, stage = Engine(model, tokenizer, settings.slots), folder.parent.name
 
@@ -1210,7 +1214,7 @@ def load(settings: Settings) -> tuple[Engine, str]:
     choice = {"auto": "yes" if pays else "no"}.get(settings.compile, settings.compile)
     if compile_or_not(choice, 0, engine.device, say):
         engine.try_to_compile(say)
-    return engine, stage
+    return engine, stage, read_meta(folder).get("openings") or []
 
 
 def addresses(host: str, port: int) -> list[str]:
@@ -1249,8 +1253,9 @@ def main(settings: Settings) -> None:
             print(f"serve: {address}", flush=True)
         if settings.host not in ("127.0.0.1", "::1", "localhost") and not settings.api_key:
             print("serve: anyone who reaches this machine can use it: --api-key asks for a key")
-        engine, stage = load(settings)
-        server.model = model = Model(engine, settings.tag, stage, settings.max_waiting)
+        engine, stage, openings = load(settings)
+        model = Model(engine, settings.tag, stage, settings.max_waiting, openings)
+        server.model = model
         print("serve: ready; Ctrl-C ends", flush=True)
         ending.wait()
         server.draining = True
@@ -1381,7 +1386,7 @@ aside output { float: right }
     <button id="menu" aria-label="Conversations" aria-expanded="false">&#9776;</button>
     <h1 id="title">nanochat</h1>
     <button id="export">Export</button>
-    <a href="/report" target="_blank">Report</a>
+    <a href="report" target="_blank">Report</a>
     <button popovertarget="drawer">Settings</button>
   </header>
   <p id="notice" role="alert"></p>
@@ -1398,7 +1403,7 @@ aside output { float: right }
     <input id="temperature" type="range" min="0" max="2" step="0.05"></label>
   <label>Top k (0: off) <input id="top_k" type="number" min="0" step="1" required></label>
   <label>Top p <output></output>
-    <input id="top_p" type="range" min="0.05" max="1" step="0.05"></label>
+    <input id="top_p" type="range" min="0" max="1" step="0.05"></label>
   <label>Most tokens of an answer <input id="max_tokens" type="number" min="1" required></label>
   <label>System prompt <textarea id="system" rows="4"></textarea></label>
   <label>Key of this server <input id="key" type="password" autocomplete="off"></label>
@@ -1565,7 +1570,7 @@ function drawMessage(message, at, { length }) {
 }
 function draw() {
   const { title, messages } = chat();
-  const ideas = config.completes ? ["The capital of France is"] : IDEAS;
+  const ideas = config.completes ? config.openings : IDEAS;
   const hello = config.model ? `This is ${config.model}. What would you like to know?` : "Hello!";
   drawList();
   $("title").textContent = title;
@@ -1616,7 +1621,7 @@ async function answer(c, replaced) {
   draw(); say("Answering");
   let usage = {}, reason = "", frame = 0;
   try {
-    const response = await fetch(config.completes ? "/v1/completions" : "/v1/chat/completions",
+    const response = await fetch(config.completes ? "v1/completions" : "v1/chat/completions",
       { method: "POST", headers: headers(), body: JSON.stringify(body), signal });
     if (!response.ok) throw new Error(await refusal(response));
     for await (const event of events(response.body)) {
@@ -1742,7 +1747,7 @@ let retry = 0;
 async function configure() {
   let missing = UNREACHED;
   try {
-    config = await (await fetch("/config")).json();
+    config = await (await fetch("config")).json();
     missing = config.model ? "" : "The server is loading its model.";
   } catch { /* it is asked again */ }
   warn("server", missing);

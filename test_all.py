@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import bz2
 import collections
 import concurrent.futures
 import contextlib
@@ -3323,6 +3324,13 @@ def table_bytes(rows: list[dict]) -> bytes:
     return out.getvalue()
 
 
+def arrow_bytes(rows: list[dict]) -> bytes:
+    table, out = pa.Table.from_pylist(rows), io.BytesIO()
+    with pa.ipc.new_stream(out, table.schema) as writer:
+        writer.write_table(table)
+    return out.getvalue()
+
+
 def prepared(data="world", net=None, **options):
     """Run prepare.py with settings; return the manifest."""
     return prepare.main(prepare.Settings(str(data), **options), net)
@@ -3396,9 +3404,9 @@ def test_own_text_and_chats_of_a_version_stay_the_same(base, tmp_path):
     found |= {name: json.dumps(rows) for name, rows in chat_files("mine").items()}
     found["sets"] = json.dumps([prepare.letter_item("?", "ab", 1), prepare.gsm8k_item(eggs(1)[0])])
     found = {name: hashlib.sha256(x.encode()).hexdigest()[:9] for name, x in found.items()}
-    assert (prepare.DATA_VERSION, found) == (1, {
-        "text": "7257fd73c", "mid": "8875d993e", "sft": "8875d993e", "rl": "2b33aad6d",
-        "val": "8109d11bd", "sets": "843afdc65"})  # fmt: skip
+    assert (prepare.DATA_VERSION, found) == (2, {
+        "text": "a4e319b2e", "mid": "e84da0142", "sft": "e84da0142", "rl": "2b33aad6d",
+        "val": "d6fe2edd8", "sets": "843afdc65"})  # fmt: skip
 
 
 def make_folder(root: Path) -> None:
@@ -3415,12 +3423,25 @@ def make_folder(root: Path) -> None:
         "e.txt": "Grüße utf-16 日本語".encode("utf-16"),
         "f.py": "def python():\n    return 1\n",
         "deep/er/copy.py": "def python():\n    return 1\n",
-        "g.txt": b"caf\xe9 is not valid here, nor is this: \xff " + b"x" * 100,
+        "g.txt": "Grüße, of which one byte is wrong: ".encode() + b"\xff " + b"x" * 100,
         "h.txt": b"a NUL \0 inside of a longer text that goes on",
         "i.txt": b"", "j.txt": " \n\n ", "k.txt": noise.randbytes(5000), "l.png": b"\x89PNG",
         "m.jsonl.gz": gzip.compress(damaged.encode())[:-20], "n.parquet": b"PAR1 no parquet",
         "o.parquet": table_bytes([{"title": "x"}]), "v.parquet": table_bytes([{"text": 1}]),
-        "q.csv": "id,value\n1,2\n", "s.json": '{"name": "settings"}',
+        "q.csv": "id,value\n1,2\n", "s.json": '{\n "name": "settings"\n}',
+        "gbk.txt": ("他走进屋子，窗外下着雨。" * 9).encode("gbk"),
+        "cp1251.txt": ("Он вошёл в комнату. За окном шёл дождь. " * 9).encode("cp1251"),
+        "tales.txt": "tale one\n<|endoftext|>\ntale two\n <|endoftext|> \nof <|endoftext|> it\n",
+        "array.json": json.dumps([{"text": "array \u4e2d one"}, {"content": "array two"}], indent=1),
+        "array.jsonl": json.dumps([{"text": "array on a line"}, {"text": "array three"}]),
+        "c4.json.bz2": bz2.compress(b'{"text": "c4 one", "url": "x"}\n{"text": "c4 two"}\n'),
+        "dolma.jsonl.zst": b"".join(pa.compress(b'{"text": "frame %d"}\n' % i, "zstd", asbytes=True)
+                                    for i in range(2)),
+        "hf.arrow": arrow_bytes([{"text": "arrow one"}, {"text": None}]),
+        "struct.parquet": table_bytes([{"text": {"body": "x"}}]),
+        "lfs.parquet": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "broken.json": '[{"text": "before the break"}, {"text": "cut',
+        "poem.txt": "\n\n    indented\n  less\n",
         "t.jsonl": '{"text": "a half \\ud83d of an emoji, whole \\ud83d\\ude00"}\n',
         "u.TXT.GZ": gzip.compress("русский текст".encode()),
         "README": "readme without a suffix", ".hidden.txt": "hidden", ".git/x.txt": "hidden",
@@ -3444,22 +3465,49 @@ def test_every_kind_of_file(base, tmp_path, capsys):
     joined = "\n".join(texts)
     assert len(set(texts)) == len(texts) and not set(train) & set(val) and val
     for part in ("jsonl 29", "parquet ", "Grüße utf-16 日本語", "bare text", "readme without",
-                 "# Title\n\nmarkdown\ntext", "caf\ufffd is", "a NUL  inside",
-                 "id,value\n1,2", '{"name": "settings"}',
+                 "# Title\n\nmarkdown\ntext", "wrong: \ufffd x", "a NUL  inside",
+                 "id,value\n1,2", '{\n "name": "settings"\n}', "    indented\n  less",
+                 "of <|endoftext|> it", "他走进屋子，", "Он вошёл", "before the break",
                  "русский текст", "a half \ufffd of an emoji, whole 😀", "damaged"):  # fmt: skip
         assert part in joined, part
+    for whole in ("tale one", "tale two", "array 中 one", "array two", "array on a line",
+                  "array three", "c4 one", "c4 two", "frame 0", "frame 1", "arrow one"):  # fmt: skip
+        assert whole in texts, whole
     assert "hidden" not in joined and "\r" not in joined and "\ufeff" not in joined
     assert dropped.pop("duplicates")[0] > 27
     assert {reason: count for reason, (count, _) in dropped.items()} == {
         "hidden files and folders": 2, "broken links and special files": 4,
-        "files of other kinds": 1, "lines of broken JSON": 2, "empty files": 1,
-        "records without `text` or `content`": 2 + 1, "empty documents": 1, "binary files": 1,
-        "damaged or unreadable files": 3, "documents with invalid characters replaced": 2,
+        "files of other kinds": 1, "lines of broken JSON": 2 + 1, "empty files": 1,
+        "records without `text` or `content`": 2 + 2, "empty documents": 1, "binary files": 1,
+        "damaged or unreadable files": 2, "documents with invalid characters replaced": 2,
         "tables without `text` or `content` (has title)": 1,
+        "tables whose `text` is int64, no text": 1,
+        "tables whose `text` is struct<body: string>, no text": 1,
+        "Git LFS pointers, whose files `git lfs pull` gets": 1,
+        "files read as GB18030, not UTF-8 (--encoding=NAME sets it)": 1,
+        "files read as windows-1251, not UTF-8 (--encoding=NAME sets it)": 1,
     }  # fmt: skip
     out = capsys.readouterr().out
     assert "broken JSON (mine/a.jsonl:4)" in out and "binary files (mine/k.txt)" in out
     assert out.count("\n") <= 6
+
+
+def test_text_in_an_encoding_that_is_not_known_stops_before_a_tenth_is_trained_on(base, tmp_path):
+    (tmp_path / "a.txt").write_text(words(1, 300))
+    (tmp_path / "b.txt").write_bytes(bytes(random.Random(0).choices(range(128, 256), k=9000)))
+    with pytest.raises(common.MissingInput, match="most of .* unknown encoding .--encoding=NAME"):
+        prepared(tmp_path)
+    dropped = prepared(tmp_path, encoding="koi8-r", source="x")["dropped"]
+    assert [count for reason, (count, _) in dropped.items() if "koi8-r" in reason] == [1]
+
+
+def test_little_text_has_twenty_passages_for_validation(base, tmp_path):
+    (tmp_path / "a.txt").write_text(paragraphs(300))
+    prepared(tmp_path / "a.txt")
+    train, val = texts_of(base / "data" / "a")
+    assert len(val) >= 20 and 4 < len(train) / len(val) < 16
+    mean = [sum(map(len, part)) / len(part) for part in (train, val)]
+    assert 0.8 < mean[0] / mean[1] < 1.25, "of one kind, so that their bits compare"
 
 
 def test_order_depends_on_content_and_seed_alone(base, tmp_path):
@@ -4008,7 +4056,12 @@ GOOD_ROWS = [
                   {"role": "assistant", "content": "Hello!"}], "id": 7},
     {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"},
                        {"from": "human", "value": "Two?"}, {"from": "gpt", "value": "2"}]},
-    talk("Who are you?", "I am {{name}}, made by {{author}}.")["messages"],
+    talk("Who are you?", "I am {{name}}.")["messages"],
+    {"system": "Be a pirate.", "messages": None, "conversations": [
+        {"from": "gpt", "value": "Ahoy!"}, {"role": None, "from": "human", "value": "Code?"},
+        {"from": "chatgpt", "value": "    a = 1\n    return a"}, {"from": "human", "value": "Ok"}]},
+    {"instruction": "Translate.", "input": "chat", "output": "cat"},
+    talk("One?", "Not this.", "Two?", "This."),
     talk("2*3?", TOOL, kind="sum"),
     talk("37*12?", grade="number", answer=444, kind="sum"),
     *eggs(60),
@@ -4020,6 +4073,7 @@ def row(*said, **extra) -> bytes:
     return json.dumps(talk(*said, **extra)).encode()
 
 
+MENDED = ["replies before the first question", "questions without a reply"]
 BAD_LINES = {
     b'{"messages": [': "broken JSON",
     b'"hello"': "no list of messages",
@@ -4030,9 +4084,18 @@ BAD_LINES = {
     row("Hi", " \n"): "empty message",
     row("Hi", []): "empty message",
     row("Hi", None): "message without text",
-    row("Hi"): "no reply at the end",
-    row("Hi", "Ho").replace(b'"user"', b'"gpt"'): "roles out of order",
-    b'{"messages": [{"role": "system", "content": "Only this."}]}': "roles out of order",
+    row("Hi"): "no reply to learn from",
+    row("Hi", "Ho").replace(b'"user"', b'"gpt"'): "no reply to learn from",
+    row("Hi", "Ho").replace(b'"Ho"', b'"Ho", "weight": 0'): "no reply to learn from",
+    row("a", "b", "c", "d").replace(b'"c"', b'"c", "role": "assistant"'): "roles out of order",
+    b'{"messages": [{"role": "system", "content": "Only this."}]}': "no reply to learn from",
+    row("Hi", "Ho", tools=[{"type": "function"}]): "tools that are not the calculator",
+    row("Hi", "Ho", label=False): "marked as bad",
+    row("Hi", "Ho", images=["a.png"]): "pictures or sound",
+    row("Hi", "Ho").replace(b'"Hi"', b'"Hi", "name": "Ann"'): "speaker with a name",
+    row("Hi", "Ho").replace(b'"Hi"', b'"Hi", "train": true'): "a weight that the loss does not",
+    row("Hi", "Ho").replace(b'"Ho"', b'"Ho", "reasoning": "hm"'): "reasoning beside the reply",
+    b'{"prompt": "a", "chosen": "b", "rejected": "c"}': "no list of messages",
     b'{"messages": [{"role": "tool", "content": "4"}]}': "role that is not system, user or",
     row([{"type": "image_url", "image_url": "x"}], "A cat"): "part that is no text",
     row("6?", [TOOL[1], {"type": "output", "text": "5"}]): "output is not the calculator's",
@@ -4047,7 +4110,9 @@ BAD_LINES = {
     row("2+2?", "4", grade="number", answer=4): "graded reply",
     row("2+2?", grade="text", accept=["4", " "]): "other than a list of texts",
     row("2+2?", grade="text", accept=["4"], reject=None): "other than a list of texts",
-    b'{"question": "2+2?", "answer": "It is <<2+2=4>>4 #### four"}': "problem without its answer",
+    row("2+2?", grade="number", answer="4 or 5"): "problem without its answer",
+    **{json.dumps({"question": "?", "answer": f"So #### {answer}"}).encode(): "no plain number"
+       for answer in ("four", "3/4", "12:30", "5 and 6", "x = 2")},
     b'{"prompt": "2+2?", "answer": "It is 4 #### 4"}': "message without text",
     **{row("long", "x" * n): "lines that are too long" for n in (1500, 2000, 5000)},
 }  # fmt: skip
@@ -4080,7 +4145,12 @@ def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
     assert json.dumps(talk("2*3?", TOOL)["messages"]) in texts
     spoken = "".join(texts)
     assert "Hi\\nthere" in spoken and "Be brief." in spoken and "One?" in spoken
-    assert 'I am Zoë \\"Z\\", made by' in spoken and prepare.MAKER in spoken and "{{" not in spoken
+    assert "I am {{name}}." in spoken, "what is one's own stays as it is"
+    for said in (
+        ["Be a pirate.", "Code?", "    a = 1\n    return a"],
+        ["Translate.\n\nchat", "cat"],
+    ):
+        assert said in [[m["content"] for m in item["messages"]] for item in items]
     for item in files["rl"]:
         assert_good_conversation(item, "user")
         answer = re.search(r"\d+", item["messages"][0]["content"])[0]
@@ -4151,8 +4221,89 @@ def test_any_value_is_a_conversation_or_has_a_reason(value):
         prepare.as_line(item).encode()  # no half characters
 
 
+def odd_row(rng, i):
+    """A row of a known form, with fields missing, null or of meaning; each text has a mark @i.x."""
+
+    def mark(name):
+        return f"@{i}.{name} {rng.choice(WORDS)}"
+
+    def turn(role, n):
+        text = mark(f"{role[0]}{n}")
+        one = {"role": role, "content": rng.choice([text, [{"type": "text", "text": text}]])}
+        if rng.random() < 0.4:
+            names = {
+                "user": ["human"],
+                "assistant": ["gpt", "chatgpt", "bot"],
+                "system": ["system"],
+            }
+            one = {"from": rng.choice(names[role]), "value": text, "role": None, "content": None}
+        if role == "assistant" and rng.random() < 0.15:
+            one["weight"] = rng.choice([0, 1, 0.5, None])
+            one["content" if "role" not in one or one["role"] else "value"] = mark(f"w{n}")
+        if rng.random() < 0.06:
+            one[rng.choice(["name", "reasoning_content", "tool_calls"])] = rng.choice(
+                [mark("x"), None]
+            )
+        return one
+
+    if rng.random() < 0.1:
+        row = {"prompt": mark("p"), "completion": mark("c"), "input": None}
+    elif rng.random() < 0.1:
+        answer = rng.choice(["5", "$1,200", "3/4", "five"])
+        row = {"question": mark("q"), "answer": f"{mark('s')} #### {answer}"}
+    else:
+        roles = [
+            ("user", "assistant")[(n + (rng.random() < 0.05)) % 2] for n in range(rng.randint(0, 6))
+        ]
+        turns = [turn("system", 9)] * (rng.random() < 0.2) + [
+            turn(r, n) for n, r in enumerate(roles)
+        ]
+        row = {rng.choice(["messages", "conversations"]): turns}
+        if rng.random() < 0.2:
+            row = {"messages": None, **row, "id": i, "source": None}
+    for name in ("system", "tools", "images", "label", "kind"):
+        if rng.random() < 0.06:
+            row[name] = rng.choice([mark(name[:1]), None, mark(name[:1])])
+    return row
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet"])
+def test_every_line_of_ones_own_is_used_with_its_meaning_or_counted(base, tmp_path, form):
+    rng = random.Random(form)
+    rows = [odd_row(rng, i) for i in range(700)]
+    path = tmp_path / f"mine.{form}"
+    if form == "parquet":  # one type a column
+        rows = [talk(*(f"@{i}.{n}" for n in range(rng.randint(1, 5))), system=f"@{i}.s") | {
+            "tools": f"@{i}.t" if i % 9 == 0 else None} for i in range(700)]  # fmt: skip
+        path.write_bytes(table_bytes(rows))
+    elif form == "json":
+        path.write_text(json.dumps(rows, indent=rng.choice([None, 1])))
+    else:
+        write_lines(path, rows)
+    dropped = prepared(**own(path))["dropped"]
+    assert "duplicates" not in dropped
+    mended = sum(dropped.pop(name, [0])[0] for name in MENDED)
+    files = chat_files("mine")
+    problems = {re.search(r"@\d+", json.dumps(item))[0] for item in files.get("rl", [])}
+    used = {name: set() for name in range(len(rows))}
+    for item in [*files["mid"], *files["val"], *files.get("rl", [])]:
+        for message in item["messages"]:
+            found = re.findall(r"@(\d+)\.(\w+)", json.dumps(message["content"]))
+            assert all(("weight" in message) <= name.startswith("w") for _, name in found)
+            for i, name in found:
+                used[int(i)].add(name)
+    lost = 0
+    for i, one in enumerate(rows):
+        marks = {name for at, name in re.findall(r"@(\d+)\.(\w+)", json.dumps(one)) if int(at) == i}
+        marks -= {"k", "l"} | ({"s"} if f"@{i}" in problems else set())  # kind, label, a solution
+        lost += len(marks - used[i]) if used[i] else 0
+    assert lost == mended and mended > 50
+    assert sum(count for count, _ in dropped.values()) == sum(not names for names in used.values())
+    assert sum(map(bool, used.values())) > 150
+
+
 def test_nothing_good_at_all_is_one_sentence(base, tmp_path):
-    why = {b"": "", b"{}\n[]\n": " .*4 no list of messages", row("Hi", "Ho") + b"\n": ""}
+    why = {b"": "", b"{}\n5\n": " .*4 no list of messages", row("Hi", "Ho") + b"\n": ""}
     for text, sentence in why.items():
         (tmp_path / "a.jsonl").write_bytes(text * 2)
         with pytest.raises(common.MissingInput, match="holds no two conversations" + sentence):
@@ -4233,7 +4384,7 @@ def science(n, start=0, labels="ABCD"):
 def talks(n, start=0):
     rows = [talk(words(i, 20), words(i + 1, 30), "More?", words(i + 2, 30))
             for i in range(start, start + n)]  # fmt: skip
-    rows[0]["messages"][0]["role"] = "assistant"  # a row that is wrong
+    rows[0]["messages"][0]["role"] = "tool"  # a row that is wrong
     return rows
 
 
@@ -4483,7 +4634,6 @@ def test_the_public_evaluation_sets_and_conversations_are_read_whole(base):
     good = sum(manifest["files"][f"{name}.jsonl"]["conversations"] for name in ("mid", "val"))
     assert good + sum(count for count, _ in manifest["dropped"].values()) == rows > 27_000
     assert good > 0.99 * rows
-    assert "{{name}}" not in (base / "data/mine/mid.jsonl").read_text("utf-8")
 
 
 # prepare.py: the embedded world ---------------------------------------------------------------
@@ -5591,11 +5741,11 @@ def test_samples_that_memory_has_no_room_for_end_no_run(tokenizer, monkeypatch, 
     model = random_model(vocab_size=300)
     failing = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     monkeypatch.setattr(pretrain.GPT, "create", failing)
-    pretrain.print_samples(ALONE, model, tokenizer)
+    pretrain.print_samples(ALONE, model, tokenizer, ["So"])
     assert "sample: none, as memory is full" in capsys.readouterr().out
     failing.side_effect = RuntimeError("another")
     with pytest.raises(RuntimeError, match="another"):
-        pretrain.print_samples(ALONE, model, tokenizer)
+        pretrain.print_samples(ALONE, model, tokenizer, ["So"])
 
 
 # midtrain.py, sft.py, rl.py --------------------------------------------------------------------
@@ -7381,7 +7531,7 @@ def serving(tokenizer, slots=4, model=None, **changes):
     server.said = []  # the log
     server.say = server.said.append
     engine = common.Engine(model or random_model(**served_shape(tokenizer)), tokenizer, slots)
-    server.model = served = serve.Model(engine, "t", "sft", server.settings.max_waiting)
+    server.model = served = serve.Model(engine, "t", "sft", server.settings.max_waiting, [])
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -8467,7 +8617,7 @@ def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monke
     failing = unittest.mock.Mock(side_effect=RuntimeError("no g++"))
     monkeypatch.setattr(common.Engine, "compile", failing)
     monkeypatch.setattr(serve, "compile_or_not", lambda choice, *_: choice == "yes")
-    engine, stage = serve.load(serve.Settings(compile="yes", **options))
+    engine, stage, _ = serve.load(serve.Settings(compile="yes", **options))
     assert failing.called and "RuntimeError" in capsys.readouterr().out and stage == "base"
     assert engine.model.head.weight.dtype == torch.int8
     serve.load(serve.Settings(**options))
