@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -131,9 +132,13 @@ HARMLESS = {
 COMMANDS = {
     "/reset": "forget the conversation",
     "/regen": "answer the last message again",
+    '"""': "begin and end a message of several lines",
     "/quit": "exit, as Ctrl-D does",
     "/help": "list these commands",
 }
+
+
+ENDED = re.compile(r'\s*""".*"""\s*', re.DOTALL)  # a message of several lines, whole
 
 
 def note(text: str) -> None:
@@ -162,11 +167,15 @@ def show(pieces: Iterable[tuple[str, str]], dim: bool = False) -> Iterator[str]:
 
 
 def read_terminal() -> Iterator[str]:
-    """Yield typed lines until Ctrl-D, or Ctrl-C twice; save them in a file of mode 600."""
+    """Yield typed messages until Ctrl-D, or Ctrl-C twice; save them in a file of mode 600.
+
+    A message is a line, lines that are pasted at once, or those between two triple quotes.
+    """
     path = base_dir() / "chat_history"
     with contextlib.suppress(ImportError, OSError):  # no line editor, or no file: go on without
         import readline
 
+        readline.parse_and_bind("set enable-bracketed-paste on")
         readline.set_history_length(1000)
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         path.chmod(0o600)
@@ -175,7 +184,10 @@ def read_terminal() -> Iterator[str]:
     try:
         while True:
             try:
-                yield input("> ")
+                text = input("> ")
+                while text.lstrip().startswith('"""') and not ENDED.fullmatch(text):
+                    text += "\n" + input("... ")
+                yield text.strip()[3:-3] if ENDED.fullmatch(text) else text
                 interrupted = False
             except (EOFError, KeyboardInterrupt) as ending:
                 print(file=sys.stderr)

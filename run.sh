@@ -279,7 +279,7 @@ main_job() {
   fi
   stage 1 report evaluate.py --report --tag="$tag"
   if [ -z "$chats" ]; then tag+=" -i base"; fi
-  [ $mode != run ] || say "done after $((SECONDS / 60)) min: $python $root/chat.py --tag=$tag"
+  [ $mode != run ] || say "done after $((SECONDS / 60)) min: $(printf %q\  "$python" "$root/chat.py")--tag=$tag"
 }
 bench_run() { # bench_run NAME FLAG...: pretrain a model beside the bench's own, with its tokenizer
   run mkdir -p "$base/runs/$tag-$1"

@@ -898,7 +898,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self) -> None:
         """Make the checks that all requests need, and call who answers. Raises Refusal."""
-        self.path = "/" + self.path.removeprefix(self.settings.root_path).lstrip("/")
+        root = self.settings.root_path.rstrip("/")
+        if root and f"{self.path}/".startswith(f"{root}/"):  # not all proxies take it away
+            self.path = self.path[len(root) :] or "/"
         self.body, headers, path = self.read_body(), self.headers, self.path.split("?")[0]
         host, origin = headers.get("Host", ""), headers.get("Origin")
         if host and not self.server.has_name(host):

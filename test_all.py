@@ -2650,7 +2650,7 @@ def test_sampling_follows_the_probabilities_and_the_limits():
 
     assert draw(temperature=0) == {1: 400}
     assert set(draw(top_k=2)) == {1, 2} and set(draw(top_k=1)) == {1}
-    assert set(draw(top_p=0.5)) == {1}  # its 0.64 alone reach a half
+    assert set(draw(top_p=0.0)) == set(draw(top_p=0.5)) == {1}  # its 0.64 alone reach a half
     assert set(draw(top_p=0.8)) == {1, 2} and set(draw(temperature=50.0)) == {0, 1, 2, 3}
     for tiny in (1e-300, 1e-45, 4e-38, 1e-6):  # some are 0 in fp32
         for options in ({}, {"top_k": 3}, {"top_p": 0.9}):
@@ -4175,6 +4175,14 @@ def test_bad_lines_are_counted_with_their_reason_and_first_place(base, tmp_path,
     assert len(dropped) == len(expected)
     files = chat_files("mine")
     assert len(files["mid"]) == len(files["val"]) == 1 and "rl" not in files
+
+
+def test_a_name_that_the_terminal_cannot_show_is_printed_as_what_it_can(base, tmp_path):
+    (tmp_path / "文本.jsonl").write_text("{}\n", "utf-8")
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, HERE / "prepare.py", f"--conversations={tmp_path}", "--source=x"]
+    said = call(*command, env=env).stderr
+    assert "no list of messages" in said and "??.jsonl" in said and said.count("\n") == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
@@ -7401,7 +7409,7 @@ def converse(base_dir, monkeypatch, capsys):
                 return event
             raise event
 
-        monkeypatch.setattr(chat, "load", lambda settings: (engine, stage))
+        monkeypatch.setattr(chat, "load", lambda settings: (engine, stage, "It was"))
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         monkeypatch.setattr(sys.stdin, "isatty", lambda: typed)
         monkeypatch.setattr("builtins.input", read)
@@ -7410,6 +7418,32 @@ def converse(base_dir, monkeypatch, capsys):
         return SimpleNamespace(out=printed.out, err=printed.err, asked=engine.asked)
 
     return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the line editor is another elsewhere")
+def test_lines_that_are_pasted_or_between_quotes_are_one_message(base_dir):
+    pty = pytest.importorskip("pty")
+    pytest.importorskip("readline")
+    code = "import chat, sys\nfor x in chat.read_terminal(): print([x], flush=True)"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ["TERM"] = "xterm"
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    shown = b""
+
+    def until_shown(text):
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(terminal, 4096)
+
+    until_shown(b"> ")
+    for typed, message in ((b"\x1b[200~a\nb\nc\x1b[201~\r", ["a\nb\nc"]),
+                           (b'"""x\r y\r"""\r', ["x\n y\n"]), (b'""\r', ['""'])):  # fmt: skip
+        os.write(terminal, typed)
+        until_shown(repr(message).encode())
+    os.write(terminal, b"\x04")
+    assert os.waitpid(pid, 0)[1] == 0
+    os.close(terminal)
 
 
 def test_chat_goes_on_over_the_turns_of_a_pipe_and_shows_calls(converse):
@@ -7888,7 +7922,7 @@ def test_a_bad_blocklist_is_a_wrong_setting(tmp_path, lines, said):
      (serve, "--page=/none", "cannot be read"), (serve, "--export=x --int8", "--int8"),
      (serve, "--max-input-chars=-1", "--max-input-chars"), (serve, "-t -1", "temperature"),
      (serve, "--cors-origin=a.example", "--cors-origin"), (chat, "-t -1", "temperature"),
-     (chat, "-i raw", "choice"), (chat, "--top-p=0", "top_p"), (chat, "--seed=-1", "seed"),
+     (chat, "-i raw", "choice"), (chat, "--top-p=2", "top_p"), (chat, "--seed=-1", "seed"),
      (chat, "--max-tokens=0", "max_tokens")],
 )  # fmt: skip
 def test_mistaken_flags_of_chat_and_server_end_with_code_2(stage, words, said, capsys):
@@ -7936,7 +7970,7 @@ def test_what_is_said_is_logged_only_where_that_is_asked_for(served, log, monkey
 
 WRONG_VALUES: dict[str, list[object]] = {  # for each field
     "truncation": ["always", ["auto"]], "n": [0, 99], "temperature": [-1, 2.1, "1", True],
-    "top_p": [0, 1.5], "top_k": [-1, 1.5], "max_tokens": [0], "max_completion_tokens": ["9"],
+    "top_p": [-1, 1.5], "top_k": [-1, 1.5], "max_tokens": [0], "max_completion_tokens": ["9"],
     "seed": [1.5], "stop": [3, [""], ["a"] * 5], "stream": ["yes"], "stream_options": [3],
     "model": ["gpt-4"], "tools": [[{}]], "min_p": [0.1], "bad_words": [["a"]],
     "logprobs": [True, 0], "presence_penalty": [0.5], "logit_bias": [{"5": 1}],
@@ -8464,7 +8498,12 @@ def test_a_server_whose_steps_fail_says_so_and_goes_on(tokenizer, monkeypatch, c
 
 def test_keys_origins_and_hosts_are_checked(tokenizer, base_dir):
     ours = "https://a.example"
-    options = {"api_key": "secret", "cors_origin": ours, "allow_host": "b.example"}
+    options = {
+        "api_key": "secret",
+        "cors_origin": ours,
+        "allow_host": "b.example",
+        "root_path": "/proxy/8/",
+    }
     with serving(tokenizer, **options) as (_, url):
         path, right = url + "/v1/chat/completions", {"Authorization": "Bearer secret"}
 
@@ -8477,7 +8516,9 @@ def test_keys_origins_and_hosts_are_checked(tokenizer, base_dir):
 
         assert status() == status(Authorization="Bearer wrong") == 401
         assert status(Authorization="Basic secret") == 401 and status(**right) == 200
-        for origin, code in (("https://evil.example", 403), ("null", 403), (url, 200), (ours, 200)):
+        for origin, code in (("https://evil.example", 403), ("null", 403), (url, 200), (ours, 200),
+                             ("https://b.example:8", 200), ("https://b.example.evil.example", 403),
+                             ("https://evil.example/b.example", 403)):  # fmt: skip
             assert status(**right, Origin=origin) == code
         for host, code in (("b.example", 200), ("B.example.:80", 200), ("c.example", 403),
                            ("10.1.2.3:5", 200), ("[::1]:80", 200),
@@ -8485,6 +8526,8 @@ def test_keys_origins_and_hosts_are_checked(tokenizer, base_dir):
             assert status(**right, Host=host) == code, host
         assert requests.get(url + "/health").status_code == requests.get(url).status_code == 200
         assert requests.get(url + "/v1/models").status_code == 401
+        for below, code in (("/proxy/8", 200), ("/proxy/8/health", 200), ("/proxy/80/health", 404)):
+            assert requests.get(url + below).status_code == code
         response = requests.get(url + "/report")  # a browser asks for the key as a password
         assert response.headers["WWW-Authenticate"].startswith("Basic ")
         for key, code in (("wrong", 401), ("secret", 404)):  # there is no report
