@@ -42,6 +42,7 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import sys
 import sysconfig
 import threading
@@ -161,25 +162,25 @@ class Tokenizer:
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
     """Yield function(item) for each item, in order, computed on all cores.
 
-    tiktoken releases the GIL. A thread takes 32 items at a time: handing over single short texts
+    Each rank of a machine takes its share of them. tiktoken releases the GIL. A thread takes 32 items at a time: handing over single short texts
     costs more than encoding them (8,000 conversations: 1.0 s in one thread, 4.2 s text by text).
     """
     remaining = iter(items)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with concurrent.futures.ThreadPoolExecutor(own_cores()) as pool:
         while block := list(itertools.islice(remaining, 1024)):  # bounds what is held in memory
             groups = [block[i : i + 32] for i in range(0, len(block), 32)]
             for results in pool.map(lambda group: [function(item) for item in group], groups):
                 yield from results
 
 
-def read_conversations(path: Path) -> Iterator[dict[str, Any]]:
+def read_conversations(path: Path, part: int = 0, parts: int = 1) -> Iterator[dict[str, Any]]:
     """Yield the conversations, or graded problems, of a .jsonl file that prepare.py made.
 
-    Raises MissingInput if the file is absent or a line is not a conversation.
+    Of `parts` readers each gets every parts-th line, from line `part` on. Raises MissingInput if the file is absent or a line is not a conversation.
     """
     require(path)
     with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in itertools.islice(enumerate(file, 1), part, None, parts):
             try:
                 conversation = json.loads(line)
                 conversation["messages"][0]["role"]
@@ -371,6 +372,7 @@ PROBE = [
     {"role": "user", "content": "Say <|bos|>."},
     {"role": "assistant", "content": "<|bos|>"},
 ]  # fmt: skip
+PART_BYTES = 1 << 26  # of conversations that a rank makes rows of at once
 NO_TARGET = 1 << 30  # added to an id of a conversation's row that must not be learned
 
 
@@ -432,6 +434,11 @@ class Mixed:
     cut: int = 0  # longer than a row: their last turns are left out
     left_out: int = 0  # longer than a row even in their first turn
 
+    def add(self, other: Mixed) -> None:
+        """Count another's, too."""
+        self.used = dict(collections.Counter(self.used) + collections.Counter(other.used))
+        self.cut, self.left_out = self.cut + other.cut, self.left_out + other.left_out
+
 
 def conversation_documents(
     conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, T: int, learn_all: bool,
@@ -467,14 +474,18 @@ def write_rows(rows: Iterable[list[int]], T: int, filler: int, dtype: Any, out: 
         np.save(plain, np.stack(arrays) if arrays else np.zeros((0, T + 1), dtype))
 
 
+# A file that is memory-mapped is open, and a process may open 256 to 1,024.
+open_rows = functools.lru_cache(maxsize=128)(functools.partial(np.load, mmap_mode="r"))
+
+
 class Rows:
     """The packed rows of one or more arrays, in the order of their files, memory-mapped."""
 
     def __init__(self, paths: list[Path], bos: int):
         self.bos = bos
         self.names = [f"{path.parent.name}/{path.name}" for path in paths]  # differ with contents
-        self.arrays = [np.load(path, mmap_mode="r") for path in paths]
-        self.ends = np.cumsum([len(array) for array in self.arrays])
+        self.arrays: list[Path | np.ndarray] = [*paths]
+        self.ends = np.cumsum([len(open_rows(path)) for path in paths])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -482,7 +493,9 @@ class Rows:
     def row(self, index: int) -> np.ndarray:
         """Return one row (T + 1,) as it is stored."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
-        return self.arrays[shard][index - self.ends[shard]]  # counted from the array's end
+        array = self.arrays[shard]
+        array = open_rows(array) if isinstance(array, Path) else array
+        return array[index - self.ends[shard]]  # counted from the array's end
 
     def gather(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Return (ids, targets) of B rows, each (B, T) int64; index -1 is an empty row.
@@ -490,8 +503,7 @@ class Rows:
         Targets are IGNORE where nothing is learned: at NO_TARGET, and where <|bos|> follows
         <|bos|>, which only the filling of a row does.
         """
-        T = self.arrays[0].shape[1] - 1
-        empty = np.full(T + 1, self.bos)
+        empty = np.full_like(self.row(0), self.bos)  # (T + 1,)
         rows = np.stack([self.row(int(i)) if i >= 0 else empty for i in indices]).astype(np.int64)
         ids, targets = torch.from_numpy(rows[:, :-1] % NO_TARGET), torch.from_numpy(rows[:, 1:])
         filled = (ids == self.bos) & (targets == self.bos)
@@ -503,7 +515,7 @@ class Rows:
         both = copy.copy(self)
         both.names = self.names + other.names
         both.arrays = [*self.arrays, np.stack([other.row(int(i)) for i in picked])]
-        both.ends = np.cumsum([len(array) for array in both.arrays])
+        both.ends = np.append(self.ends, len(self) + count)
         return both
 
 
@@ -544,8 +556,8 @@ def conversation_rows(
 ) -> tuple[Rows, Mixed]:
     """Open the rows of a .jsonl file's conversations, packed whole, and how many of each kind.
 
-    Targets are the assistant's own ids, with learn_all also the users' (never the tool's).
-    Raises MissingInput if the file is absent, or with `some` if no conversation fits in a row.
+    Targets are the assistant's own ids, with learn_all also the users' (never the tool's). The
+    ranks share the parts of a large file; which parts it has does not depend on them. Raises MissingInput if the file is absent, or with `some` if no conversation fits in a row.
     """
     require(path)
 
@@ -555,21 +567,28 @@ def conversation_rows(
 
     def make(out: Path) -> None:
         mixed = Mixed()
-        rows = list(packed(read_conversations(path), T, mixed))
+        rows = list(packed(read_conversations(path, outs.index(out), len(outs)), T, mixed))
         write_json(out.with_suffix(".json"), dataclasses.asdict(mixed))  # first: out is the mark
         write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
 
     probe = packed([{"messages": PROBE}, {"messages": PROBE * 9}], 256, Mixed())
     name = f"{path.stem}-{'all' if learn_all else 'own'}-{path.stat().st_size}-{crc32(path):08x}"
-    out = rows_folder(path.parent, tokenizer, T, probe) / f"{name}.npy"
-    make_absent([out], make, run)
-    mixed = Mixed(**json.loads(out.with_suffix(".json").read_text("utf-8")))
+    folder, parts = (
+        rows_folder(path.parent, tokenizer, T, probe),
+        1 + path.stat().st_size // PART_BYTES,
+    )
+    outs = [folder / f"{name}{f'-{i}of{parts}' * (parts > 1)}.npy" for i in range(parts)]
+    for first in range(0, parts, run.world_size):
+        make_absent(outs[first : first + run.world_size], make, run)
+    mixed = Mixed()
+    for out in outs:
+        mixed.add(Mixed(**json.loads(out.with_suffix(".json").read_text("utf-8"))))
     if some and not mixed.used:
         raise MissingInput(
             f"none of the {mixed.left_out:,} conversations of {path} fits in {T} tokens: pretrain "
             "with a larger --max-seq-len"
         )
-    return Rows([out], tokenizer.bos), mixed
+    return Rows(outs, tokenizer.bos), mixed
 
 
 def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run) -> Rows:
@@ -594,7 +613,7 @@ def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run)
     for first in range(0, len(outs), run.world_size):
         make_absent(outs[first : first + run.world_size], make, run)
         for n, out in enumerate(outs[first : first + run.world_size], first + 1):
-            count += len(np.load(out, mmap_mode="r"))
+            count += len(open_rows(out))
             if count >= needed:
                 return Rows(outs[:n], tokenizer.bos)
     if not count:
@@ -2400,8 +2419,7 @@ def write_checkpoint(run: Run, folder: Path, parts: dict[str, Any], meta: dict[s
             # given a path, torch.save holds up Python's other threads and calls no error ENOSPC
             with open(beside / name, "wb") as file:
                 torch.save(value, file)
-                file.flush()
-                os.fsync(file.fileno())  # a rename must not outlive its files in a power cut
+            sync(beside / name)  # a rename must not outlive its files in a power cut
             files[name] = [(beside / name).stat().st_size, crc32(beside / name)]
         return files
 
@@ -2409,7 +2427,10 @@ def write_checkpoint(run: Run, folder: Path, parts: dict[str, Any], meta: dict[s
         if run.rank == 0:
             files = dict(sorted(pair for part in written for pair in part.items()))
             write_json(beside / "meta.json", {**meta, "files": files})
+            sync(beside / "meta.json")
+            sync(beside)
             os.replace(beside, folder)
+            sync(folder.parent)
             for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
                 os.replace(old, old.with_name(f".{old.name}.partial"))  # never half a checkpoint
             clear()
@@ -2422,6 +2443,16 @@ def write_checkpoint(run: Run, folder: Path, parts: dict[str, Any], meta: dict[s
         if run.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)  # room for what else must be written
         raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "posix":  # Windows opens no folders
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def crc32(path: Path) -> int:
@@ -2488,6 +2519,29 @@ def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
     raise MissingInput(f"run {tag!r} has no {stage} {what}: run `python {script}.py --tag={tag}`")
 
 
+def rank0_checkpoint(run: Run, find: Callable[[], Path | None]) -> Any:
+    """Return the folder that rank 0 finds, once all ranks see it: NFS may list a new one late.
+
+    Ranks that looked for themselves could train together from different steps. Raises Stop.
+    """
+    folder = run.together(lambda: find() if run.rank == 0 else None)[0]
+
+    def see() -> None:
+        patience = time.monotonic() + 60
+        while folder and not (folder / "meta.json").exists():
+            if time.monotonic() > patience:
+                raise Stop(f"{socket.gethostname()} does not see {folder}, as another host does")
+            time.sleep(0.1)
+
+    run.together(see)
+    return folder
+
+
+def parent_checkpoint(run: Run, stage: str) -> Path:
+    """Return the newest checkpoint of a stage of the run, the same for all ranks."""
+    return rank0_checkpoint(run, functools.partial(find_checkpoint, run.tag, stage))
+
+
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
     """Build the model of a checkpoint on the device: weights in fp32, activations in dtype."""
     with torch.device("meta"):
@@ -2515,6 +2569,7 @@ def load_for_answers(settings: Any) -> tuple[GPT, Tokenizer, Path]:
     Returns the model, its tokenizer and its folder.
     """
     use_plain(getattr(settings, "plain", False))
+    limit_threads()
     there = [stage for stage in STAGES if list_checkpoints(settings.tag, stage)]
     stage = settings.stage or (there[-1] if there else "base")
     folder = find_checkpoint(settings.tag, stage, settings.step)
@@ -2572,7 +2627,7 @@ def describe_rows(run: Run, rows: Rows, mixed: Mixed, horizon: Horizon, text_row
     """Print of what and how many conversations rows are made, and how long they are trained on."""
     for kind, count in sorted(mixed.used.items(), key=lambda pair: -pair[1]):
         run.say(f"{count:9,} {kind}")
-    T, text = rows.arrays[0].shape[1] - 1, f", {text_rows:,} of them text" * (text_rows > 0)
+    T, text = len(rows.row(0)) - 1, f", {text_rows:,} of them text" * (text_rows > 0)
     run.say(f"rows: {len(rows):,} of {T} tokens{text}; conversations cut at a turn: {mixed.cut:,}, "
             f"too long and left out: {mixed.left_out:,}")  # fmt: skip
     run.say(f"steps: {horizon.num_steps:,} ({horizon.why}) of {horizon.batch_rows * T:,} tokens")
@@ -2600,7 +2655,7 @@ def begin_or_resume(
         return None
 
     before = read_meta(parent) if isinstance(parent, Path) else {}
-    base = read_meta(find_checkpoint(run.tag, "base")) if before else {}
+    base = read_meta(parent_checkpoint(run, "base")) if before else {}
     config = parent if isinstance(parent, GPTConfig) else GPTConfig(**before["config"])
     dtype = pick_dtype(device, settings.dtype or saved.get("dtype", ""))
     rows = accum_steps(horizon.batch_rows, 1)  # of a step, on this rank
@@ -2633,6 +2688,10 @@ def begin_or_resume(
         model.compile(dynamic=False)
     run.began = time.time() - saved.get("seconds", 0)
     meta = {"dtype": str(dtype)[6:], "compiled": compiled, "micro_batch": micro, **data}
+    meta["threads"] = torch.get_num_threads()
+    if device.type == "cpu" and saved.get("threads", meta["threads"]) != meta["threads"]:
+        run.say(f"{run.stage}: begun with {saved['threads']} threads, now {meta['threads']}: sums "
+                "are rounded otherwise, so this is not the unbroken run bit for bit")  # fmt: skip
     if isinstance(parent, Path):
         meta["parent"] = parent_key(parent)
     return model, optimizer, start, {**saved, **meta}
@@ -2675,13 +2734,14 @@ def newest_checkpoint(
             mark.touch()
         return settings.restart and mark.exists()
 
-    found = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
-    if not found:
+    listed = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
+    newest = rank0_checkpoint(run, lambda: listed[-1] if listed else None)
+    if not newest:
         return None, {}
-    saved = read_meta(found[-1])
+    saved = read_meta(newest)
     if (version := saved.get("version", 1)) != CHECKPOINT_VERSION:
         raise MissingInput(
-            f"{found[-1]} is of version {version}, which answers as before but is not trained on "
+            f"{newest} is of version {version}, which answers as before but is not trained on "
             f"by a program of version {CHECKPOINT_VERSION}: {BEGIN_ANEW}"
         )
     for f in dataclasses.fields(settings):
@@ -2697,7 +2757,7 @@ def newest_checkpoint(
             f"{run.dir} was trained from another model than {parent} holds now: {BEGIN_ANEW}"
         )
     check_data(run, saved, data)
-    return found[-1], saved
+    return newest, saved
 
 
 def check_data(run: Run, saved: dict[str, Any], data: dict[str, Any]) -> None:
@@ -3227,14 +3287,17 @@ def measure_matmul(device: torch.device, dtype: torch.dtype, n: int, repeats: in
     return 2 * n**3 / best
 
 
+def card_name(device: torch.device) -> str:
+    """Return the key of PEAK_FLOPS that a GPU's name has as a whole word, "" where none."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name)), "")  # L40: no L4
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Return the matmul peak in FLOP/s: the maker's bf16 figure, else measured here."""
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        for key, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{key}\b", name):  # an L40 is no L4
-                return flops
+    if dtype == torch.bfloat16 and (name := card_name(device)):
+        return PEAK_FLOPS[name]
     return measure_matmul(device, dtype, 8192 if device.type == "cuda" else 1024)
 
 
@@ -3320,7 +3383,20 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 # of a container, v2 and v1; what is used there counts files in memory, which give way
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUP = "/sys/fs/cgroup"
+CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+CGROUP_CORES = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+
+
+def own_cores() -> int:
+    """Return how many cores this process has: its share, among the ranks, of what it may use."""
+    whole = hasattr(os, "sched_getaffinity")
+    cores = float(len(os.sched_getaffinity(0)) if whole else os.cpu_count() or 1)
+    for names in CGROUP_CORES:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            quota, period = " ".join(Path(CGROUP, x).read_text("utf-8") for x in names).split()
+            cores = min(cores, int(quota) / int(period)) if int(quota) > 0 else cores
+    return max(1, int(cores / local_dist_info()[1]))
 
 
 def free_bytes(device: torch.device) -> float:
@@ -3331,10 +3407,16 @@ def free_bytes(device: torch.device) -> float:
     if not hasattr(os, "sysconf"):  # Windows does not say
         return math.inf
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for path in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            room = min(room, int(Path(path).read_text("utf-8")))
+    for name in CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):
+            room = min(room, int(Path(CGROUP, name).read_text("utf-8")))
     return room / local_dist_info()[1]
+
+
+def limit_threads() -> None:
+    """Take no more threads than there are cores for: torch does not know a container's quota."""
+    if torch.get_num_threads() > own_cores():
+        torch.set_num_threads(own_cores())
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -3414,30 +3496,39 @@ class Run:
 def keep_memory() -> None:
     """Have this process keep what memory it frees, in pages of 2 MB, where the system is Linux.
 
-    Each step's tensors would come anew from the system, in pages of 4 KB that it clears first.
+    Each step's tensors would come anew from the system, in pages of 4 KB that it clears first. An
+    older glibc than 2.35 does worse with these options than without.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    with contextlib.suppress(ValueError, OSError):  # another libc has no such name
+        version = str(os.confstr("CS_GNU_LIBC_VERSION")).split()[-1].split(".")
+        if [int(n) for n in version] < [2, 35]:
+            return
     if mallopt is not None:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
             mallopt(option, 2**31 - 1)
+
+
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
 
 
 @contextlib.contextmanager
 def start_run(stage: str, settings: Any) -> Iterator[Run]:
     """Set up device, ranks, seed and signals for a stage, and clean up after it.
 
-    settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM sets `run.stopping`,
-    which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
+    settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM, or the end of the
+    terminal, sets `run.stopping`, which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
     read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
     """
     keep_memory()
     use_plain(getattr(settings, "plain", False))
     device, attempt = pick_device(settings.device), 1
     rank, world_size = dist_info()
+    limit_threads()
     if world_size > 1:
         if device.type == "cpu":  # torchrun sets one thread a rank; share the cores instead
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_dist_info()[1]))
+            torch.set_num_threads(own_cores())
         store = None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun's store outlives its restarts: in it are the addresses of dead ranks. Its own
@@ -3457,12 +3548,18 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     def stop(number: int, frame: Any) -> None:
         if run.stopping and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == HANGUP:  # whoever prints to a terminal that is gone gets an error
+            for stream in (1, 2):
+                if stat.S_ISCHR(os.fstat(stream).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if rank == 0 and not run.stopping:  # print could be what the signal interrupted
             os.write(1, b"stopping after this step; Ctrl-C again stops at once\n")
         run.stopping = True
 
     in_main = threading.current_thread() is threading.main_thread()
-    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    signals = {signal.SIGINT, signal.SIGTERM, HANGUP} if in_main else set()
+    if signal.getsignal(HANGUP) == signal.SIG_IGN:  # as nohup wants it
+        signals.discard(HANGUP)
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         with one_sentence(stage), alone_at_work(run):

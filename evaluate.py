@@ -77,6 +77,7 @@ from common import (
     parse_settings,
     pick_dtype,
     quantize,
+    rank0_checkpoint,
     read_conversations,
     read_log,
     read_meta,
@@ -1310,7 +1311,8 @@ def run_task(run: Run, engine: Engine, task: str, asked: dict, s: Settings) -> d
 
 def evaluate_stage(run: Run, settings: Settings) -> dict[str, Any]:
     """Run the tasks that are not done for this checkpoint yet; return all its results."""
-    folder = find_checkpoint(settings.tag, settings.stage, settings.step)
+    named = settings.tag, settings.stage, settings.step
+    folder = rank0_checkpoint(run, lambda: find_checkpoint(*named))
     tokenizer, meta = run_tokenizer(settings.tag), read_meta(folder)
     source = settings.source or meta["source"]
     asked = {"checkpoint": folder.name, "weights": parent_key(folder), "source": source,

@@ -33,8 +33,8 @@ from common import (
     drop_replaced,
     epochs_horizon,
     evaluate_loss,
-    find_checkpoint,
     optim_setting,
+    parent_checkpoint,
     parse_settings,
     peak_flops,
     read_meta,
@@ -92,7 +92,7 @@ def mix_rows(
 def main(settings: Settings) -> dict[str, Any]:
     """Train, or go on with, the mid model of a run; return the last metrics."""
     with start_run("mid", settings) as run:
-        parent = find_checkpoint(settings.tag, "base")
+        parent = parent_checkpoint(run, "base")
         base, tokenizer = read_meta(parent), run_tokenizer(settings.tag)
         source, T = settings.source or base["source"], base["config"]["max_seq_len"]
         chats = settings.chats or source

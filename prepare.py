@@ -64,6 +64,7 @@ from common import (
     base_dir,
     calculate,
     check_name,
+    crc32,
     data_dir,
     format_count,
     format_duration,
@@ -836,9 +837,13 @@ class OwnFiles:
         return self.size() + 3 * sum(extra)
 
     def fingerprint(self) -> str:
-        """Hash names, sizes and times of the files: changed input is prepared anew."""
-        stats = [(str(p), i.st_size, i.st_mtime_ns) for p, i in sorted(self.files.items())]
-        return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+        """Hash the files' names and contents, wherever they lie: changed input is prepared anew."""
+        whole = hashlib.sha256()
+        for path in sorted(self.files):
+            name = printable(os.path.relpath(path, self.root))
+            with contextlib.suppress(OSError):  # what cannot be read is left out, and said
+                whole.update(f"{name}\0{crc32(path)}\0".encode())
+        return whole.hexdigest()
 
     def read(self, records: Callable[[Path, Any], Iterator[Out]]) -> Iterator[Out]:
         """Yield what records(path, file) yields of each file; damaged files are counted."""
@@ -5675,7 +5680,8 @@ def check_folder(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> No
     if not manifest:
         raise Stop(f"{folder} holds files that were not made of {wanted['data']}: {remedy}")
     before = manifest["settings"]
-    if before["data"] != wanted["data"]:
+    moved = before.get("input") == wanted.get("input") is not None
+    if before["data"] != wanted["data"] and not moved:
         raise Stop(f"{folder} holds what was made of {before['data']}: {remedy}")
     words = {"input": "other files", "tests": "other evaluation sets"}
     words |= dict.fromkeys(("version", "world"), "another version of prepare.py")

@@ -39,6 +39,7 @@ from common import (
     all_sum,
     at_least,
     begin_or_resume,
+    card_name,
     check_data,
     data_setting,
     device_setting,
@@ -258,9 +259,11 @@ def print_plan(settings: Settings) -> dict[str, float]:
     if name and name not in PEAK_FLOPS:
         raise MissingInput(f"--plan-device={name} is unknown: choose of {', '.join(PEAK_FLOPS)}")
     device = torch.device("cuda") if name else pick_device(settings.device)
+    name = name or card_name(device)
     dtype = torch.bfloat16 if name else pick_dtype(device, settings.dtype)
     peak = PEAK_FLOPS[name] if name else peak_flops(device, dtype)
-    used = 0.45 if name else 0.5  # of the peak: never measured on a GPU (docs/choices.md)
+    # of the peak: on a GPU never measured (docs/choices.md), so the worst and the best are said
+    worst, used, best = (0.35, 0.45, 0.55) if name else (0.5, 0.5, 0.5)
     flops = horizon.num_rows * T * config.flops_per_token()
     each = -(-horizon.batch_rows // count)  # rows; with more ranks than rows some have filling
     step_s = flops / horizon.num_rows * each / (peak * used)
@@ -282,7 +285,8 @@ def print_plan(settings: Settings) -> dict[str, float]:
         "exchange_seconds": sent / rate, "seconds": horizon.num_steps * (step_s + sent / rate),
         **{f"{part}_bytes": size for part, size in memory(rows).items()},
     }  # fmt: skip
-    total, parts = sum(memory(rows).values()) / 1e9, memory(rows).items()
+    parts_of = memory(rows)
+    total, parts = sum(parts_of.values()) / 1e9, parts_of.items()
     print(f"depth {config.n_layer}, width {config.n_embd}, {config.n_head} heads, context {T}")
     print(f"parameters   {format_count(config.num_params())}, vocabulary {config.vocab_size:,}")
     print(f"FLOPs        {format_count(flops)}, {format_count(config.flops_per_token())} a token")
@@ -298,40 +302,21 @@ def print_plan(settings: Settings) -> dict[str, float]:
     if count > 1:
         print(f"exchange     {1e3 * sent / rate:,.0f} ms a step: each GPU sends and receives "
               f"{sent / 1e9:.1f} GB at {rate / 1e9:.0f} GB/s")  # fmt: skip
-    print(f"time         {format_duration(numbers['seconds'])}")
+    some = [format_duration(horizon.num_steps * (step_s * used / share + sent / rate))
+            for share in (best, worst)]  # fmt: skip
+    between = f", {some[0]} to {some[1]} at {best:.0%} to {worst:.0%}" * (best > worst)
+    print(f"time         {format_duration(numbers['seconds'])} of pretraining{between}")
+    # of the hub's text 0.1 GB a shard; ids of 2 or 4 bytes; two checkpoints of each of four stages
+    text_gb = 0.1 * numbers["shards"] if horizon.num_rows * T > 3e8 else 0.1
+    ids_gb = horizon.num_rows * T * (2 if config.vocab_size <= 1 << 16 else 4) / 1e9
+    saved_gb = (4 * config.num_params() + parts_of["optimizer"] * count) / 1e9
+    numbers["disk_gb"] = text_gb + ids_gb + 8 * saved_gb
+    print(f"disk         {math.ceil(numbers['disk_gb'])} GB: text {text_gb:.1f}, rows "
+          f"{ids_gb:.1f}, checkpoints 8 x {saved_gb:.1f} (--keep=1: half of them)")  # fmt: skip
     if price := PRICE_PER_HOUR.get(name):
         numbers["cost_usd"] = price * count * numbers["seconds"] / 3600
         print(f"cost         {numbers['cost_usd']:,.0f} USD at {price} USD a GPU and hour")
-    for gb in CARDS_GB:
-        depth, recomputed, context = card_limits(gb, settings)
-        print(f"card         {gb} GB: depth {depth}, or {recomputed} with --recompute; "
-              f"at depth {depth} with it a context of {context:,}")  # fmt: skip
     return numbers
-
-
-CARDS_GB = (6, 12, 24, 48, 80, 141)
-
-
-def card_limits(gb: int, settings: Settings) -> tuple[int, int, int]:
-    """Return a card's largest depth in bf16, that with recomputation, the first's largest context.
-
-    Depths are even and have room for 8 rows of --max-seq-len in a pass, which keeps a card busy;
-    contexts are powers of 2 and have room for one row, with recomputation.
-    """
-    plain = replace(settings, n_kv_head=0, head_dim=0, total_batch_size=0)
-
-    def fits(depth: int, T: int, rows: int, recompute: bool) -> bool:
-        config = model_config(replace(plain, depth=depth, max_seq_len=T), plain.plan_vocab_size)
-        parts = memory_bytes(config, rows, 2, torch.device("cuda"), recompute=recompute)
-        return sum(parts.values()) < 0.9 * gb * 1e9
-
-    T = settings.max_seq_len
-    depths = [
-        max((d for d in range(2, 129, 2) if fits(d, T, 8, recompute)), default=0)
-        for recompute in (False, True)
-    ]
-    contexts = (2**n for n in range(8, 24) if fits(depths[0] or 2, 2**n, 1, True))
-    return depths[0], depths[1], max(contexts, default=0)
 
 
 # 4. Events -----------------------------------------------------------------------------------

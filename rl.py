@@ -51,10 +51,10 @@ from common import (
     dist_info,
     drop_replaced,
     epochs_horizon,
-    find_checkpoint,
     grade,
     model_setting,
     optim_setting,
+    parent_checkpoint,
     parse_settings,
     prompt_room,
     read_conversations,
@@ -273,7 +273,7 @@ def validate(
 def main(settings: Settings) -> dict[str, Any]:
     """Improve, or go on with, the rl model of a run; return the last metrics."""
     with start_run("rl", settings) as run:
-        parent = find_checkpoint(settings.tag, settings.start_from)
+        parent = parent_checkpoint(run, settings.start_from)
         before, tokenizer = read_meta(parent), run_tokenizer(settings.tag)
         chats = settings.chats or before["chats"]
         path = data_dir(chats) / "rl.jsonl"

@@ -193,8 +193,8 @@ set_up() { # set_up [--extra=dev]
   find_uv
   if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     [ $mode = print ] || rm -f "$venv"/.done-*
-    run uv venv -q --allow-existing --python='>=3.10,<3.15' "$venv" ||
-      fail 1 "$venv is not made, for the reason above: is there a Python from 3.10 to 3.14?"
+    run uv venv -q --allow-existing --python='>=3.10,<3.16' "$venv" ||
+      fail 1 "$venv is not made, for the reason above: is there a Python from 3.10 to 3.15?"
   fi
   once "packages$*" "$(cksum <"$root/requirements.lock")" install_packages "$@"
   once extension "$(cat "$root"/{tokenizer.rs,pyproject.toml,Cargo.*} | cksum)" build_extension
@@ -226,7 +226,7 @@ stage() { # stage PROCESSES NAME SCRIPT FLAG...: run a script to its end; given 
   # no stage may outlive a killed run.sh and meet the next one
   "${guard[@]}" true 2>/dev/null || guard=()
   # in the background, as bash hears a signal only then; with SIGINT, which bash takes from it
-  (trap - INT TERM && exec ${guard[@]+"${guard[@]}"} "$python" "${command[@]}") </dev/null &
+  (trap - HUP INT TERM && exec ${guard[@]+"${guard[@]}"} "$python" "${command[@]}") </dev/null &
   child=$!
   wait "$child" || status=$?
   while [ "$stopped" -gt 0 ] && kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
@@ -247,9 +247,14 @@ for line in os.fsdecode(sys.stdin.buffer.read()).split("\37\n")[:-1]:
 }
 
 plan() { # show time and memory before hours of work; ask prepare.py for as much text as they need
-  local said n=SHARDS
+  local said n=SHARDS need have
   said=$(stage 1 plan pretrain.py --plan --plan-vocab-size="$vocab" --plan-count="$ranks")
   echo "$said"
+  need=$(sed -n 's/^disk *\([0-9]*\) GB.*/\1/p' <<<"$said") # what is there already counts
+  mkdir -p "$base" && have=$(($(df -Pk "$base" | awk 'END {print $4}') / 976562))
+  have=$((have + $(du -sk "$base" | cut -f 1) / 976562))
+  [ $mode = print ] || [ "${need:-0}" -le "$have" ] || fail 1 "$base has room for $have GB, and" \
+    "$need GB are needed: free some, set NANOCHAT_BASE_DIR, or keep less with --keep=1"
   [ $mode = print ] || n=$(sed -n 's/^shards *\([0-9]*\).*/\1/p' <<<"$said")
   if [[ $n && $data =~ ^(hub|climbmix)$ ]]; then given=("prepare:--shards=$n" "${given[@]}"); fi
 }
@@ -354,6 +359,7 @@ case $data,$conversations in # chats: the folder of the conversations
   *,world) chats=world ;;
   *) chats=$tag-chat ;;
 esac
+trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
 case $action in
@@ -371,6 +377,11 @@ case $action in
       --numprocesses=2 --dist=worksteal --durations=15 ${pytest[@]+"${pytest[@]}"} ;;
   *)
     set_up
+    if [[ $mode = run && $gpus -gt 0 ]]; then # before anything is fetched for a card
+      "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+        fail 1 "nvidia-smi shows $gpus GPUs, of which torch can use none: renew the driver, or" \
+          "hide them with CUDA_VISIBLE_DEVICES=-1 and train on the CPU"
+    fi
     [ $mode = print ] || check_flags $job
     $job ;;
 esac

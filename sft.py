@@ -28,9 +28,9 @@ from common import (
     drop_replaced,
     epochs_horizon,
     evaluate_loss,
-    find_checkpoint,
     model_setting,
     optim_setting,
+    parent_checkpoint,
     parse_settings,
     read_meta,
     row_batches,
@@ -63,8 +63,8 @@ class Settings(ChatSettings, RowSettings):
 def main(settings: Settings) -> dict[str, Any]:
     """Train, or go on with, the sft model of a run; return the last metrics."""
     with start_run("sft", settings) as run:
-        parent = find_checkpoint(settings.tag, settings.start_from)
-        before, base = read_meta(parent), read_meta(find_checkpoint(settings.tag, "base"))
+        parent = parent_checkpoint(run, settings.start_from)
+        before, base = read_meta(parent), read_meta(parent_checkpoint(run, "base"))
         tokenizer, T = run_tokenizer(settings.tag), before["config"]["max_seq_len"]
         chats = settings.chats or before.get("chats", before["source"])
 

@@ -236,11 +236,11 @@ def train_ranks(world_size, settings, first="", end=0):
 # The house -----------------------------------------------------------------------------------
 
 BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
-    "common.py": (4070, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
-    "prepare.py": (1655, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
+    "common.py": (4180, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
+    "prepare.py": (1870, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
     "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
-    "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (265, 230),
-    "serve.py": (1810, 1700), "run.sh": (380, 350), "test_all.py": (8840, 6000), "README.md": 250,
+    "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (276, 230),
+    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9150, 6000), "README.md": 250,
     "CONTRIBUTING.md": 40,
 }  # fmt: skip
 
@@ -477,6 +477,22 @@ def test_run_sh_runs_rl_where_ones_own_conversations_hold_problems(base_dir):
     (base_dir / "data" / "x-chat").mkdir(parents=True)
     (base_dir / "data" / "x-chat" / "rl.jsonl").write_text("{}")  # prepare.py found some
     assert commands_of("rl", *words) and commands_of("evaluate", *words)[-2].stage == "rl"
+
+
+def test_a_full_disk_and_a_card_that_torch_cannot_use_are_said_before_anything_is_fetched(
+    base_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NANOCHAT_PYTHON", sys.executable)
+    (tmp_path / "df").write_text("#!/bin/sh\necho x\necho /dev/x 9 9 2000000 1% /\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 24564\n")
+    (tmp_path / "df").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    done = call("bash", "run.sh", "--tier=cpu", "--data=world", "--num-iterations=2e6")
+    assert done.returncode == 1 and "room for 2 GB" in done.stderr and "prepare" not in done.stdout
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    if not torch.cuda.is_available():
+        assert "of which torch can use none" in run_sh("--tier=gpu1", code=1)
+    assert not [*base_dir.rglob("*.parquet")]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -1132,13 +1148,33 @@ def test_a_cards_peak_is_that_of_its_whole_name(monkeypatch, card, peak):
 
 
 def test_a_containers_limit_is_the_memory_there_is(monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "CGROUP_LIMITS", [tmp_path / "v2", tmp_path / "v1"])
+    monkeypatch.setattr(common, "CGROUP", tmp_path)
     whole = common.free_bytes(CPU)
-    (tmp_path / "v2").write_text("max\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert common.free_bytes(CPU) == whole > 1 << 28
-    (tmp_path / "v1").write_text(f"{1 << 28}\n")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{1 << 28}\n")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert common.free_bytes(CPU) == 1 << 27, "ranks share it"
+
+
+def test_a_containers_quota_is_the_cores_there_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    (tmp_path / "cpu").mkdir()
+    for v2, quota, cores in (("max 100000", -1, 16), ("250000 100000", -1, 2), ("50000 100000", -1, 1),
+                             ("max 100000", 400_000, 4)):  # fmt: skip
+        (tmp_path / "cpu.max").write_text(f"{v2}\n")
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+        assert common.own_cores() == cores
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert common.own_cores() == 2, "ranks share them"
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    common.limit_threads()
+    assert asked == [2]
 
 
 def begun():
@@ -5203,6 +5239,18 @@ def test_text_and_conversations_read_well(docs, chats):
     assert [prepare.roman(n) for n in (4, 9, 14, 1999)] == ["IV", "IX", "XIV", "MCMXCIX"]
 
 
+def test_a_folder_that_moved_with_its_base_has_nothing_to_do(tmp_path, monkeypatch):
+    here, there = tmp_path / "here", tmp_path / "over there"
+    (here / "mine").mkdir(parents=True)
+    write_lines(here / "mine/a.jsonl", [talk(f"{i}?", f"{i}!", text=words(i, 9)) for i in range(20)])
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(here / "base"))
+    made = prepared(**own(here / "mine")), prepared(here / "mine", source="text")
+    shutil.copytree(here, there)  # with other times
+    shutil.rmtree(here)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(there / "base"))
+    assert (prepared(**own(there / "mine")), prepared(there / "mine", source="text")) == made
+
+
 # train_tokenizer.py --------------------------------------------------------------------------
 
 
@@ -5487,6 +5535,36 @@ def test_a_run_goes_on_with_1_2_3_and_1_ranks_as_if_unbroken(tiny_run):
     same_losses(within=1e-3)
 
 
+def test_ranks_go_on_from_one_checkpoint_where_a_folder_is_listed_late(tiny_run):
+    pretrain.main(tiny_pretrain())
+    shutil.copytree(common.run_dir("t"), common.run_dir("u"), dirs_exist_ok=True)
+    drop_steps(6)
+    late = """
+    real = common.list_checkpoints
+    common.list_checkpoints = lambda *which: real(*which)[: -1 if rank else None]
+    """
+    train_ranks(2, tiny_pretrain(), late)
+    assert len(base_losses()) == 6
+    same_losses(within=1e-3)
+
+
+def test_more_shards_than_a_process_may_open_are_read(tmp_path):
+    paths = [tmp_path / f"{i}.npy" for i in range(2000)]
+    for i, path in enumerate(paths):
+        np.save(path, np.full((2, 5), i, np.uint16))
+    code = f"""if True:
+        import resource, random, pathlib, common
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+        rows = common.Rows([pathlib.Path({str(tmp_path)!r}, f"{{i}}.npy") for i in range(2000)], 1)
+        for _ in range(40):
+            indices = random.choices(range(len(rows)), k=50)
+            ids, _ = rows.joined(rows, 100).gather([*indices, len(rows) + 99])
+            assert ids[:, 0].tolist() == [*(i // 2 for i in indices), 1980], ids[:, 0]
+        """
+    done = call(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 def torchrun(flags, settings, **environment):
     """Start pretrain.py by torchrun with settings that differ from their defaults as flags."""
     plain = dataclasses.asdict(pretrain.Settings())
@@ -5615,7 +5693,8 @@ def test_nodes_share_the_runs_and_may_have_the_text_each_on_a_disk_of_its_own(
         assert one == two != []
 
 
-def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run, capfd):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run, capfd, number):
     settings = tiny_pretrain(num_iterations=100_000, eval_every=0, save_every=0, compile="no")
     code = f"""
     log = common.Run.log
@@ -5623,7 +5702,7 @@ def test_a_signal_saves_and_exits_0_and_the_run_goes_on(tiny_run, capfd):
     def log_and_signal(run, step, **values):
         log(run, step, **values)
         if step == 3:
-            os.kill(os.getpid(), {signal.SIGTERM:d})
+            os.kill(os.getpid(), {number:d})
 
     common.Run.log = log_and_signal
     """
@@ -5715,9 +5794,10 @@ def test_the_plan_touches_neither_data_nor_device(base_dir, capsys):
     # 7/8 of 2 x 4 bytes; by eights go 20 matrices of a shape in 24 slots, 81 in 88, 10 in 16
     slots = (2 * 24 * 4 + 88) * 1280**2 + 16 * 10 * 32 + 12 * 65536 * 1280 + 2 * 20
     assert numbers["exchanged_bytes"] == 7 * slots
-    limits = [pretrain.card_limits(gb, pretrain.Settings()) for gb in (6, 24, 141)]
-    assert limits == sorted(limits, key=lambda x: x[:2]) and limits[0][0] >= 4
-    assert all(plain < recomputed for plain, recomputed, _ in limits[1:])
+    # text 0.1 GB a shard, ids of 2 bytes, 8 checkpoints of weights and moments
+    floats = 2 * numbers["parameters"]  # the moments are one or two a weight
+    disk = 0.1 * numbers["shards"] + 2 * numbers["tokens"] / 1e9
+    assert disk + 8 * 4 * floats / 1e9 < numbers["disk_gb"] < disk + 8 * 4 * 1.5 * floats / 1e9
     for name in common.PEAK_FLOPS:
         capsys.readouterr()
         pretrain.main(dataclasses.replace(d20, depth=34, plan_device=name))
@@ -5735,8 +5815,17 @@ def test_the_documents_cards_and_steps_are_those_of_the_plan(base_dir):
         rows = text.split(f"| {head} |")[1].split("\n\n")[0].splitlines()[2:]
         return [[float(x) for x in re.findall(r"[0-9.]+", row.replace(",", ""))] for row in rows]
 
-    limits = [[gb, *pretrain.card_limits(gb, pretrain.Settings())] for gb in pretrain.CARDS_GB]
-    assert table("card") == limits
+    def deepest(gb, recompute):
+        """The largest even depth of which 8 rows of 2,048 tokens fit in bf16."""
+        device, fitting = torch.device("cuda"), 0
+        for depth in range(2, 60, 2):
+            config = pretrain.model_config(pretrain.Settings(depth=depth), 65536)
+            parts = common.memory_bytes(config, 8, 2, device, recompute=recompute)
+            fitting = depth if sum(parts.values()) < 0.9 * gb * 1e9 else fitting
+        return fitting
+
+    for gb, *depths in table("card | depth | depth with `--recompute`"):
+        assert depths == [deepest(gb, recompute) for recompute in (False, True)]
     for count, *cells in table("GPUs"):
         for depth, expected in ((20, cells[:3]), (32, cells[3:])):
             options = {"plan": True, "plan_device": "H100", "plan_count": int(count)}
@@ -6104,15 +6193,18 @@ def test_rl_leaves_out_problems_without_room_for_an_answer(chat_run, capsys):
         run_stage("rl", "u")
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 26, 300])
 def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learned(
-    chat_run, tokenizer
+    chat_run, tokenizer, monkeypatch, part_bytes
 ):
+    monkeypatch.setattr(common, "PART_BYTES", part_bytes)
     folder, T = common.data_dir(chat_run), 64
     long = {"messages": (one_turn("Hi.", "A b c.")["messages"] * 12)[: 12 * 2], "kind": "long"}
     huge = one_turn("word " * 200, "Yes.")
     lines = [json.loads(x) for x in (folder / "sft.jsonl").open()]
     write_lines(folder / "sft.jsonl", [*lines, long, huge])
     rows, mixed = common.conversation_rows(folder / "sft.jsonl", tokenizer, T, ALONE)
+    assert (len(rows.names) > 3) == (part_bytes == 300)
     assert mixed.cut == 1 and mixed.left_out == 1
     assert mixed.used == {"talk": 4, "problem": 15, "long": 1}, "without the one left out"
     expected = collections.Counter()
@@ -6133,6 +6225,18 @@ def test_every_conversation_is_whole_in_the_rows_and_only_the_assistant_is_learn
             else:
                 assert not learned[a], "padding is never a target"
     assert got == expected
+
+
+def test_a_reply_of_weight_0_is_read_and_not_learned(tokenizer):
+    plain = talk("One?", "Not this.", "Two?", "This.")["messages"]
+    ids, mask = common.render_conversation(tokenizer, plain)
+    weighed = [plain[0], {**plain[1], "weight": 0}, *plain[2:]]
+    for learn_all in (False, True):
+        again, learned = common.render_conversation(tokenizer, weighed, learn_all)
+        assert again == ids
+        said = tokenizer.decode([i for i, one in zip(ids, learned) if one])
+        assert "This." in said and "Not" not in said and ("One?" in said) == learn_all
+    assert sum(learned) > 0 and sum(mask) > 2 * len(tokenizer.encode("This."))
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
@@ -6721,7 +6825,7 @@ def test_evaluation_measures_what_suits_the_stage_names_the_rest_and_skips(evalu
     report = evaluate.main(tiny_evaluate())
     tasks = report["tasks"]
     assert set(tasks) == {"val_bpb", "train_bpb", "facts_trained", "CORE"}
-    assert tasks["facts_trained"]["items"] == 5 and len(report["samples"]) == 10
+    assert tasks["facts_trained"]["items"] == 5 and len(report["samples"]) == 4
     copa = tasks["CORE"]["tasks"]["copa"]
     assert copa["centred"] == pytest.approx((copa["score"] - 0.5) / 0.5)
     assert tasks["CORE"]["covered"] == 2 and tasks["CORE"]["tasks"]["squad"]["partial"]
@@ -8667,7 +8771,7 @@ def test_weights_of_8_bits_are_served_and_no_compiler_stops_that(chat_run, monke
     assert failing.call_count == 1, "a small model is not compiled unasked"
     ids = [engine.tokenizer.bos, 5, 6]
     assert len(list(engine.generate(greedy(ids, 5)))) == 5
-    chat_engine, _ = chat.load(chat.Settings(**options))
+    chat_engine, *_ = chat.load(chat.Settings(**options))
     assert chat_engine.model.head.weight.dtype == torch.int8
 
 
