@@ -5680,8 +5680,7 @@ def check_folder(folder: Path, manifest: Manifest, wanted: dict[str, Any]) -> No
     if not manifest:
         raise Stop(f"{folder} holds files that were not made of {wanted['data']}: {remedy}")
     before = manifest["settings"]
-    moved = before.get("input") == wanted.get("input") is not None
-    if before["data"] != wanted["data"] and not moved:
+    if before["data"] != wanted["data"]:
         raise Stop(f"{folder} holds what was made of {before['data']}: {remedy}")
     words = {"input": "other files", "tests": "other evaluation sets"}
     words |= dict.fromkeys(("version", "world"), "another version of prepare.py")
@@ -5735,7 +5734,10 @@ def prepare_folder(
     """
     folder, manifest = listing.parent, read_manifest(listing)
     whole = (size_of(folder / name) == e["size"] for name, e in all_files(manifest).items())
-    again = manifest.get("settings") == wanted and all(whole)
+    before = manifest.get("settings", {})
+    if before.get("input"):  # content decides, wherever it lies
+        before = {**before, "data": wanted["data"]}
+    again = before == wanted and all(whole)
     if not again:
         if (manifest or strange) and listing != data_dir("eval") / "conversations.json":
             check_folder(folder, manifest, wanted)  # evaluation sets may come from several places

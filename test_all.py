@@ -5249,6 +5249,9 @@ def test_a_folder_that_moved_with_its_base_has_nothing_to_do(tmp_path, monkeypat
     shutil.rmtree(here)
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(there / "base"))
     assert (prepared(**own(there / "mine")), prepared(there / "mine", source="text")) == made
+    write_lines(there / "mine/a.jsonl", [talk("Other?", "Yes."), talk("And?", "No.")])
+    with pytest.raises(common.Stop, match="holds what was made of"):  # another path's, other content
+        prepared(**own(there / "mine"))
 
 
 # train_tokenizer.py --------------------------------------------------------------------------
