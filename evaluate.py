@@ -125,7 +125,7 @@ class Settings(RunSettings):
     step: int = setting(0, "step of the checkpoint to load; 0: the newest")
     source: str = setting("", "folder below data/ to measure on; empty: what the model learned")
     max_documents: int = setting(
-        0, "most documents for bits per byte; 0: all of validation, and as many of training"
+        4000, "most documents for bits per byte, of validation and of training; 0: all"
     )
     max_items: int = setting(0, "most items of every other task; 0: all")
     run_code: bool = setting(False, "allow HumanEval: it runs, in a sandbox, what the model wrote")

@@ -218,7 +218,7 @@ stage() { # stage PROCESSES NAME SCRIPT FLAG...: run a script to its end; given 
   if [ $mode = list ]; then printf '%s\037' "${command[@]}" && echo && return; fi
   if [ "$1" -gt 1 ]; then # torchrun must end its ranks, and hear of Ctrl-C only from here
     guard=(setpriv --pdeathsig TERM setsid)
-    command=(--standalone "--nproc_per_node=$1" --max-restarts=3 "${command[@]}")
+    command=(--standalone --local-addr=127.0.0.1 "--nproc_per_node=$1" --max-restarts=3 "${command[@]}")
     command=(-m torch.distributed.run "${command[@]}")
   fi
   if [ $mode = print ]; then run "$python" "${command[@]}" && return; fi

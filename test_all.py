@@ -5242,7 +5242,9 @@ def test_text_and_conversations_read_well(docs, chats):
 def test_a_folder_that_moved_with_its_base_has_nothing_to_do(tmp_path, monkeypatch):
     here, there = tmp_path / "here", tmp_path / "over there"
     (here / "mine").mkdir(parents=True)
-    write_lines(here / "mine/a.jsonl", [talk(f"{i}?", f"{i}!", text=words(i, 9)) for i in range(20)])
+    write_lines(
+        here / "mine/a.jsonl", [talk(f"{i}?", f"{i}!", text=words(i, 9)) for i in range(20)]
+    )
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(here / "base"))
     made = prepared(**own(here / "mine")), prepared(here / "mine", source="text")
     shutil.copytree(here, there)  # with other times
@@ -5250,7 +5252,9 @@ def test_a_folder_that_moved_with_its_base_has_nothing_to_do(tmp_path, monkeypat
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(there / "base"))
     assert (prepared(**own(there / "mine")), prepared(there / "mine", source="text")) == made
     write_lines(there / "mine/a.jsonl", [talk("Other?", "Yes."), talk("And?", "No.")])
-    with pytest.raises(common.Stop, match="holds what was made of"):  # another path's, other content
+    with pytest.raises(
+        common.Stop, match="holds what was made of"
+    ):  # another path's, other content
         prepared(**own(there / "mine"))
 
 
@@ -5606,7 +5610,7 @@ def test_all_ranks_agree_on_the_number_of_their_start():
 def test_torchrun_goes_on_by_itself_after_a_rank_is_killed(tiny_run):
     settings = tiny_pretrain(num_iterations=60, save_every=10, eval_every=0, keep=2, restart=True)
     train_ranks(2, dataclasses.replace(settings, tag="u"))
-    flags = ["--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    flags = ["--standalone", "--local-addr=127.0.0.1", "--nproc_per_node=2", "--max-restarts=1"]
     command, env = torchrun(flags, settings)
     killed, resumed = False, False
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as agent:
