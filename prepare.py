@@ -4,8 +4,8 @@ Usage:   python prepare.py                                 # the embedded world,
          python prepare.py --data=../books                 # your own folder or file
          python prepare.py --data=hub --shards=8           # FineWeb-Edu; --data=climbmix
          python prepare.py --conversations=hub             # data/chat: SmolTalk, MMLU, GSM8K, ARC
-         python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, ShareGPT's
-                                                           # or GSM8K's; a file or a folder
+         python prepare.py --conversations=my.jsonl        # your own: OpenAI's form, ShareGPT's,
+                                                           # Alpaca's, GSM8K's; file or folder
          python prepare.py --eval-data=hub                 # evaluation sets alone; or a folder
 Reads:   the hub (HF_ENDPOINT, HF_TOKEN), a path, or nothing; NANOCHAT_MIRROR, a place that has
          eval_bundle.zip and words_alpha.txt, where their own addresses are out of reach
