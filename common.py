@@ -140,7 +140,9 @@ class Tokenizer:
         """Encode text as ordinary tokens: "<|bos|>" in it is seven characters, no special token."""
         try:
             return self.encoding.encode_ordinary(text)
-        except BaseException as error:  # tiktoken panics at a million spaces, which is no Exception
+        except (
+            BaseException
+        ) as error:  # a panic of tiktoken's, on text without end, is no Exception
             if type(error).__name__ != "PanicException":
                 raise
         middle = len(text) // 2
@@ -970,7 +972,8 @@ class GPT(nn.Module):
         """Build a model on the meta device, then allocate and initialise every weight."""
         with torch.device("meta"):
             model = cls(config)
-        model.to_empty(device=device)
+        weights = {k: torch.empty(w.shape, device=device) for k, w in model.state_dict().items()}
+        model.load_state_dict(weights, assign=True)  # to_empty() would import sympy: 2 s and more
         model.init_weights()
         model.dtype = dtype
         return model
@@ -1250,11 +1253,6 @@ class Optimizer:
         for unit in self.units:
             for p in unit.params:
                 p.grad = None
-
-    def scale_lr(self, factor: float) -> None:
-        """Multiply every group's learning rate."""
-        for group in self.groups:
-            group["lr"] *= factor
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's shard of the state."""
@@ -1548,8 +1546,9 @@ def memory_bytes(
 
 
 def choose_micro_batch(
-    run: Run, config: GPTConfig, saved: dict[str, Any], share: int, most: int, itemsize: int
-) -> int:
+    run: Run, config: GPTConfig, saved: dict[str, Any], share: int, most: int, itemsize: int,
+    recompute: bool,
+) -> int:  # fmt: skip
     """Choose the rows of a forward pass, of the `share` of a step's rows that a rank has.
 
     They are as --device-batch-size says, or else `most`, halved until the estimate fits on all
@@ -1560,21 +1559,12 @@ def choose_micro_batch(
         asked = saved["micro_batch"]
     if asked:
         return min(share, asked)
-    rows, device, world_size = min(share, most), run.device, dist_info()[1]
-    room = torch.tensor(0.9 * free_bytes(device), device=device)  # the rest: fragments
-    if world_size > 1:
-        dist.all_reduce(room, dist.ReduceOp.MIN)
-    options: dict[str, Any] = {"world_size": world_size, "recompute": recomputes(run)}
+    rows, device = min(share, most), run.device
+    room = 0.9 * min(run.together(lambda: free_bytes(device)))  # the rest: fragments
+    options: dict[str, Any] = {"world_size": run.world_size, "recompute": recompute}
     while sum(memory_bytes(config, rows, itemsize, device, **options).values()) > room:
         rows = fewer_rows(rows, device)
     return rows
-
-
-def recomputes(run: Run) -> bool:
-    """Return True if the run's blocks are computed again in the backward pass (--recompute)."""
-    if run.stage == "base":
-        return run.settings.recompute
-    return read_meta(find_checkpoint(run.tag, "base"))["settings"].get("recompute", False)
 
 
 # 6. Engine -----------------------------------------------------------------------------------
@@ -2522,18 +2512,10 @@ def find_checkpoint(tag: str, stage: str, step: int = 0) -> Path:
 def rank0_checkpoint(run: Run, find: Callable[[], Path | None]) -> Any:
     """Return the folder that rank 0 finds, once all ranks see it: NFS may list a new one late.
 
-    Ranks that looked for themselves could train together from different steps. Raises Stop.
+    Ranks that looked for themselves could train together from different steps.
     """
     folder = run.together(lambda: find() if run.rank == 0 else None)[0]
-
-    def see() -> None:
-        patience = time.monotonic() + 60
-        while folder and not (folder / "meta.json").exists():
-            if time.monotonic() > patience:
-                raise Stop(f"{socket.gethostname()} does not see {folder}, as another host does")
-            time.sleep(0.1)
-
-    run.together(see)
+    run.see(lambda: not folder or (folder / "meta.json").exists(), str(folder))
     return folder
 
 
@@ -2661,7 +2643,8 @@ def begin_or_resume(
     rows = accum_steps(horizon.batch_rows, 1)  # of a step, on this rank
     most = cpu_rows or base.get("micro_batch") or max(1, 8192 // config.max_seq_len)
     most = most if device.type == "cpu" else rows
-    micro = choose_micro_batch(run, config, saved, rows, most, dtype.itemsize)
+    recompute = (base["settings"] if base else vars(settings)).get("recompute", False)
+    micro = choose_micro_batch(run, config, saved, rows, most, dtype.itemsize, recompute)
     compiled = False
     if hasattr(settings, "compile"):  # not in rl, whose batches differ in width
         choice = settings.compile
@@ -2678,7 +2661,7 @@ def begin_or_resume(
         run.say(f"{run.stage}: {'going on' if newest else 'beginning'} from {folder}")
     else:
         model = GPT.create(config, device, dtype)
-    model.recompute = recomputes(run)
+    model.recompute = recompute
     if getattr(settings, "fp8", False):
         train_in_fp8(model)
     optimizer = make_optimizer(model, settings, base, {**base, **saved}, compiled)
@@ -2713,9 +2696,10 @@ def make_optimizer(
         model, settings.matrix_lr or of_base["matrix_lr"], settings.embed_lr or of_base["embed_lr"],
         settings.head_lr or of_base["head_lr"], decay, of_base["muon_steps"],
     )  # fmt: skip
+    for group in groups:
+        group["lr"] *= settings.lr_scale * of_base["lr_scale"]
     optimizer = Optimizer(groups, muon_dtype, compiled)
     optimizer.scaler = LossScaler() if model.dtype == torch.float16 else None
-    optimizer.scale_lr(settings.lr_scale * of_base["lr_scale"])
     return optimizer
 
 
@@ -2969,28 +2953,14 @@ def read_texts(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it into place at the end, drop it on error.
-
-    Works for files and folders. The process id keeps two writers apart.
-    """
+    """Give a path beside `path` to write to; rename it into place at the end, drop it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside, old = (path.with_name(f".{path.name}.{os.getpid()}{x}.partial") for x in ("", ".old"))
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")  # of this process alone
     try:
         yield beside
-        if beside.is_dir() and path.exists():
-            os.replace(path, old)  # a folder cannot be renamed over another
-        try:
-            os.replace(beside, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        os.replace(beside, path)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -3492,6 +3462,21 @@ class Run:
                 raise failed or Stop(sentence)
         return [result for result, _ in everyone]
 
+    def see(self, there: Callable[[], bool], what: str) -> None:
+        """Wait until all ranks see what rank 0 wrote: NFS may show it late. Raises MissingInput."""
+
+        def look() -> None:
+            patience = time.monotonic() + 60
+            while not there():
+                if time.monotonic() > patience:
+                    raise MissingInput(
+                        f"{socket.gethostname()} does not see {what}: NANOCHAT_BASE_DIR must be a "
+                        "folder that all nodes share"
+                    )
+                time.sleep(0.1)
+
+        self.together(look)
+
 
 def keep_memory() -> None:
     """Have this process keep what memory it frees, in pages of 2 MB, where the system is Linux.
@@ -3500,17 +3485,13 @@ def keep_memory() -> None:
     older glibc than 2.35 does worse with these options than without.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it at its first tensor
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    with contextlib.suppress(ValueError, OSError):  # another libc has no such name
-        version = str(os.confstr("CS_GNU_LIBC_VERSION")).split()[-1].split(".")
-        if [int(n) for n in version] < [2, 35]:
-            return
-    if mallopt is not None:
+    libc, version = platform.libc_ver()
+    if libc == "glibc" and [int(n) for n in version.split(".")] >= [2, 35]:
         for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-            mallopt(option, 2**31 - 1)
+            ctypes.CDLL(None).mallopt(option, 2**31 - 1)
 
 
-HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 @contextlib.contextmanager
@@ -3518,8 +3499,9 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
     """Set up device, ranks, seed and signals for a stage, and clean up after it.
 
     settings needs `tag`, `device` and `seed`. The first Ctrl-C or SIGTERM, or the end of the
-    terminal, sets `run.stopping`, which training_steps obeys on all ranks at once; a second Ctrl-C ends at once. A full or
-    read-only disk becomes one sentence. However it ends, a checkpoint under way is written first.
+    terminal, sets `run.stopping`, which training_steps obeys on all ranks at once; a second Ctrl-C
+    ends at once. A full or read-only disk becomes one sentence. However it ends, a checkpoint
+    under way is written first.
     """
     keep_memory()
     use_plain(getattr(settings, "plain", False))
@@ -3557,9 +3539,9 @@ def start_run(stage: str, settings: Any) -> Iterator[Run]:
         run.stopping = True
 
     in_main = threading.current_thread() is threading.main_thread()
-    signals = {signal.SIGINT, signal.SIGTERM, HANGUP} if in_main else set()
-    if signal.getsignal(HANGUP) == signal.SIG_IGN:  # as nohup wants it
-        signals.discard(HANGUP)
+    signals = [signal.SIGINT, signal.SIGTERM] * in_main
+    if in_main and HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # as nohup has it
+        signals.append(HANGUP)
     before = {number: signal.signal(number, stop) for number in signals}
     try:
         with one_sentence(stage), alone_at_work(run):
@@ -3605,7 +3587,7 @@ def alone_at_work(run: Run) -> Iterator[None]:
     Raises MissingInput where one is at work, or where a rank does not see rank 0's folder. A file
     system without locks is left unguarded, and so is a run that is not there: the stage will say.
     """
-    path, host = run_dir(run.tag) / f".{run.stage}.lock", socket.gethostname()
+    path = run_dir(run.tag) / f".{run.stage}.lock"
     with contextlib.ExitStack() as held:
 
         def take() -> str:
@@ -3623,22 +3605,15 @@ def alone_at_work(run: Run) -> Iterator[None]:
                 ) from None
             except (ImportError, OSError):
                 pass
-            mark = f"{host} {time.time_ns()}"
+            mark = f"{socket.gethostname()} {time.time_ns()}"
             path.write_text(mark, "utf-8")
             return mark
 
-        def see() -> None:
-            patience = time.monotonic() + 20  # of NFS, which may still know how it was before
-            while mark and not (path.exists() and path.read_text("utf-8") == mark):
-                if time.monotonic() > patience:
-                    raise MissingInput(
-                        f"{host} does not see {path} of {mark.split()[0]}: NANOCHAT_BASE_DIR must "
-                        "be a folder that all nodes share"
-                    )
-                time.sleep(0.1)
+        def is_there() -> bool:
+            return not mark or (path.exists() and path.read_text("utf-8") == mark)
 
         mark = run.together(take)[0]
-        run.together(see)
+        run.see(is_there, f"{path} of {mark.split(' ')[0]}")
         yield
 
 

@@ -925,12 +925,13 @@ class OwnFiles:
                 self.drop("records without `text` or `content`", place)
 
     def has_records(self, text: IO[str]) -> bool:
-        """True if the first value of a .json file, or of its array, is a record with text."""
-        value = None
+        """True if one of the first values of a .json file, or of its array, is a record of text."""
+        found = False
         with contextlib.suppress(ValueError):
-            value = next(stream_values(text), None)
+            for value in islice(stream_values(text), 20):
+                found |= isinstance(value, dict) and isinstance(present(value, *COLUMNS), str)
         text.seek(0)
-        return isinstance(value, dict) and isinstance(present(value, *COLUMNS), str)
+        return found
 
     def values(self, path: Path, file: Any) -> Iterator[tuple[str, Any]]:
         """Yield (place, value) of each row of a table, or value of JSON."""
@@ -1041,7 +1042,7 @@ MEANT = {
     "images": "pictures or sound", "image": "pictures or sound", "audio": "pictures or sound",
     "audios": "pictures or sound", "videos": "pictures or sound", "refusal": "refusal of a reply",
     "reasoning_content": "reasoning beside the reply", "reasoning": "reasoning beside the reply",
-    "thinking": "reasoning beside the reply",
+    "thinking": "reasoning beside the reply", "history": "turns in a field of their own",
 }  # fmt: skip
 LETTERS = "ABCDE"  # of the public sets' choices
 PLAIN_NUMBER = re.compile(rf"\s*(?:{NUMBER.pattern})\s*[%.]?\s*")
@@ -1083,6 +1084,14 @@ def check_meaning(row: dict[str, Any]) -> None:
         raise ValueError("reply that is marked as bad", "label")
 
 
+def check_weight(row: dict[str, Any], allowed: tuple) -> Any:
+    """Return how much a row or turn is to count: OpenAI's field, and others' of this meaning."""
+    weight = present(row, "weight", "train", "loss")
+    if weight not in allowed:
+        raise ValueError("weight that the loss does not have", str(weight)[:40])
+    return weight
+
+
 def read_turn(turn: dict[str, Any]) -> dict[str, Any]:
     """Read a message of any spelling. Raises ValueError(reason, detail)."""
     check_meaning(turn)
@@ -1094,10 +1103,8 @@ def read_turn(turn: dict[str, Any]) -> dict[str, Any]:
     role = ROLES[said]
     content = read_content(present(turn, "content", "value"), role)
     message: dict[str, Any] = {"role": role, "content": content}
-    learned = present(turn, "weight", "train", "loss")  # OpenAI's, and others' of this meaning
-    if learned not in (None, 0, 1) or (learned == 1 and role != "assistant"):
-        raise ValueError("turn with a weight that the loss does not have", str(learned)[:40])
-    if learned == 0 and role == "assistant":
+    weight = check_weight(turn, (None, 0, 1) if role == "assistant" else (None, 0))
+    if weight == 0 and role == "assistant":
         message["weight"] = 0
     return message
 
@@ -1105,10 +1112,12 @@ def read_turn(turn: dict[str, Any]) -> dict[str, Any]:
 def find_turns(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the turns of a conversation, or those of a question and its reply in two fields."""
     turns = present(row, "messages", "conversations", "conversation")
-    asked = present(row, "prompt", "instruction")
-    said = present(row, "completion", "response", "output")
-    if turns is None and isinstance(asked, str) and isinstance(said, str):
-        asked = f"{asked}\n\n{row['input']}" if row.get("input") else asked
+    asked = present(row, "prompt", "instruction", "question")
+    said = present(row, "completion", "response", "output", "answer")
+    more = present(row, "input", "context") or ""
+    pair = all(isinstance(text, str) for text in (asked, said, more))
+    if turns is None and pair and not row.get("choices") and not row.get("options"):
+        asked = f"{asked}\n\n{more}" if more else asked
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
     turns = list(turns) if isinstance(turns, list) else []
     if not turns or not all(isinstance(turn, dict) for turn in turns):
@@ -1134,6 +1143,7 @@ def read_conversation(value: Any, mend: Callable[[str], Any] = lambda reason: No
     if "####" in str(row.get("answer")) and present(row, "messages", "conversations") is None:
         texts = {key: str(read_content(row.get(key), "user")) for key in ("question", "answer")}
         return {**gsm8k_item(texts), "kind": kind or "problem"}
+    check_weight(row, (None, 1))
     messages = [read_turn(turn) for turn in find_turns(row)]
     graded = row.get("grade") in ("number", "letter", "text")
     head = messages[:1] if messages[0]["role"] == "system" else []

@@ -250,11 +250,13 @@ plan() { # show time and memory before hours of work; ask prepare.py for as much
   local said n=SHARDS need have
   said=$(stage 1 plan pretrain.py --plan --plan-vocab-size="$vocab" --plan-count="$ranks")
   echo "$said"
-  need=$(sed -n 's/^disk *\([0-9]*\) GB.*/\1/p' <<<"$said") # what is there already counts
-  mkdir -p "$base" && have=$(($(df -Pk "$base" | awk 'END {print $4}') / 976562))
-  have=$((have + $(du -sk "$base" | cut -f 1) / 976562))
-  [ $mode = print ] || [ "${need:-0}" -le "$have" ] || fail 1 "$base has room for $have GB, and" \
-    "$need GB are needed: free some, set NANOCHAT_BASE_DIR, or keep less with --keep=1"
+  if [ $mode = run ]; then # what is there already counts
+    need=$(sed -n 's/^disk *\([0-9]*\) GB.*/\1/p' <<<"$said")
+    mkdir -p "$base" && have=$(df -Pk "$base" | awk 'END {print $4}')
+    have=$(((have + $(du -sk "$base" | cut -f 1)) / 976562))
+    [ "${need:-0}" -le "$have" ] || fail 1 "$base has room for $have GB, and $need GB are needed:" \
+      "free some, set NANOCHAT_BASE_DIR, or keep less with --keep=1"
+  fi
   [ $mode = print ] || n=$(sed -n 's/^shards *\([0-9]*\).*/\1/p' <<<"$said")
   if [[ $n && $data =~ ^(hub|climbmix)$ ]]; then given=("prepare:--shards=$n" "${given[@]}"); fi
 }

@@ -236,11 +236,11 @@ def train_ranks(world_size, settings, first="", end=0):
 # The house -----------------------------------------------------------------------------------
 
 BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
-    "common.py": (4180, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
-    "prepare.py": (1870, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
+    "common.py": (4150, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
+    "prepare.py": (1885, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
     "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
     "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (276, 230),
-    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9150, 6000), "README.md": 250,
+    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9130, 6000), "README.md": 250,
     "CONTRIBUTING.md": 40,
 }  # fmt: skip
 
@@ -904,26 +904,6 @@ def test_written_beside_leaves_the_old_file_when_the_writer_fails(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
-    folder, replace_ = tmp_path / "a", os.replace
-    folder.mkdir()
-    (folder / "old").touch()
-
-    def fail(source, target):
-        if ".old." in str(target) or ".old." in str(source):
-            return replace_(source, target)
-        raise OSError(errno.EIO, "it broke")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="it broke"), common.written_beside(folder) as beside:
-            beside.mkdir()
-    assert (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
-    with common.written_beside(folder) as beside:
-        beside.mkdir()
-    assert not (folder / "old").exists() and [p.name for p in tmp_path.iterdir()] == ["a"]
-
-
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "x\n"])
 def test_names_never_become_paths(name):
     with pytest.raises(ValueError, match="--tag"):
@@ -984,8 +964,9 @@ def test_settings_take_both_spellings_and_round_numbers(capsys):
 
 
 # settings of which what they do, or what 0 stands for, differs by stage
-DIFFERENT = """restart source seed stage num_iterations total_batch_size device_batch_size matrix_lr
-embed_lr head_lr weight_decay warm_start chats start_from epochs temperature slots run_code compile""".split()
+DIFFERENT = """restart source seed stage num_iterations total_batch_size device_batch_size
+matrix_lr embed_lr head_lr weight_decay warm_start chats start_from epochs temperature slots
+run_code compile""".split()
 
 
 def test_one_name_is_one_setting_in_every_stage():
@@ -1009,17 +990,14 @@ def test_one_name_is_one_setting_in_every_stage():
         (sys.modules[__name__], "--model-dim=3", "it follows from --depth"),
         (sys.modules[__name__], "--total-size=1.5", "not a whole number"),
         (sys.modules[__name__], "--total-size=inf", "not a whole number"),
-        (sys.modules[__name__], "--total-size=nan", "not a whole number"),
         (sys.modules[__name__], "--total-size=-1", "--total-size must be 0 or more"),
         (sys.modules[__name__], "--total-size=x", "invalid whole number value: 'x'"),
         (sys.modules[__name__], "--stage=mid", "invalid choice"),
-        (sys.modules[__name__], "--total-siz=3", "did you mean"),
         (pretrain, "--total-batch-size=100", "2048 would"),
         (pretrain, "--depth=0", "--depth=0 must be from 1 to 128"),
         (pretrain, "--depth=999", "--depth=999 must be"),
         (pretrain, "--head-dim=33", "must divide"),
         (pretrain, "--n-kv-head=5", "must divide"),
-        (pretrain, "--n-kv-head=-1", "--n-kv-head must be 0 or more"),
         (pretrain, "--max-seq-len=1", "--max-seq-len must be 2 or more"),
         (pretrain, "--window-pattern=Q", "letters"),
         (pretrain, "--tag=../x", "--tag"),
@@ -1049,7 +1027,6 @@ def test_one_name_is_one_setting_in_every_stage():
         (rl, "--val-problems=129", "--val-problems must be 128 or less"),
         (rl, "--temperature=0", "temperature"),
         (rl, "--temperature=inf", "temperature"),
-        (rl, "--temperature=nan", "temperature"),
     ],
     ids=lambda x: "" if isinstance(x, type(sys)) else None,
 )
@@ -1162,8 +1139,8 @@ def test_a_containers_quota_is_the_cores_there_are(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     (tmp_path / "cpu").mkdir()
-    for v2, quota, cores in (("max 100000", -1, 16), ("250000 100000", -1, 2), ("50000 100000", -1, 1),
-                             ("max 100000", 400_000, 4)):  # fmt: skip
+    for v2, quota, cores in (("max 100000", -1, 16), ("250000 100000", -1, 2),
+                             ("50000 100000", -1, 1), ("max 100000", 400_000, 4)):  # fmt: skip
         (tmp_path / "cpu.max").write_text(f"{v2}\n")
         (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota}\n")
         (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
@@ -1270,13 +1247,22 @@ def test_encoding_loses_nothing_and_merges_as_trained(text):
     assert not tokenizer.token_bytes[tokenizer.bos :].any()
 
 
-def test_a_run_at_which_tiktoken_panics_is_encoded(tokenizer):
-    text = "a" + " " * 1_000_001 + "b"
-    with pytest.raises(BaseException, match="StackOverflow"):
-        tokenizer.encoding.encode_ordinary(text)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.encode_batch(["a b", text]) == [tokenizer.encode("a b"), ids]
+def test_text_at_which_the_encoder_panics_is_encoded_in_halves(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        """As Rust's panics arrive: no Exception."""
+
+    def encode(text):
+        if len(text) > 30:
+            raise PanicException
+        return tokenizer.encode(text)
+
+    other, text = copy.copy(tokenizer), "".join(SENTENCES[:4])
+    monkeypatch.setattr(other, "encoding", SimpleNamespace(encode_ordinary=encode))
+    assert tokenizer.decode(other.encode(text)) == text
+    assert other.encode_batch(["a b", text]) == [tokenizer.encode("a b"), other.encode(text)]
+    monkeypatch.setattr(other.encoding, "encode_ordinary", unittest.mock.Mock(side_effect=KeyError))
+    with pytest.raises(KeyError):
+        other.encode("a")
 
 
 def test_the_tokenizer_file_is_complete_and_damage_is_said(tokenizer, tmp_path):
@@ -2382,9 +2368,9 @@ def test_the_rows_of_a_pass_are_as_asked_as_saved_or_as_estimated(monkeypatch):
 
     def choose(room, asked=0, saved=None, share=16):
         monkeypatch.setattr(common, "free_bytes", lambda device: room / 0.9)
-        settings = SimpleNamespace(device_batch_size=asked, recompute=False)
-        run = SimpleNamespace(settings=settings, stage="base", device=CPU)
-        return common.choose_micro_batch(run, config, saved or {}, share, 16, 4)
+        run = common.Run("base", "t", SimpleNamespace(device_batch_size=asked), CPU)
+        monkeypatch.setattr(run, "together", lambda work: [9 * work(), work()])  # two ranks'
+        return common.choose_micro_batch(run, config, saved or {}, share, 16, 4, False)
 
     rooms = (1.01 * need[16], 0.99 * need[16], 1.01 * need[3], 1.01 * need[1])
     assert [choose(room) for room in rooms] == [16, 8, 2, 1]
@@ -4097,6 +4083,7 @@ GOOD_ROWS = [
         {"from": "gpt", "value": "Ahoy!"}, {"role": None, "from": "human", "value": "Code?"},
         {"from": "chatgpt", "value": "    a = 1\n    return a"}, {"from": "human", "value": "Ok"}]},
     {"instruction": "Translate.", "input": "chat", "output": "cat"},
+    {"system_prompt": "Be kind.", "question": "How?", "context": None, "response": "So."},
     talk("One?", "Not this.", "Two?", "This."),
     talk("2*3?", TOOL, kind="sum"),
     talk("37*12?", grade="number", answer=444, kind="sum"),
@@ -4129,7 +4116,9 @@ BAD_LINES = {
     row("Hi", "Ho", label=False): "marked as bad",
     row("Hi", "Ho", images=["a.png"]): "pictures or sound",
     row("Hi", "Ho").replace(b'"Hi"', b'"Hi", "name": "Ann"'): "speaker with a name",
-    row("Hi", "Ho").replace(b'"Hi"', b'"Hi", "train": true'): "a weight that the loss does not",
+    row("Hi", "Ho").replace(b'"Hi"', b'"Hi", "train": true'): "weight that the loss does not",
+    row("Hi", "Ho", weight=0.5): "weight that the loss does not",
+    b'{"question": "Which?", "choices": ["a", "b"], "answer": "B"}': "no list of messages",
     row("Hi", "Ho").replace(b'"Ho"', b'"Ho", "reasoning": "hm"'): "reasoning beside the reply",
     b'{"prompt": "a", "chosen": "b", "rejected": "c"}': "no list of messages",
     b'{"messages": [{"role": "tool", "content": "4"}]}': "role that is not system, user or",
@@ -4185,6 +4174,7 @@ def test_own_conversations_of_every_form_become_one(base, tmp_path, capsys):
     for said in (
         ["Be a pirate.", "Code?", "    a = 1\n    return a"],
         ["Translate.\n\nchat", "cat"],
+        ["Be kind.", "How?", "So."],
     ):
         assert said in [[m["content"] for m in item["messages"]] for item in items]
     for item in files["rl"]:
@@ -5682,11 +5672,12 @@ def test_nodes_share_the_runs_and_may_have_the_text_each_on_a_disk_of_its_own(
         (other / "runs").symlink_to(base_dir / "runs")
     else:
         shutil.copytree(base_dir / "runs", other / "runs")
+        (other / "runs/t/.base.lock").write_text("of a run before")
     code = f"""
     import time
     clock, os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = time.monotonic, "0", "1"
     if not {shared}:
-        time.monotonic = lambda: 10 * clock()  # it waits 20 seconds for what may come late
+        time.monotonic = lambda: 30 * clock()  # it waits 60 seconds for what may come late
     if rank == 1:
         os.environ["NANOCHAT_BASE_DIR"] = {str(other)!r}
     """
@@ -5924,7 +5915,7 @@ def run_stage(name, tag, **changes):
 @pytest.mark.parametrize("warm_start", [False, True])
 def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run, warm_start):
     base = {"matrix_lr": 0.03, "head_lr": 0.005, "lr_scale": 0.7, "weight_decay": 0.1}
-    pretrain.main(chat_pretrain(restart=True, **base))
+    pretrain.main(chat_pretrain(restart=True, recompute=warm_start, **base))
     parent = common.find_checkpoint("t", "base")
     own = {"matrix_lr": 0.01, "weight_decay": 0.0} if warm_start else {}  # come before the base's
     settings = stage_settings("sft", lr_scale=0.5, warm_start=warm_start, **own)
@@ -5932,6 +5923,7 @@ def test_chat_stages_take_the_base_runs_rates_and_if_asked_its_moments(chat_run,
         common.Run("sft", "t", settings, CPU), parent, common.Horizon(9, 3, ""), {}
     )
     assert start == 0 and meta["parent"] == common.parent_key(parent)
+    assert model.recompute == warm_start
     rate, decay = (own or base)["matrix_lr"], (own or base)["weight_decay"]
     groups = common.optimizer_groups(model, rate, pretrain.Settings().embed_lr, 0.005, decay)
     expected = [0.7 * 0.5 * group["lr"] for group in groups]
