@@ -114,12 +114,8 @@ class Tokenizer:
         """Read folder/tokenizer.json. Raises MissingInput if it is absent or damaged."""
         path = folder / "tokenizer.json"
         if not path.exists():
-            tags = sorted(p.parent.parent.name for p in run_dir("").glob("*/tokenizer/*.json"))
-            have = f" (tags with one: {', '.join(tags)})" if tags else ""
-            raise MissingInput(
-                f"{path} is missing{have}: run `python train_tokenizer.py "
-                f"--tag={folder.parent.name}` first"
-            )
+            command = f"python train_tokenizer.py --tag={folder.parent.name}"
+            raise MissingInput(f"{path} is missing: run `{command}` first")
         try:
             saved = json.loads(path.read_text("utf-8"))
             if saved["special_tokens"] != SPECIAL_TOKENS:
@@ -140,9 +136,7 @@ class Tokenizer:
         """Encode text as ordinary tokens: "<|bos|>" in it is seven characters, no special token."""
         try:
             return self.encoding.encode_ordinary(text)
-        except (
-            BaseException
-        ) as error:  # a panic of tiktoken's, on text without end, is no Exception
+        except BaseException as error:  # tiktoken's panics are no Exception
             if type(error).__name__ != "PanicException":
                 raise
         middle = len(text) // 2
@@ -162,9 +156,9 @@ class Tokenizer:
 
 
 def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """Yield function(item) for each item, in order, computed on all cores.
+    """Yield function(item) for each item, in order, computed on this rank's share of all cores.
 
-    Each rank of a machine takes its share of them. tiktoken releases the GIL. A thread takes 32 items at a time: handing over single short texts
+    tiktoken releases the GIL. A thread takes 32 items at a time: handing over single short texts
     costs more than encoding them (8,000 conversations: 1.0 s in one thread, 4.2 s text by text).
     """
     remaining = iter(items)
@@ -178,7 +172,8 @@ def in_threads(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator
 def read_conversations(path: Path, part: int = 0, parts: int = 1) -> Iterator[dict[str, Any]]:
     """Yield the conversations, or graded problems, of a .jsonl file that prepare.py made.
 
-    Of `parts` readers each gets every parts-th line, from line `part` on. Raises MissingInput if the file is absent or a line is not a conversation.
+    Of `parts` readers each gets every parts-th line, from line `part` on. Raises MissingInput if
+    the file is absent or a line is not a conversation.
     """
     require(path)
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -199,18 +194,19 @@ def require(path: Path) -> None:
         raise MissingInput(f"{path} is missing: prepare.py makes it (--help says from what)")
 
 
-def chat_format(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, str]]:
-    """Yield the pieces of a conversation: (text, True if it is a special token, its author).
+def chat_format(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, bool]]:
+    """Yield the pieces of a conversation: (text, True if it is a special token, True if learned).
 
     This is the only place that knows the chat format. Here <x>..</x> is <|x_start|>..<|x_end|>:
 
         <|bos|><user>system text, an empty line, 37 x 12?</user>
         <assistant>That is <python>37*12</python><output>444</output>444.</assistant><user>...
 
-    The author is "user" for all up to <|assistant_start|>, then "assistant", or "tool" for what is
-    not learned: outputs, which the engine forces, messages of weight 0, and <|bos|>. To change the format, also raise ROWS_VERSION.
+    Learned is what the assistant writes itself: all after <|assistant_start|> but for outputs,
+    which the engine forces, and messages of weight 0. To change the format, also raise
+    ROWS_VERSION.
     """
-    yield BOS, True, "tool"
+    yield BOS, True, False
     system = ""
     for message in messages:
         role, content = message["role"], message["content"]
@@ -219,23 +215,23 @@ def chat_format(messages: list[dict[str, Any]]) -> Iterator[tuple[str, bool, str
             continue
         if role == "user":
             content, system = system + content, ""
-        yield f"<|{role}_start|>", True, "user"
-        writer = role if message.get("weight", 1) else "tool"
+        yield f"<|{role}_start|>", True, False
+        learned = role == "assistant" and bool(message.get("weight", 1))
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         for part in parts:
-            kind, author = part["type"], "tool" if part["type"] == "output" else writer
+            kind, own = part["type"], learned and part["type"] != "output"
             if kind != "text":
-                yield f"<|{kind}_start|>", True, author
-            yield part["text"], False, author
+                yield f"<|{kind}_start|>", True, own
+            yield part["text"], False, own
             if kind != "text":
-                yield f"<|{kind}_end|>", True, author
-        yield f"<|{role}_end|>", True, writer
+                yield f"<|{kind}_end|>", True, own
+        yield f"<|{role}_end|>", True, learned
 
 
 def render_conversation(
-    tokenizer: Tokenizer, messages: list[dict[str, Any]], learn_all: bool = False
+    tokenizer: Tokenizer, messages: list[dict[str, Any]]
 ) -> tuple[list[int], list[int]]:
-    """Return (ids, mask) of messages: mask 1 for the assistant's ids, with learn_all also users'.
+    """Return (ids, mask) of messages: mask 1 for what the assistant wrote itself.
 
     >>> ids, mask = render_conversation(Tokenizer("[^ ]| ", []), [{"role": "user", "content": "Hi"}])
     >>> ids, mask  # 256 is <|bos|>, 257 is <|user_start|>, 258 is <|user_end|>
@@ -243,9 +239,8 @@ def render_conversation(
     """
     ids: list[int] = []
     mask: list[int] = []
-    for text, special, author in chat_format(messages):
+    for text, special, learned in chat_format(messages):
         ids += [tokenizer.specials[text]] if special else tokenizer.encode(text)
-        learned = author == "assistant" or (learn_all and author == "user")
         mask += [int(learned)] * (len(ids) - len(mask))
     return ids, mask
 
@@ -279,20 +274,15 @@ def newest_turns(
     always remain, whatever their length.
     """
     head = messages[:1] if messages[0]["role"] == "system" else []
-
-    def prompt_from(first: int) -> list[int]:
-        return render_prompt(tokenizer, head + messages[first:])
-
-    # All of it, or from a question on: every second message, counted from the last one. Bisected,
-    # since rendering once for each dropped turn takes seconds for a long conversation.
-    starts = sorted({len(head), *range(len(messages) - 1, len(head) - 1, -2)})
-    room = prompt_room(context)
-    first = starts[
-        bisect.bisect_left(
-            starts, True, hi=len(starts) - 1, key=lambda first: len(prompt_from(first)) <= room
-        )
-    ]
-    return head + messages[first:], prompt_from(first)
+    first = len(messages) - 1
+    ids = render_prompt(tokenizer, head + messages[first:])
+    while first > len(head):  # from the end: a long history costs no more than what fits of it
+        before = max(first - 2, len(head))  # a question and its answer more
+        longer = render_prompt(tokenizer, head + messages[before:])
+        if len(longer) > prompt_room(context):
+            break
+        first, ids = before, longer
+    return head + messages[first:], ids
 
 
 THOUSANDS = r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])"  # 1,000
@@ -390,9 +380,8 @@ def pack_rows(
     >>> list(pack_rows([[0, 1, 2, 3, 4, 5, 6], [0, 7], [0, 8, 9]], T=4))  # 0 is <|bos|>
     [[0, 8, 9, 0, 7], [0, 1, 2, 3, 4], [0, 5, 6]]
 
-    Best fit helps documents shorter than a row: of the world's (121 ids) at T = 256 it halves the
-    cuts, from 0.99 a row without choice to 0.48. Of web text (915 ids) the long ones fill the
-    buffer, and at T = 2048 cuts fall from 1.00 to 0.97 a row only.
+    Best fit halves the cuts where documents are shorter than a row: from 0.99 a row to 0.48 for the
+    world's (121 ids) at T = 256, but from 1.00 to 0.97 only for web text (915 ids) at T = 2048.
     """
     waiting: list[tuple[int, int, list[int]]] = []  # (length, order of arrival, ids), sorted
     arrivals = itertools.count()
@@ -432,36 +421,29 @@ def text_documents(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[
 class Mixed:
     """What became of the conversations of a file."""
 
-    used: dict[str, int] = field(default_factory=dict)  # conversations by kind
+    used: collections.Counter[str] = field(default_factory=collections.Counter)  # by kind
     cut: int = 0  # longer than a row: their last turns are left out
     left_out: int = 0  # longer than a row even in their first turn
 
-    def add(self, other: Mixed) -> None:
-        """Count another's, too."""
-        self.used = dict(collections.Counter(self.used) + collections.Counter(other.used))
-        self.cut, self.left_out = self.cut + other.cut, self.left_out + other.left_out
-
 
 def conversation_documents(
-    conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, T: int, learn_all: bool,
-    mixed: Mixed,
-) -> Iterator[list[int]]:  # fmt: skip
+    conversations: Iterable[dict[str, Any]], tokenizer: Tokenizer, T: int, mixed: Mixed
+) -> Iterator[list[int]]:
     """Yield each conversation's ids, plus NO_TARGET where not learned, and count it in mixed."""
 
-    def fitted(conversation: dict[str, Any]) -> tuple[dict[str, Any], bool, list[int]]:
-        messages = conversation["messages"]
+    def fitted(conversation: dict[str, Any]) -> tuple[str, bool, list[int]]:
+        whole = messages = conversation["messages"]
         while True:
-            ids, mask = render_conversation(tokenizer, messages, learn_all)
+            ids, mask = render_conversation(tokenizer, messages)
             if len(ids) <= T + 1:
                 break
             messages = messages[: -2 if messages[-1]["role"] == "assistant" else -1]
         marked = [i if learned else i + NO_TARGET for i, learned in zip(ids, mask)]
-        return conversation, messages != conversation["messages"], marked if any(mask) else []
+        return conversation.get("kind", "own"), messages != whole, marked if any(mask) else []
 
-    for conversation, cut, ids in in_threads(fitted, conversations):
-        kind = conversation.get("kind", "own")
+    for kind, cut, ids in in_threads(fitted, conversations):
         if ids:
-            mixed.used[kind] = mixed.used.get(kind, 0) + 1
+            mixed.used[kind] += 1
             mixed.cut += cut
             yield ids
         else:
@@ -531,11 +513,11 @@ def rows_folder(folder: Path, tokenizer: Tokenizer, T: int, probe: Iterable[list
     return folder / "tokens" / f"{tokenizer.fingerprint}-{T}-v{ROWS_VERSION}-{made:08x}"
 
 
-def make_absent(outs: list[Path], make: Callable[[Path], None], run: Run) -> None:
-    """Call make(out) for each file that is absent, at most one for each rank, and wait for all.
+def made_in_turn(outs: list[Path], make: Callable[[Path], None], run: Run) -> Iterator[Path]:
+    """Yield files in order; those that are absent are made by make(out), one a rank at a time.
 
-    Rank r makes outs[r]. Then the ranks of each node make what lies on another node's own disk.
-    Ends the program if run.stopping is set on any rank.
+    Then the ranks of each node make what lies on another node's own disk. Ends the program if
+    run.stopping is set on any rank.
     """
     local_rank, local_size = local_dist_info()
 
@@ -545,46 +527,46 @@ def make_absent(outs: list[Path], make: Callable[[Path], None], run: Run) -> Non
                 make(out)
         return run.stopping
 
-    for wanted in (outs[run.rank : run.rank + 1], outs[local_rank::local_size]):
-        if any(run.together(functools.partial(work, wanted))):
-            run.say(f"{run.stage}: stopped while tokenizing; run the same command again")
-            raise SystemExit(0)
-    while not all(out.exists() for out in outs):  # NFS may still show the folder as it was before
-        time.sleep(0.1)
+    for first in range(0, len(outs), run.world_size):
+        group = outs[first : first + run.world_size]
+        for wanted in (group[run.rank : run.rank + 1], group[local_rank::local_size]):
+            if any(run.together(functools.partial(work, wanted))):
+                run.say(f"{run.stage}: stopped while tokenizing; run the same command again")
+                raise SystemExit(0)
+        while not all(out.exists() for out in group):  # NFS may show the folder as it was before
+            time.sleep(0.1)
+        yield from group
 
 
 def conversation_rows(
-    path: Path, tokenizer: Tokenizer, T: int, run: Run, learn_all: bool = False, some: bool = False
+    path: Path, tokenizer: Tokenizer, T: int, run: Run, some: bool = False
 ) -> tuple[Rows, Mixed]:
     """Open the rows of a .jsonl file's conversations, packed whole, and how many of each kind.
 
-    Targets are the assistant's own ids, with learn_all also the users' (never the tool's). The
-    ranks share the parts of a large file; which parts it has does not depend on them. Raises MissingInput if the file is absent, or with `some` if no conversation fits in a row.
+    Targets are what the assistant wrote itself. The ranks share the parts of a large file; which
+    parts it has does not depend on them. Raises MissingInput if the file is absent, or with `some`
+    if no conversation fits in a row.
     """
     require(path)
 
     def packed(conversations: Iterable[dict], T: int, mixed: Mixed) -> Iterator[list[int]]:
-        documents = conversation_documents(conversations, tokenizer, T, learn_all, mixed)
-        return pack_rows(documents, T, whole=True)
+        return pack_rows(conversation_documents(conversations, tokenizer, T, mixed), T, whole=True)
 
     def make(out: Path) -> None:
         mixed = Mixed()
         rows = list(packed(read_conversations(path, outs.index(out), len(outs)), T, mixed))
-        write_json(out.with_suffix(".json"), dataclasses.asdict(mixed))  # first: out is the mark
+        write_json(out.with_suffix(".json"), vars(mixed))  # first: out is the mark
         write_rows(rows, T, tokenizer.bos + NO_TARGET, np.int32, out)
 
     probe = packed([{"messages": PROBE}, {"messages": PROBE * 9}], 256, Mixed())
-    name = f"{path.stem}-{'all' if learn_all else 'own'}-{path.stat().st_size}-{crc32(path):08x}"
-    folder, parts = (
-        rows_folder(path.parent, tokenizer, T, probe),
-        1 + path.stat().st_size // PART_BYTES,
-    )
+    folder, size = rows_folder(path.parent, tokenizer, T, probe), path.stat().st_size
+    name, parts = f"{path.stem}-own-{size}-{crc32(path):08x}", 1 + size // PART_BYTES
     outs = [folder / f"{name}{f'-{i}of{parts}' * (parts > 1)}.npy" for i in range(parts)]
-    for first in range(0, parts, run.world_size):
-        make_absent(outs[first : first + run.world_size], make, run)
     mixed = Mixed()
-    for out in outs:
-        mixed.add(Mixed(**json.loads(out.with_suffix(".json").read_text("utf-8"))))
+    for out in made_in_turn(outs, make, run):
+        part = Mixed(**json.loads(out.with_suffix(".json").read_text("utf-8")))
+        mixed.used.update(part.used)
+        mixed.cut, mixed.left_out = mixed.cut + part.cut, mixed.left_out + part.left_out
     if some and not mixed.used:
         raise MissingInput(
             f"none of the {mixed.left_out:,} conversations of {path} fits in {T} tokens: pretrain "
@@ -602,25 +584,24 @@ def token_rows(source: str, tokenizer: Tokenizer, T: int, needed: int, run: Run)
     probe = pack_rows(text_documents(["One document.", "", "Another."], tokenizer), 8)
     folder = rows_folder(data_dir(source), tokenizer, T, probe)
     shards = {folder / f"{p.stem}-{_file_key(p)}.npy": p for p in list_shards(source, "train")}
-    outs = list(shards)
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
 
     def make(out: Path) -> None:
-        name, number = shards[out].name, outs.index(out) + 1
-        run.say(f"tokenizing {name} ({number} of at most {len(outs)} shards)")
+        name, number = shards[out].name, [*shards].index(out) + 1
+        run.say(f"tokenizing {name} ({number} of at most {len(shards)} shards)")
         rows = pack_rows(text_documents(read_texts(shards[out]), tokenizer), T)
         write_rows(rows, T, tokenizer.bos, dtype, out)
 
+    used: list[Path] = []
     count = 0
-    for first in range(0, len(outs), run.world_size):
-        make_absent(outs[first : first + run.world_size], make, run)
-        for n, out in enumerate(outs[first : first + run.world_size], first + 1):
-            count += len(open_rows(out))
-            if count >= needed:
-                return Rows(outs[:n], tokenizer.bos)
+    for out in made_in_turn([*shards], make, run):
+        used.append(out)
+        count += len(open_rows(out))
+        if count >= needed:
+            break
     if not count:
         raise MissingInput(f"data source {source} holds no text: run prepare.py again")
-    return Rows(outs, tokenizer.bos)
+    return Rows(used, tokenizer.bos)
 
 
 def _file_key(path: Path) -> str:
@@ -2355,29 +2336,17 @@ def save_checkpoint(
         "muon_dtype": str(optimizer.dtype)[6:], "micro_batch": s.micro,
         "metrics": dict(run.metrics), "seconds": time.time() - run.began,
     }  # fmt: skip
-    errors: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            write_checkpoint(run, folder, parts, whole)
-        except BaseException as error:  # noqa: BLE001  finish_save raises it
-            errors.append(error)
-            run.stopping = True
-
-    thread = threading.Thread(target=body, daemon=True)  # Ctrl-C does not wait for a hung disk
-    thread.start()
-    run.saving = thread, errors
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    run.saving = pool.submit(write_checkpoint, run, folder, parts, whole)
+    pool.shutdown(wait=False)
     return folder
 
 
 def finish_save(run: Run) -> None:
     """Wait until the last checkpoint is on disk. Raises what its write raised, once."""
-    if run.saving is None:
-        return
-    (thread, errors), run.saving = run.saving, None
-    thread.join()  # not only for its result: a thread in torch would abort an interpreter that ends
-    if errors:
-        raise errors[0]
+    saving, run.saving = run.saving, None
+    if saving:
+        saving.result()
 
 
 def to_host(value: Any) -> Any:
@@ -2393,15 +2362,11 @@ def write_checkpoint(run: Run, folder: Path, parts: dict[str, Any], meta: dict[s
     """Write all ranks' parts (name: value) and meta.json to a folder beside, and rename it."""
     beside, keep = folder.with_name(f".{folder.name}.partial"), run.settings.keep
 
-    def clear() -> None:
-        for left in folder.parent.glob(".step-*.partial"):  # of a killed run, or now dropped
-            shutil.rmtree(left)
-
     def begin() -> None:
-        if run.rank == 0:
-            clear()
-            run.dir.mkdir(exist_ok=True)  # without its parents: a mount that went away stays away
-            beside.mkdir()
+        run.dir.mkdir(exist_ok=True)  # without its parents: a mount that went away stays away
+        for left in run.dir.glob(".step-*.partial"):  # of a killed run
+            shutil.rmtree(left)
+        beside.mkdir()
 
     def write() -> dict[str, list[int]]:
         files = {}
@@ -2414,25 +2379,30 @@ def write_checkpoint(run: Run, folder: Path, parts: dict[str, Any], meta: dict[s
         return files
 
     def finish() -> None:
-        if run.rank == 0:
-            files = dict(sorted(pair for part in written for pair in part.items()))
-            write_json(beside / "meta.json", {**meta, "files": files})
-            sync(beside / "meta.json")
-            sync(beside)
-            os.replace(beside, folder)
-            sync(folder.parent)
-            for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
-                os.replace(old, old.with_name(f".{old.name}.partial"))  # never half a checkpoint
-            clear()
+        files = dict(sorted(pair for part in written for pair in part.items()))
+        write_json(beside / "meta.json", {**meta, "files": files})
+        sync(beside / "meta.json")
+        sync(beside)
+        os.replace(beside, folder)
+        sync(run.dir)
+        for old in list_checkpoints(run.tag, run.stage)[:-keep] if keep else []:
+            os.replace(old, beside)  # so that there is never half a checkpoint
+            shutil.rmtree(beside)
 
     try:
-        run.together(begin)
+        on_rank0(run, begin)
         written = run.together(write)
-        run.together(finish)
-    except Stop:
+        on_rank0(run, finish)
+    except BaseException:  # finish_save raises it, after the step
+        run.stopping = True
         if run.rank == 0:
             shutil.rmtree(beside, ignore_errors=True)  # room for what else must be written
         raise
+
+
+def on_rank0(run: Run, work: Callable[[], Any]) -> Any:
+    """Do a part of the work on files on rank 0 alone; all ranks wait for it and get its result."""
+    return run.together(lambda: work() if run.rank == 0 else None)[0]
 
 
 def sync(path: Path) -> None:
@@ -2460,12 +2430,9 @@ def undamaged(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
-        others = list_checkpoints(folder.parent.parent.name, folder.parent.name)
-        names = [path.name for path in others if path != folder]
-        rest = f"{names[-1]} is then taken" if names else "the stage then begins anew"
         raise MissingInput(
-            f"checkpoint {folder} is damaged ({str(error).splitlines()[0]}): delete that folder, "
-            f"{rest}"
+            f"checkpoint {folder} is damaged ({str(error).splitlines()[0]}): delete that folder; "
+            "the newest of the others is then taken, or the stage begins anew"
         ) from None
 
 
@@ -2514,7 +2481,7 @@ def rank0_checkpoint(run: Run, find: Callable[[], Path | None]) -> Any:
 
     Ranks that looked for themselves could train together from different steps.
     """
-    folder = run.together(lambda: find() if run.rank == 0 else None)[0]
+    folder = on_rank0(run, find)
     run.see(lambda: not folder or (folder / "meta.json").exists(), str(folder))
     return folder
 
@@ -2628,7 +2595,9 @@ def begin_or_resume(
     disk has other settings, another parent or other `data`.
     """
     settings, device = run.settings, run.device
-    newest, saved = newest_checkpoint(run, parent, data)
+    if isinstance(parent, Path):
+        data = {**data, "parent": parent_key(parent)}
+    newest, saved = newest_checkpoint(run, data)
     start, run.num_steps = saved.get("step", 0), horizon.num_steps
     validated = take_up_log(run, saved) if newest else set()
     run.validated = start in validated
@@ -2675,8 +2644,6 @@ def begin_or_resume(
     if device.type == "cpu" and saved.get("threads", meta["threads"]) != meta["threads"]:
         run.say(f"{run.stage}: begun with {saved['threads']} threads, now {meta['threads']}: sums "
                 "are rounded otherwise, so this is not the unbroken run bit for bit")  # fmt: skip
-    if isinstance(parent, Path):
-        meta["parent"] = parent_key(parent)
     return model, optimizer, start, {**saved, **meta}
 
 
@@ -2703,23 +2670,21 @@ def make_optimizer(
     return optimizer
 
 
-def newest_checkpoint(
-    run: Run, parent: Path | GPTConfig, data: dict[str, Any]
-) -> tuple[Path | None, dict[str, Any]]:
+def newest_checkpoint(run: Run, data: dict[str, Any]) -> tuple[Path | None, dict[str, Any]]:
     """Return the checkpoint that a stage is resumed from and its meta, or None and {}.
 
     None also with --restart: drop_replaced then drops what is there. Raises MissingInput where the
-    run there is of an older version, has other settings, another parent or other data.
+    run there is of an older version, has other settings, or other values than `data` in its meta.
     """
     settings, mark = run.settings, run.dir / ".restart"
 
-    def is_old() -> bool:  # the mark tells torchrun's next attempt that training had not begun
-        if settings.restart and not run.again and run.rank == 0 and run.dir.exists():
-            mark.touch()
-        return settings.restart and mark.exists()
+    def find() -> Path | None:
+        if settings.restart and not run.again and run.dir.exists():
+            mark.touch()  # it tells torchrun's next attempt that training had not begun
+        listed = list_checkpoints(run.tag, run.stage)
+        return listed[-1] if listed and not (settings.restart and mark.exists()) else None
 
-    listed = [] if run.together(is_old)[0] else list_checkpoints(run.tag, run.stage)
-    newest = rank0_checkpoint(run, lambda: listed[-1] if listed else None)
+    newest = rank0_checkpoint(run, find)
     if not newest:
         return None, {}
     saved = read_meta(newest)
@@ -2736,10 +2701,6 @@ def newest_checkpoint(
                 f"{run.dir} holds a run with --{f.name.replace('_', '-')}={before}, not {now}: "
                 f"repeat it as it was, {BEGIN_ANEW}"
             )
-    if isinstance(parent, Path) and saved["parent"] != parent_key(parent):
-        raise MissingInput(
-            f"{run.dir} was trained from another model than {parent} holds now: {BEGIN_ANEW}"
-        )
     check_data(run, saved, data)
     return newest, saved
 
@@ -2748,8 +2709,8 @@ def check_data(run: Run, saved: dict[str, Any], data: dict[str, Any]) -> None:
     """Raise MissingInput where the meta of a run that is resumed has other values than data."""
     if any(saved.get(key, value) != value for key, value in data.items()):
         raise MissingInput(
-            f"{run.dir} was trained on other data, or with another tokenizer, than there is now: "
-            f"{BEGIN_ANEW}"
+            f"{run.dir} was trained on other data, with another tokenizer or from another model "
+            f"than there is now: {BEGIN_ANEW}"
         )
 
 
@@ -2764,16 +2725,16 @@ def take_up_log(run: Run, saved: dict[str, Any]) -> set[int]:
     The validation at a checkpoint's step came after it was saved, and stands in the log alone.
     """
 
-    def replay() -> tuple[dict[str, Any], set[int]]:  # on rank 0, for all
+    def replay() -> tuple[dict[str, Any], set[int]]:
         metrics, validated = dict(saved["metrics"]), set()
-        for line in read_log(run.tag) if run.rank == 0 else []:
+        for line in read_log(run.tag):
             if line.pop("stage") == run.stage and line["step"] <= saved["step"]:
                 note(metrics, {key: line[key] for key in line if key != "time"})
                 if any(key.startswith("val_") for key in line):
                     validated.add(line["step"])
         return {**metrics, "step": saved["step"]}, validated
 
-    run.metrics, validated = run.together(replay)[0]
+    run.metrics, validated = on_rank0(run, replay)
     return validated
 
 
@@ -2807,7 +2768,7 @@ def drop_replaced(run: Run, start: int) -> None:
                 beside.write_text("".join(json.dumps(x) + "\n" for x in kept), "utf-8")
 
     if not any_rank(run.stopping, run.device):  # else training_steps will make no step
-        run.together(lambda: drop() if run.rank == 0 else None)
+        on_rank0(run, drop)
 
 
 @torch.no_grad()
@@ -2846,8 +2807,7 @@ def evaluate_bpb(
             targets = nn.utils.rnn.pad_sequence(windows[i : i + micro_batch], True, IGNORE)
             ids = F.pad(targets[:, :-1], (1, 0), value=bos)  # (B, T): each target's id before it
             targets, ids = targets.to(device), ids.where(ids != IGNORE, bos).to(device)
-            nats = token_losses(model, ids, targets)
-            sums[0] += nats.double().sum().item() if device.type != "mps" else nats.sum().item()
+            sums[0] += token_losses(model, ids, targets).sum().item()
             sums[1] += int((token_bytes[targets.clamp_min(0)] * (targets != IGNORE)).sum())
         sums[2] += len(chunk)
     if world_size > 1:  # NCCL sums on the device, and mps has no float64
@@ -3413,7 +3373,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)  # the newest of each, the best loss
     validated: bool = False  # at the step that training begins at, before this process
     stopping: bool = False  # the user asked to, or a save failed
-    saving: tuple[threading.Thread, list[BaseException]] | None = None  # a checkpoint, in writing
+    saving: concurrent.futures.Future | None = None  # of a checkpoint that is being written
     cleanup: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property

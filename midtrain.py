@@ -54,7 +54,6 @@ from common import (
 class Settings(ChatSettings, RowSettings):
     source: str = data_setting("", "folder below data/ with the text; empty: the base run's")
     text_share: float = data_setting(0.25, "fraction of the rows that is pretraining text")
-    learn_all: bool = data_setting(False, "learn the users' turns too, not the assistant's alone")
     num_iterations: int = optim_setting(0, "optimizer steps; 0: one epoch, each row once")
     lr_scale: float = 0.7
     warmup: int = 10
@@ -79,7 +78,7 @@ def mix_rows(
     of conversations there are is prepare.py's: its table MIXTURE, or KINDS for the embedded world.
     """
     settings, path = run.settings, data_dir(chats) / "mid.jsonl"
-    rows, mixed = conversation_rows(path, tokenizer, T, run, settings.learn_all, some=True)
+    rows, mixed = conversation_rows(path, tokenizer, T, run, some=True)
     text_rows = round(len(rows) * settings.text_share / (1 - settings.text_share))
     if text_rows:
         rows = rows.joined(token_rows(source, tokenizer, T, text_rows, run), text_rows)

@@ -236,11 +236,11 @@ def train_ranks(world_size, settings, first="", end=0):
 # The house -----------------------------------------------------------------------------------
 
 BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
-    "common.py": (4150, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
+    "common.py": (4110, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
     "prepare.py": (1885, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
     "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
     "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (276, 230),
-    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9140, 6000), "README.md": 250,
+    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9056, 6000), "README.md": 250,
     "CONTRIBUTING.md": 40,
 }  # fmt: skip
 
@@ -671,18 +671,8 @@ def characters_by_tiktoken(pattern):
     return found
 
 
-@functools.cache
-def characters_of_newer_unicode():
-    """Characters that `regex` and tiktoken class differently: their Unicode versions differ."""
-    differ = set()
-    for pattern in (r"\p{L}", r"\p{N}", r"\s"):
-        differ |= characters_by_tiktoken(pattern) ^ set(regex.findall(pattern, "".join(CHARACTERS)))
-    assert len(differ) < 30_000, len(differ)
-    return differ
-
-
 def check_split(text):
-    """Hold the split of a text to what regex and tiktoken make of the pattern.
+    """Hold the split of a text to what tiktoken makes of the pattern.
 
     tiktoken first looks a whole piece up. With the pieces and each two neighbours of them in the
     vocabulary, it returns exactly the pieces only if it splits there and nowhere else.
@@ -693,23 +683,15 @@ def check_split(text):
     candidates = {*encoded, *(one + other for one, other in itertools.pairwise(encoded))}
     tokens = BYTES + sorted(candidates - set(BYTES))
     assert [tokens[i] for i in encoding_of(tokens).encode_ordinary(text)] == encoded
-    text = "".join(c for c in text if c not in characters_of_newer_unicode())
-    assert nanochat_bpe.split(text) == regex.findall(PATTERN, text)
 
 
-def text_documents(size):
-    """Up to `size` characters of every file of real text."""
+def real_texts(size):
+    """The first characters of every file of real text; lines that JSON escapes are lines again."""
     if not (SHARED / "text").is_dir():
         pytest.skip(f"{SHARED / 'text'} is not there")
     for path in sorted((SHARED / "text").iterdir()):
         with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
-            left = size
-            for line in [file.read(size)] if path.suffix == ".txt" else file:
-                text = (line if path.suffix == ".txt" else json.loads(line)["text"])[:left]
-                yield text
-                left -= len(text)
-                if left <= 0:
-                    break
+            yield file.read(size).replace("\\n", "\n")
 
 
 TEXTS = st.lists(
@@ -732,13 +714,13 @@ TEXTS = st.lists(
 @example("'ſtuff I'LL we've THEY'RE 'lL'vE'Re  ")
 @example("a  b   \n\n  c\r\n\t d    ")
 @example("12345 67٣٣٣ ½½½")
-def test_split_is_the_pattern_by_regex_and_tiktoken(text):
+def test_split_is_the_pattern_of_tiktoken(text):
     check_split(text)
 
 
 def test_split_of_real_text_is_the_pattern():
-    for document in text_documents(200_000):
-        check_split(document)
+    for text in real_texts(200_000):
+        check_split(text)
 
 
 def test_split_puts_every_character_in_the_class_that_tiktoken_does():
@@ -762,9 +744,7 @@ def test_split_puts_every_character_in_the_class_that_tiktoken_does():
 @example(["ab cd ef gh ij kl"], 400)  # every count equal
 @example(["Über Öl, naïve café — 東京都 東京 京都 Привет 😀😀😀", "'S 'll 12345 1 \n\n  x"], 400)
 @example(["the cat", " the", "cat", "", "\n"] * 3, 400)
-@example(
-    ["antidisestablishmentarianism", "antidisestablishmentarianism is long"], 400
-)  # > 15 bytes
+@example(["antidisestablishmentarianism", "antidisestablishmentarianism"], 400)  # > 15 bytes
 @example(["a", "b"] * 9, 300)  # documents are boundaries
 @example(["ab"] * 9, 256)
 @example([], 300)
@@ -774,7 +754,7 @@ def test_merges_are_those_of_plain_bpe(texts, vocab_size):
 
 
 def test_merges_of_real_text_are_those_of_plain_bpe():
-    texts = list(itertools.islice(text_documents(2_500), 12))
+    texts = list(itertools.islice(real_texts(2_500), 12))
     assert nanochat_bpe.train(texts, 400) == plain_bpe(texts, 400)
 
 
@@ -811,19 +791,14 @@ def test_text_is_streamed():
             for i in range(200):
                 yield random.Random(i % 3).randbytes(1_000_000).translate(letters).decode()
         nanochat_bpe.train(itertools.islice(documents(), 9), 300, 2)
-        before = peak()
-        nanochat_bpe.train(DOCUMENTS, 300, 2)
-        print(peak() - before)
+        for whole in (iter, list):  # that a list is seen shows that a trace would be
+            before = peak()
+            nanochat_bpe.train(whole(documents()), 300, 2)
+            print(peak() - before)
     """
-
-    def growth(texts):
-        code = program.replace("DOCUMENTS", texts)
-        return int(
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-        )
-
-    assert growth("documents()") < 30_000
-    assert growth("[*documents()]") > 150_000, "it would be seen"
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    streamed, held = map(int, done.stdout.split())
+    assert streamed < 30_000 and held > 150_000
 
 
 @pytest.mark.parametrize(
@@ -853,12 +828,9 @@ def test_ctrl_c_stops_training(documents):
             assert child.stdout.readline() == "go\n"
         time.sleep(1)
         child.send_signal(signal.SIGINT)
-        watchdog = threading.Timer(60, child.kill)  # nothing else ends it
-        watchdog.start()
         try:
-            assert child.stdout.read() == "stopped\n"
+            assert child.communicate(timeout=60)[0] == "stopped\n"
         finally:
-            watchdog.cancel()
             child.kill()
 
 
@@ -872,7 +844,6 @@ def broken_documents():
     [
         *(("train", ([], n), "vocab_size must be an integer from 256") for n in (255, -1, 1 << 70,
                                                                                "1000", 300.0)),
-        ("train", ([], "1000"), "vocab_size must be .* not '1000'"),
         ("train", ([], 300, -1), "threads must be an integer from 0 .* not -1"),
         ("train", ([], 300, 100_000), "threads must be"),
         ("train", (["one", 2], 300), "texts item 1 must be str, not int"),
@@ -1315,15 +1286,6 @@ def test_a_number_is_found_however_it_is_written(value, grouped):
 def test_the_graders(item, right, wrong):
     assert [text for text in right if not common.grade(item, text)] == []
     assert [text for text in wrong if common.grade(item, text)] == []
-
-
-def test_grading_makes_patterns_of_what_the_reply_has_alone(monkeypatch):
-    made, search = [], re.search
-    monkeypatch.setattr(re, "search", lambda *args: made.append(args) or search(*args))
-    others = [f"rival {i}" for i in range(1000)]
-    item = {"grade": "text", "accept": ["Paris"], "reject": others}
-    assert common.grade(item, "It is Paris.") and not common.grade(item, "Paris or rival 7")
-    assert len(made) < 10
 
 
 # 5. GPT --------------------------------------------------------------------------------------
@@ -2013,7 +1975,7 @@ def in_bytes(text):
 
 
 def test_the_rows_of_this_version_are_the_golden_ones():
-    """If it fails because format or packing were changed on purpose: raise ROWS_VERSION, edit this."""
+    """If it fails as format or packing were changed on purpose: raise ROWS_VERSION, edit this."""
     assert common.ROWS_VERSION == 1
     tokenizer = common.Tokenizer(nanochat_bpe.PATTERN, [])
     ids, mask = common.render_conversation(tokenizer, common.PROBE[:3])
@@ -2031,46 +1993,40 @@ def test_the_rows_of_this_version_are_the_golden_ones():
 def test_rows_are_made_anew_where_what_makes_them_does_something_else(
     text_source, tokenizer, monkeypatch, capsys
 ):
-    folder = common.data_dir(text_source)
-    path = write_lines(folder / "sft.jsonl", [one_turn(f"{i}?", "Yes.") for i in range(20)])
-    chat_format, pack_rows = common.chat_format, common.pack_rows
+    lines = [one_turn(f"{i}?", "Yes.") for i in range(20)]
+    path = write_lines(common.data_dir(text_source) / "sft.jsonl", lines)
+    plain = {name: getattr(common, name) for name in ("chat_format", "pack_rows", "ROWS_VERSION")}
 
     def names(**patches):
-        for name, value in ({"chat_format": chat_format, "pack_rows": pack_rows} | patches).items():
+        for name, value in {**plain, **patches}.items():
             monkeypatch.setattr(common, name, value)
         return [common.conversation_rows(path, tokenizer, 64, ALONE)[0].names,
                 common.token_rows(text_source, tokenizer, 64, 10**9, ALONE).names]  # fmt: skip
 
     def formatted(change):
-        return lambda messages: (change(*piece) for piece in chat_format(messages))
+        return lambda messages: (change(*piece) for piece in plain["chat_format"](messages))
+
+    def packed(change):
+        return lambda *args, **options: change(plain["pack_rows"](*args, **options))
 
     before = names()
-    made = {path: path.stat().st_mtime_ns for path in folder.glob("tokens/*/*")}
     capsys.readouterr()
     # other source text that does the same, as after a changed comment: nothing is made anew
-    same = names(
-        chat_format=formatted(lambda *piece: piece), pack_rows=lambda *a, **k: pack_rows(*a, **k)
-    )
+    same = names(chat_format=formatted(lambda *piece: piece), pack_rows=packed(iter))
     assert same == before and not capsys.readouterr().out
-    assert all(path.stat().st_mtime_ns == time_ for path, time_ in made.items())
-    # whose each piece is, each special token, and what joins the system message
-    others = {"assistant": "user", "user": "assistant", "tool": "assistant"}
-    changes = [lambda text, special, author: (text.replace(".\n\n", ".\n"), special, author)]
+    # what joins the system message, whether a piece is learned, and each special token
+    changes = [lambda text, *rest: (text.replace(".\n\n", ".\n"), *rest)]
     for one in [*common.SPECIAL_TOKENS[1:], "444", "37*12", "It is "]:
-        changes.append(lambda text, special, author, one=one: (
-            text, special, others[author] if text == one else author))  # fmt: skip
-    for one in common.SPECIAL_TOKENS[1:]:
-        changes.append(lambda text, special, author, one=one: (
-            common.BOS if special and text == one else text, special, author))  # fmt: skip
+        changes += [
+            lambda text, special, own, one=one: (text, special, own ^ (text == one)),
+            lambda text, *rest, one=one: (common.BOS if text == one else text, *rest),
+        ]
     seen = [before]
     for change in changes:
         after = names(chat_format=formatted(change))
         assert after[1] == before[1] and after not in seen
         seen.append(after)
-    for after in (
-        names(pack_rows=lambda *a, **k: reversed([*pack_rows(*a, **k)])),
-        names(ROWS_VERSION=2),
-    ):
+    for after in (names(pack_rows=packed(lambda rows: [*rows][::-1])), names(ROWS_VERSION=2)):
         assert after[0] != before[0] and after[1] != before[1]
 
 
@@ -2084,11 +2040,6 @@ def test_packing_loses_no_token_and_begins_every_row_with_bos(lengths, T, buffer
     assert sorted(i for row in rows for i in row[1:] if i) == list(range(1, sum(lengths) + 1))
     for row in rows:  # a piece is a run of its document
         assert all(b == a + 1 or b == 0 or a == 0 for a, b in itertools.pairwise(row))
-
-
-def test_packing_prefers_whole_documents():
-    rows = list(common.pack_rows([[0] + [1] * n for n in (9, 4, 4, 9)], T=9))
-    assert rows == [[0] + [1] * 9, [0] + [1] * 9, [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]]
 
 
 def test_all_text_is_trained_on_but_what_begins_a_row_and_filling_never(text_source, tokenizer):
@@ -2189,19 +2140,8 @@ def test_rows_of_several_arrays_are_found_at_their_ends_too(tmp_path):
     assert [int(some.row(i)[1]) for i in range(7)] == [1, 2, 3, 1, 3, 21, 23]
 
 
-def test_more_documents_than_are_encoded_at_once_are_all_there(base_dir, tokenizer):
-    texts = [f"{i}." for i in range(2100)]
-    write_texts("many", texts)
-    rows = common.token_rows("many", tokenizer, 64, 10**9, ALONE)
-    ids = [int(i) for k in range(len(rows)) for i in rows.row(k) if i != tokenizer.bos]
-    assert sorted(ids) == sorted(i for text in texts for i in tokenizer.encode(text))
-    path = write_lines(base_dir / "c.jsonl", [one_turn(f"{i}?", "Yes.") for i in range(2100)])
-    _, mixed = common.conversation_rows(path, tokenizer, 64, ALONE)
-    assert mixed.used == {"talk": 2100} and not mixed.cut and not mixed.left_out
-    model = random_model(vocab_size=tokenizer.vocab_size)
-    bpb, count = common.evaluate_bpb(model, tokenizer, ["a"] * 1030 + ["The cat. "] * 20, 512)
-    a, cat = (common.evaluate_bpb(model, tokenizer, [text], 1)[0] for text in ("a", "The cat. "))
-    assert count == 1050 and bpb == pytest.approx((1030 * a + 180 * cat) / 1210, rel=1e-5)
+def test_more_items_than_threads_are_given_at_once_come_in_their_order():
+    assert list(common.in_threads(str, range(2100))) == [str(i) for i in range(2100)]
 
 
 def take_steps(rows, batch_rows, micro, steps, start=0, ranks=1):
@@ -2235,20 +2175,18 @@ def test_a_steps_rows_depend_on_neither_ranks_nor_micro_batch_nor_resume(text_so
 
 
 def test_prefetch_keeps_order_works_ahead_raises_and_ends():
-    assert list(common.prefetch(iter(range(100)), 3)) == list(range(100))
-    made = []
+    made, threads = [], threading.active_count()
 
     def broken():
-        for i in range(4):
+        for i in range(100):
             made.append(i)
             yield i
         raise MemoryError("gone")
 
-    threads = threading.active_count()
     stream = common.prefetch(broken(), 2)
     assert next(stream) == 0
     until(lambda: made == [0, 1, 2])  # two ahead of what was taken
-    assert list(itertools.islice(stream, 3)) == [1, 2, 3]
+    assert list(itertools.islice(stream, 99)) == list(range(1, 100))
     with pytest.raises(MemoryError, match="gone"):
         next(stream)
     stream = common.prefetch(itertools.count(), 2)
@@ -2559,11 +2497,7 @@ def test_a_damaged_checkpoint_is_said(base_dir, harm, name):
     path.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
     if harm == "lose":
         path.unlink()
-    with pytest.raises(common.MissingInput, match=r"damaged.*step-000001 is then taken"):
-        common.load_model(folder, CPU, torch.float32)
-    for step in (999_999, 1_000_000):
-        shutil.copytree(folder.with_name("step-000001"), folder.with_name(f"step-{step:06d}"))
-    with pytest.raises(common.MissingInput, match=r"damaged.*step-1000000 is then taken"):
+    with pytest.raises(common.MissingInput, match=r"step-000002 is damaged .*delete that folder"):
         common.load_model(folder, CPU, torch.float32)
 
 
@@ -2649,9 +2583,9 @@ def test_bits_per_byte_by_documents_equal_one_document_at_a_time(tokenizer):
             logprobs = model(part[:, :-1]).log_softmax(-1)
             nats -= logprobs.gather(-1, part[:, 1:, None]).sum().item()
     expected = nats / math.log(2) / sum(len(t.encode()) for t in texts)
-    for rows in (1, 2, 16):
-        bpb, count = common.evaluate_bpb(model, tokenizer, texts, rows)
-        assert bpb == pytest.approx(expected, rel=1e-5) and count == 5
+    for rows, times in ((1, 1), (2, 1), (16, 1), (512, 206)):
+        bpb, count = common.evaluate_bpb(model, tokenizer, texts * times, rows)
+        assert bpb == pytest.approx(expected, rel=1e-5) and count == 5 * times
     torch.nn.init.zeros_(model.head.weight)  # a uniform model's are known
     text = "Some words, and more of them."
     bpb, _ = common.evaluate_bpb(model, tokenizer, [text], 4)
@@ -6230,12 +6164,11 @@ def test_a_reply_of_weight_0_is_read_and_not_learned(tokenizer):
     plain = talk("One?", "Not this.", "Two?", "This.")["messages"]
     ids, mask = common.render_conversation(tokenizer, plain)
     weighed = [plain[0], {**plain[1], "weight": 0}, *plain[2:]]
-    for learn_all in (False, True):
-        again, learned = common.render_conversation(tokenizer, weighed, learn_all)
-        assert again == ids
-        said = tokenizer.decode([i for i, one in zip(ids, learned) if one])
-        assert "This." in said and "Not" not in said and ("One?" in said) == learn_all
-    assert sum(learned) > 0 and sum(mask) > 2 * len(tokenizer.encode("This."))
+    again, learned = common.render_conversation(tokenizer, weighed)
+    assert again == ids
+    end = "<|assistant_end|>"
+    for own, said in ((mask, f"Not this.{end}This.{end}"), (learned, f"This.{end}")):
+        assert tokenizer.decode([i for i, one in zip(ids, own) if one]) == said
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
@@ -6255,21 +6188,6 @@ def test_the_base_runs_batch_is_taken_where_none_is_given(chat_run):
     midtrain.main(midtrain.Settings(tag="t", **OFTEN, total_batch_size=64, num_iterations=1))
     run_stage("sft", "t", start_from="mid", num_iterations=1)
     assert common.read_meta(common.find_checkpoint("t", "sft"))["batch_tokens"] == 192
-
-
-def test_midtraining_can_learn_the_users_turns_too(chat_run, tokenizer):
-    path = common.data_dir(chat_run) / "mid.jsonl"
-    some, more = (
-        common.conversation_rows(path, tokenizer, 64, ALONE, choice)[0] for choice in (0, 1)
-    )
-    assert len(some) == len(more)
-    for a, b in zip(map(some.row, range(len(some))), map(more.row, range(len(more)))):
-        assert np.array_equal(a & ~common.NO_TARGET, b & ~common.NO_TARGET), "the same tokens"
-        learned, besides = a < common.NO_TARGET, b < common.NO_TARGET
-        assert not (learned & ~besides).any() and (besides & ~learned).any()
-        start = tokenizer.specials["<|output_start|>"]
-        outputs = np.flatnonzero((b & ~common.NO_TARGET) == start)
-        assert not besides[outputs + 1].any(), "what the tool says is never learned"
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
@@ -6334,7 +6252,7 @@ def test_a_restart_drops_the_old_model_once_whole_or_not_at_all(base_dir, monkey
 
     def start(again):
         run = common.Run("base", "t", tiny_pretrain(restart=True), CPU, again=again)
-        return run, *common.newest_checkpoint(run, model.config, {})
+        return run, *common.newest_checkpoint(run, {})
 
     for again in (False, True):  # torchrun's second attempt, the first ended before training
         run, newest, saved = start(again)
