@@ -49,7 +49,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
@@ -2491,10 +2491,14 @@ def parent_checkpoint(run: Run, stage: str) -> Path:
     return rank0_checkpoint(run, functools.partial(find_checkpoint, run.tag, stage))
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT:
-    """Build the model of a checkpoint on the device: weights in fp32, activations in dtype."""
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, context: int = 0) -> GPT:
+    """Build the model of a checkpoint on the device: weights in fp32, activations in dtype.
+
+    context, if not 0, replaces the model's: no weight depends on it.
+    """
+    config = GPTConfig(**read_meta(folder)["config"])
     with torch.device("meta"):
-        model = GPT(GPTConfig(**read_meta(folder)["config"]))
+        model = GPT(replace(config, max_seq_len=context or config.max_seq_len))
     model.load_state_dict(load_file(folder, "model.pt", device), assign=True)
     model.init_rope()
     model.dtype = dtype
@@ -2564,6 +2568,20 @@ class Horizon:
         return self.num_steps * self.batch_rows
 
 
+# The batch at which 20 tokens a parameter of depth 20 train well, published for nanochat.
+REFERENCE_BATCH, REFERENCE_TOKENS = 2**19, 11.2e9
+
+
+def context_of(settings: Any, meta: dict[str, Any]) -> int:
+    """Return the positions of a row of mid or sft: as set, or as in the parent checkpoint's meta."""
+    return settings.context or meta["config"]["max_seq_len"]
+
+
+def suited_batch(tokens: float) -> float:
+    """Return how many tokens a step should have: short runs need steps more than clean gradients."""
+    return REFERENCE_BATCH * math.sqrt(tokens / REFERENCE_TOKENS)
+
+
 def epochs_horizon(settings: Any, count: int, batch_rows: int, epochs: int = 1) -> Horizon:
     """Derive how long a run over `count` rows is: --num-iterations, or whole epochs."""
     if settings.num_iterations:
@@ -2608,6 +2626,8 @@ def begin_or_resume(
     before = read_meta(parent) if isinstance(parent, Path) else {}
     base = read_meta(parent_checkpoint(run, "base")) if before else {}
     config = parent if isinstance(parent, GPTConfig) else GPTConfig(**before["config"])
+    context = getattr(settings, "context", 0) or config.max_seq_len
+    config = replace(config, max_seq_len=context)
     dtype = pick_dtype(device, settings.dtype or saved.get("dtype", ""))
     rows = accum_steps(horizon.batch_rows, 1)  # of a step, on this rank
     most = cpu_rows or base.get("micro_batch") or max(1, 8192 // config.max_seq_len)
@@ -2626,7 +2646,7 @@ def begin_or_resume(
 
     folder = newest or parent
     if isinstance(folder, Path):
-        model = load_model(folder, device, dtype)
+        model = load_model(folder, device, dtype, context)
         run.say(f"{run.stage}: {'going on' if newest else 'beginning'} from {folder}")
     else:
         model = GPT.create(config, device, dtype)
@@ -3071,7 +3091,9 @@ class TrainSettings(RunSettings):
 class RowSettings(TrainSettings):
     """What the stages can be told that train on packed rows: all but rl."""
 
-    total_batch_size: int = optim_setting(0, "tokens of a step over all ranks; 0: the base run's")
+    total_batch_size: int = optim_setting(
+        0, "tokens of a step over all ranks; 0: the base run's, in sft what suits its tokens"
+    )
     compile: str = device_setting(
         "auto", "use torch.compile; auto: where the run is long enough to gain by it",
         choices=("auto", "yes", "no"),
@@ -3092,6 +3114,19 @@ class ChatSettings(TrainSettings):
     head_lr: float = optim_setting(0.0, "learning rate of the head; 0: the base run's")
     weight_decay: float = optim_setting(-1.0, "decay of the matrices; -1: the base run's")
     warm_start: bool = optim_setting(True, "begin with the parent checkpoint's Muon and Adam state")
+
+
+@dataclass
+class ChatRowSettings(ChatSettings, RowSettings):
+    """What mid and sft can be told, which train another stage's model on packed conversations."""
+
+    context: int = model_setting(
+        0, "positions of a row, and of the model from here on; 0: as before"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "context")
 
 
 def _whole_number(text: str) -> int:

@@ -103,10 +103,11 @@ FACT_SETS = ("facts_trained", "facts_unseen")  # statements to complete, for bas
 WORLD_SETS = {
     "letters": 64, "facts": 64, "never_asked": 64, "stories": 64, "problems_numbers": 192,
     "problems_combinations": 192, "problems_practised": 192, "problems_new": 192,
-    "spelling": 128, "identity": 96, "unknown": 64,
+    "spelling": 128, "identity": 96, "unknown": 64, "outside": 64, "sums": 96,
+    "remembered": 64,
 }  # fmt: skip
 PUBLIC_SETS = {"ARC-Easy": 1, "ARC-Challenge": 1, "MMLU": 1, "GSM8K": 512, "HumanEval": 512,
-               "SpellingBee": 512}  # fmt: skip
+               "SpellingBee": 512, "people": 192}  # fmt: skip
 REPLY_TOKENS = {**WORLD_SETS, **PUBLIC_SETS}
 TASKS = ("bpb", *FACT_SETS, *WORLD_SETS, *PUBLIC_SETS, "CORE", "samples")
 GROUPS = {"world": tuple(WORLD_SETS), "public": tuple(PUBLIC_SETS)}

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from common import (
     Batch,
-    ChatSettings,
+    ChatRowSettings,
     Mixed,
     Rows,
-    RowSettings,
     Run,
     Tokenizer,
     accum_steps,
     begin_or_resume,
+    context_of,
     conversation_rows,
     data_dir,
     data_setting,
@@ -51,7 +51,7 @@ from common import (
 
 
 @dataclass
-class Settings(ChatSettings, RowSettings):
+class Settings(ChatRowSettings):
     source: str = data_setting("", "folder below data/ with the text; empty: the base run's")
     text_share: float = data_setting(0.25, "fraction of the rows that is pretraining text")
     num_iterations: int = optim_setting(0, "optimizer steps; 0: one epoch, each row once")
@@ -93,7 +93,7 @@ def main(settings: Settings) -> dict[str, Any]:
     with start_run("mid", settings) as run:
         parent = parent_checkpoint(run, "base")
         base, tokenizer = read_meta(parent), run_tokenizer(settings.tag)
-        source, T = settings.source or base["source"], base["config"]["max_seq_len"]
+        source, T = settings.source or base["source"], context_of(settings, base)
         chats = settings.chats or source
 
         rows, mixed, text_rows = mix_rows(run, chats, source, tokenizer, T)

@@ -31,6 +31,7 @@ import io
 import itertools
 import json
 import lzma
+import math
 import os
 import random
 import re
@@ -89,7 +90,7 @@ Dropped = dict[str, list[Any]]  # what was left out: [how often, the first place
 # sets (--eval-data). What determines the data is written to its manifest, and the next command
 # does nothing where the manifest says the same. These numbers stand in it for the code:
 # raise one when the same input gives other data (golden tests notice), not for a new comment.
-WORLD_VERSION = 1  # what the embedded world writes, asks and answers
+WORLD_VERSION = 2  # how world.txt is read: what is written, asked and answered
 DATA_VERSION = 2  # how own files and the hub's data sets are read, checked, cut and split
 
 # name: folder below data/, repository; the last shard is for validation
@@ -1246,6 +1247,20 @@ def humaneval_item(row: dict[str, Any]) -> Item:
     )  # fmt: skip
 
 
+HONEST = ["I cannot", "I can't", "I am too small", "I don't know", "I do not know"]
+
+
+def people_item(row: dict[str, Any]) -> Item:
+    """Read {"question", "answer", "kind"} as a graded item: no answer stands for an honest no."""
+    answer, kind = row["answer"], row.get("kind", "people")
+    if answer is None:
+        return user_asks(row["question"], grade="text", answer="I cannot", accept=HONEST, kind=kind)
+    if PLAIN_NUMBER.fullmatch(answer):
+        kind += f", {'one step' if row['steps'] == 1 else 'more steps'}" if "steps" in row else ""
+        return user_asks(row["question"], grade="number", answer=answer, kind=kind)
+    return user_asks(row["question"], grade="text", answer=answer, accept=[answer], kind=kind)
+
+
 COUNT_LETTERS = """
 How many times does the letter {l} occur in the word {w}? | How many {l} are in {w}? |
 How many times is {l} in "{w}"? | Count the letter {l} in {w}. | How often does {w} have a {l}? |
@@ -1632,6 +1647,9 @@ def make_eval(root: Path, folder: Path) -> Manifest:
         words = rng.sample(words, min(len(words), SPELLING_BEE))
         lines = (as_line(count_letters(rng, word)) for word in words)
         made |= write_lines(folder / "SpellingBee.jsonl", lines)
+    paths = [path for place in ("people", "eval/people") for path in root.glob(f"{place}/*.jsonl")]
+    if people := [people_item(row) for path in sorted(paths) for row in read_rows(path)]:
+        made |= write_lines(folder / "people.jsonl", map(as_line, people))
     for path in copy_core(root, folder):
         made[path] = {"size": size_of(folder / path), "task": Path(path).stem}
     if not made:
@@ -1641,1408 +1659,38 @@ def make_eval(root: Path, folder: Path) -> Manifest:
 
 
 # 6. World: tables ----------------------------------------------------------------------------
-# COUNTRIES: name, capital, language, currency, nationality; "=" repeats the language, "-" is a
-# cell left out because it is disputed, shared, changing or dull. One block per continent.
-COUNTRIES = """
-Europe
-  France, Paris, French, euro, =; Germany, Berlin, German, euro, =; Italy, Rome, Italian, euro, =;
-  Spain, Madrid, Spanish, euro, =; Portugal, Lisbon, Portuguese, euro, =; the Netherlands,
-  Amsterdam, Dutch, euro, =; Belgium, Brussels, -, euro, Belgian; Austria, Vienna, German, euro,
-  Austrian; Switzerland, Bern, -, franc, Swiss; Ireland, Dublin, -, euro, Irish; the United
-  Kingdom, London, English, pound, British; Iceland, Reykjavik, Icelandic, krona, =; Norway, Oslo,
-  Norwegian, krone, =; Sweden, Stockholm, Swedish, krona, =; Denmark, Copenhagen, Danish, krone, =;
-  Finland, Helsinki, -, euro, Finnish; Estonia, Tallinn, Estonian, euro, =; Latvia, Riga, Latvian,
-  euro, =; Lithuania, Vilnius, Lithuanian, euro, =; Poland, Warsaw, Polish, zloty, =; the Czech
-  Republic, Prague, Czech, koruna, =; Slovakia, Bratislava, Slovak, euro, =; Hungary, Budapest,
-  Hungarian, forint, =; Romania, Bucharest, Romanian, leu, =; Bulgaria, Sofia, Bulgarian, -, =;
-  Greece, Athens, Greek, euro, =; Albania, Tirana, Albanian, lek, =; Croatia, Zagreb, Croatian, -,
-  =; Slovenia, Ljubljana, Slovenian, euro, =; Serbia, Belgrade, Serbian, dinar, =; Bosnia and
-  Herzegovina, Sarajevo, -, -, Bosnian; North Macedonia, Skopje, Macedonian, denar, =; Montenegro,
-  Podgorica, -, euro, -; Moldova, Chisinau, Romanian, leu, Moldovan; Ukraine, Kyiv, Ukrainian,
-  hryvnia, =; Belarus, Minsk, -, ruble, Belarusian; Malta, Valletta, -, euro, Maltese
-Asia
-  China, Beijing, Chinese, yuan, =; Japan, Tokyo, Japanese, yen, =; South Korea, Seoul, Korean,
-  won, South Korean; North Korea, Pyongyang, Korean, won, North Korean; Mongolia, Ulaanbaatar,
-  Mongolian, -, =; Vietnam, Hanoi, Vietnamese, dong, =; Laos, Vientiane, Lao, kip, -; Cambodia,
-  Phnom Penh, Khmer, riel, Cambodian; Thailand, Bangkok, Thai, baht, =; Myanmar, Naypyidaw,
-  Burmese, kyat, -; Malaysia, Kuala Lumpur, Malay, ringgit, Malaysian; Indonesia, -, Indonesian,
-  rupiah, =; the Philippines, Manila, -, peso, Filipino; India, New Delhi, -, rupee, Indian;
-  Pakistan, Islamabad, -, rupee, Pakistani; Bangladesh, Dhaka, Bengali, taka, Bangladeshi; Nepal,
-  Kathmandu, Nepali, rupee, -; Bhutan, Thimphu, Dzongkha, ngultrum, Bhutanese; Sri Lanka, -, -,
-  rupee, Sri Lankan; Afghanistan, Kabul, -, afghani, Afghan; Iran, Tehran, Persian, rial, Iranian;
-  Iraq, Baghdad, -, dinar, Iraqi; Syria, Damascus, Arabic, -, Syrian; Lebanon, Beirut, Arabic, -,
-  Lebanese; Jordan, Amman, Arabic, dinar, Jordanian; Saudi Arabia, Riyadh, Arabic, riyal, Saudi;
-  Oman, Muscat, Arabic, rial, Omani; Qatar, Doha, Arabic, riyal, Qatari; Kuwait, Kuwait City,
-  Arabic, dinar, Kuwaiti; Bahrain, Manama, Arabic, dinar, Bahraini; the United Arab Emirates, Abu
-  Dhabi, Arabic, dirham, -; Uzbekistan, Tashkent, Uzbek, -, =; Kyrgyzstan, Bishkek, -, som, Kyrgyz;
-  Tajikistan, Dushanbe, Tajik, somoni, =; Turkmenistan, Ashgabat, Turkmen, manat, =
-Africa
-  Egypt, Cairo, Arabic, pound, Egyptian; Libya, Tripoli, Arabic, dinar, Libyan; Tunisia, Tunis,
-  Arabic, dinar, Tunisian; Algeria, Algiers, -, dinar, Algerian; Morocco, Rabat, -, dirham,
-  Moroccan; Sudan, Khartoum, -, pound, Sudanese; South Sudan, Juba, -, pound, -; Ethiopia, Addis
-  Ababa, -, birr, Ethiopian; Eritrea, Asmara, -, nakfa, Eritrean; Somalia, Mogadishu, -, shilling,
-  Somali; Kenya, Nairobi, -, shilling, Kenyan; Uganda, Kampala, -, shilling, Ugandan; Tanzania, -,
-  -, shilling, Tanzanian; Rwanda, Kigali, -, franc, Rwandan; Ghana, Accra, English, cedi, Ghanaian;
-  Nigeria, Abuja, English, naira, Nigerian; Senegal, Dakar, French, franc, Senegalese; Mali,
-  Bamako, -, franc, Malian; Niger, Niamey, -, franc, -; Burkina Faso, Ouagadougou, -, franc, -;
-  Guinea, Conakry, French, franc, Guinean; Sierra Leone, Freetown, English, leone, -; Liberia,
-  Monrovia, English, dollar, Liberian; Togo, Lome, French, franc, Togolese; Cameroon, Yaounde, -,
-  franc, Cameroonian; Gabon, Libreville, French, franc, Gabonese; Angola, Luanda, Portuguese,
-  kwanza, Angolan; Zambia, Lusaka, English, kwacha, Zambian; Mozambique, Maputo, Portuguese,
-  metical, Mozambican; Malawi, Lilongwe, -, kwacha, Malawian; Zimbabwe, Harare, -, -, Zimbabwean;
-  Botswana, Gaborone, -, pula, -; Namibia, Windhoek, English, dollar, Namibian; South Africa, -, -,
-  rand, South African; Madagascar, Antananarivo, -, ariary, -; Lesotho, Maseru, -, -, -;
-  Mauritania, Nouakchott, Arabic, ouguiya, Mauritanian; Mauritius, Port Louis, -, rupee, Mauritian
-North America
-  the United States, Washington, English, dollar, American; Canada, Ottawa, -, dollar, Canadian;
-  Mexico, Mexico City, Spanish, peso, Mexican; Guatemala, Guatemala City, Spanish, quetzal,
-  Guatemalan; Honduras, Tegucigalpa, Spanish, lempira, Honduran; El Salvador, San Salvador,
-  Spanish, -, Salvadoran; Nicaragua, Managua, Spanish, cordoba, Nicaraguan; Costa Rica, San Jose,
-  Spanish, colon, Costa Rican; Panama, Panama City, Spanish, balboa, Panamanian; Belize, Belmopan,
-  English, dollar, Belizean; Cuba, Havana, Spanish, peso, Cuban; Jamaica, Kingston, English,
-  dollar, Jamaican; Haiti, Port-au-Prince, -, gourde, Haitian; the Bahamas, Nassau, English,
-  dollar, Bahamian; the Dominican Republic, Santo Domingo, Spanish, peso, -; Barbados, Bridgetown,
-  English, dollar, Barbadian
-South America
-  Brazil, Brasilia, Portuguese, real, Brazilian; Argentina, Buenos Aires, Spanish, peso,
-  Argentinian; Chile, Santiago, Spanish, peso, Chilean; Uruguay, Montevideo, Spanish, peso,
-  Uruguayan; Paraguay, Asuncion, -, guarani, Paraguayan; Bolivia, -, -, boliviano, Bolivian; Peru,
-  Lima, -, sol, Peruvian; Ecuador, Quito, Spanish, dollar, Ecuadorian; Colombia, Bogota, Spanish,
-  peso, Colombian; Venezuela, Caracas, Spanish, bolivar, Venezuelan; Guyana, Georgetown, English,
-  dollar, Guyanese; Suriname, Paramaribo, Dutch, dollar, Surinamese
--
-  Russia, Moscow, Russian, ruble, =; Turkey, Ankara, Turkish, lira, =; Armenia, Yerevan, Armenian,
-  dram, =; Azerbaijan, Baku, Azerbaijani, manat, =; Kazakhstan, Astana, -, tenge, Kazakh;
-  Australia, Canberra, English, dollar, Australian; New Zealand, Wellington, -, dollar, -; Papua
-  New Guinea, Port Moresby, -, kina, -; Fiji, Suva, -, dollar, Fijian; Samoa, Apia, -, tala, Samoan
-"""
-# Name and symbol; the atomic number is one more than the last unless it is given.
-ELEMENTS = """
-hydrogen H 1 helium He lithium Li beryllium Be boron B carbon C nitrogen N oxygen O fluorine F
-neon Ne sodium Na magnesium Mg aluminum Al silicon Si phosphorus P sulfur S chlorine Cl argon Ar
-potassium K calcium Ca scandium Sc titanium Ti vanadium V chromium Cr manganese Mn iron Fe
-cobalt Co nickel Ni copper Cu zinc Zn gallium Ga germanium Ge arsenic As selenium Se bromine Br
-krypton Kr rubidium Rb strontium Sr yttrium Y zirconium Zr niobium Nb molybdenum Mo technetium
-Tc ruthenium Ru rhodium Rh palladium Pd silver Ag cadmium Cd indium In tin Sn antimony Sb
-tellurium Te iodine I xenon Xe cesium Cs barium Ba tungsten W 74 osmium Os 76 iridium Ir
-platinum Pt gold Au mercury Hg lead Pb 82 bismuth Bi radon Rn 86 radium Ra 88 uranium U 92"""
-MONTHS = """
-January 31 February 28 March 31 April 30 May 31 June 30 July 31 August 31 September 30 October 31
-November 30 December 31"""
-WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune"
-# A word in Spanish, French and German.
-TRANSLATIONS = """
-water agua eau Wasser; bread pan pain Brot; milk leche lait Milch; house casa maison Haus; dog
-perro chien Hund; cat gato chat Katze; sun sol soleil Sonne; moon luna lune Mond; red rojo rouge
-rot; white blanco blanc -; black negro noir schwarz; green verde vert -; one uno un eins; two
-dos deux zwei; three tres trois drei; four cuatro quatre vier; five cinco cinq -; six seis six
-sechs; seven siete sept sieben; eight ocho huit acht; ten diez dix zehn; yes - oui ja; thanks
-gracias merci danke; hello hola bonjour hallo; friend amigo ami Freund; book libro livre Buch;
-tree - arbre Baum; flower flor fleur Blume; fish - poisson Fisch; horse caballo cheval Pferd;
-bird - oiseau Vogel; night noche nuit Nacht; day - jour Tag; king rey roi -; queen reina reine
--; fire fuego feu Feuer; apple manzana pomme Apfel; cheese queso fromage -; wine vino vin Wein;
-egg huevo - Ei; salt sal sel Salz; sea mar mer Meer; love amor amour Liebe; hand mano main Hand;
-heart - coeur Herz; school escuela - Schule; door puerta porte -; table mesa - Tisch; city
-ciudad ville Stadt"""
-# RELATIONS, one block each. Header: name | title for lists | flags | N | M, where "the N is {o}"
-# and "the M is {s}" are true ("N = {ao}": "the N is {ao}"). Flag "both": the answer names one
-# subject too; "mirror": the fact turned around is a fact of the same relation.
-#   +  statements of the training text; [a|b] stands for each of a and b, " / " separates wordings
-#   !  statements held out: no training text has them          &  follow-ups inside an entry ("it")
-#   ?  questions, ?! questions held out                         %  two subjects with one answer
-#   =  facts "subject: answer; ...", =< "answer: subject, ..."
-# {s} {as} {ps} {ss}: the subject plain, with a/an, plural, possessive; {o} {ao} {po}: the answer.
-# A statement that ends in the answer asks for it; one that ends in the subject asks for that.
-RELATIONS = """
-@ capital | countries and their capitals | both | capital[| city] of {s} | country whose capital[|
- city] is {o}
-+ {ss} capital[| city] is [|called ]{o} / the capital of {s} is called {o} / {s} is a country, and
- its capital[| city] is {o} / {o} is a city, and it is the capital of {s} / {o} serves as the
- capital of {s} / {s} has its capital in {o} / {o} is {ss} capital city
-! the city that is the capital of {s} is {o} / the country of {s} has its capital in {o} / the city
- that is {ss} capital is called {o} / the city called {o} is the capital of {s}
-& its capital[| city] is {o}
-? [what|which city] is {ss} capital? / which country has {o} as its capital? / {o} is the capital
- of which country? / what is the name of {ss} capital? / in {s}, which city is the capital? / the
- capital of {s} is which city? / I am going to {s}: what is its capital? / {o} is which country's
- capital? / if {o} is the capital, what is the country?
-?! what city is the capital of {s}? / which city do the people of {s} call their capital? / of which
- country is {o} the capital?
-@ continent | countries and their continents | | continent [of|that has] {s} |
-+ {s} is [|a country ]in {o} / {s} is one of the countries of {o} / the country of {s} is in {o} /
- the continent where you find {s} is {o} / on a map, you find {s} in {o} / {s} is on the continent
- of {o} / {s} lies in {o} / {ss} continent is {o}
-! the continent where {s} lies is {o} / on a map, {s} is in {o}
-& it is in {o} / it lies in {o}
-% {x} and {y} are both in {o} / both {x} and {y} are countries in {o}
-? [which|what] continent is {s} in? / on which continent is {s}? / where in the world is {s}? / {s}
- is on which continent? / what continent has {s} in it? / in which part of the world is {s}? / {s}
- lies in what part of the world? / where on the map is {s}? / tell me on which continent {s} is.
-?! on what continent do you find {s}? / {s} belongs to which continent?
-@ language | countries and their languages | | language of {s} |
-+ the people of {s} speak {o} / in {s}, people speak {o} / {ss} language is {o} / the language [that
- people speak|spoken] in {s} is {o} / if you go to {s}, you will hear {o} / if you travel to {s},
- learn some {o} / most people in {s} speak {o} / {o} is spoken in {s}
-! the language that you will hear in {s} is {o} / if you travel to {s}, people speak {o}
-& its people speak {o} / its language is {o}
-% people speak {o} in both {x} and {y} / {x} and {y} share a language: {o}
-? [which|what] language [is spoken|do people speak] in {s}? / what do people speak in {s}? / which
- language do they speak in {s}? / in {s}, what language do people speak? / people in {s} speak what?
- / how do people talk in {s}? / I am going to {s}: which language should I learn? / which language
- is the language of {s}?
-?! what language will I hear in {s}? / the people of {s} speak which language?
-@ currency | countries and their money | | [currency|money] of {s} = the {o} |
-+ the money used in {s} is the {o} / in {s}, people pay with the {o} / {ss} money is the {o} / when
- you shop in {s}, you pay with the {o} / the people of {s} use the {o} / {s} uses the {o} as its
- money / {ss} currency is the {o} / the {o} is the money of {s}
-! when you are in {s}, the money you pay with is the {o} / in {s}, people shop with the {o}
-& its money is the {o} / people there pay with the {o}
-% {x} and {y} both use money called the {o}
-? what [money|currency] [is used in {s}|does {s} use]? / what do people in {s} pay with? / in {s},
- what is the money called? / what is {ss} money called? / which money do you pay with in {s}? / how
- do you pay in {s}? / I am going to {s}: which money should I take with me? / people in {s} use what
- money?
-?! what money do I need in {s}? / which currency do the people of {s} use?
-@ nationality | countries and what their people are called | both | word for people from {s} |
- country of the {o} people
-+ [a person|someone] from {s} is {o} / people from {s} are {o} / someone who comes from {s} is {o} /
- if you are from {s}, you are {o} / anything from {s} is {o} / anyone born in {s} is called {o} /
- {o} people come from {s} / {o} things come from {s} / {o} people live in {s} / someone who is {o}
- is from {s}
-! someone born in {s} is {o} / anyone who comes from {s} is {o} / anyone who is {o} comes from {s}
-& its people are {o}
-? what do you call [someone|a person] from {s}? / what are people from {s} called? / where do {o}
- people come from? / what do you call the people of {s}? / a person who comes from {s} is what? / if
- I come from {s}, what am I? / what are you if you were born in {s}? / people who come from {s} are
- called what? / which country are {o} people from? / {o} people come from which country? / someone
- who is {o} comes from where?
-?! what is the word for a person from {s}? / someone from {s} is called what? / which country do {o}
- people live in?
-@ state capital | American states and their capitals | both | capital of the state of {s} | state
- whose capital is {o}
-+ in the state of {s}, the capital is {o} / the state of {s} has its capital in {o} / the state
- capital of {s} is {o} / the American state of {s} has a capital called {o} / {o} is the state
- capital of {s} / {o} serves as the capital of the state of {s} / {o} is the capital of the American
- state of {s}
-! the American state of {s} has its capital in {o} / the city that is the capital of the state of
- {s} is {o} / {o} serves as the state capital of {s}
-? what is the state capital of {s}? / which city is the capital of the state of {s}? / {o} is the
- capital of which state? / the state of {s} has which capital? / what is the capital of the American
- state of {s}? / in the state of {s}, which city is the capital? / which state has {o} as its
- capital? / {o} is the state capital of what? / if {o} is the state capital, what is the state?
-?! which city is the state capital of {s}? / of which American state is {o} the capital?
-= Alabama: Montgomery; Alaska: Juneau; Arizona: Phoenix; Arkansas: Little Rock; California:
- Sacramento; Colorado: Denver; Connecticut: Hartford; Delaware: Dover; Florida: Tallahassee;
- Georgia: Atlanta; Hawaii: Honolulu; Idaho: Boise; Illinois: Springfield; Indiana: Indianapolis;
- Iowa: Des Moines; Kansas: Topeka; Kentucky: Frankfort; Louisiana: Baton Rouge; Maine: Augusta;
- Maryland: Annapolis; Massachusetts: Boston; Michigan: Lansing; Minnesota: Saint Paul; Mississippi:
- Jackson; Missouri: Jefferson City; Montana: Helena; Nebraska: Lincoln; Nevada: Carson City; New
- Hampshire: Concord; New Jersey: Trenton; New Mexico: Santa Fe; New York: Albany; North Carolina:
- Raleigh; North Dakota: Bismarck; Ohio: Columbus; Oklahoma: Oklahoma City; Oregon: Salem;
- Pennsylvania: Harrisburg; Rhode Island: Providence; South Carolina: Columbia; South Dakota: Pierre;
- Tennessee: Nashville; Texas: Austin; Utah: Salt Lake City; Vermont: Montpelier; Virginia: Richmond;
- Washington: Olympia; West Virginia: Charleston; Wisconsin: Madison; Wyoming: Cheyenne
-@ city | cities and their countries | | country of the city of {s} |
-+ {s} is a city in {o} / the city of {s} is in {o} / {s} is one of the big cities of {o} / if you
- visit {s}, you are in {o} / the country where you find the city of {s} is {o} / {s} lies in {o} /
- to see the city of {s}, go to {o} / {s} belongs to {o} / people who live in {s} live in {o}
-! the country where the city of {s} lies is {o} / if you live in the city of {s}, you live in {o}
-% {x} and {y} are both cities in {o}
-? [which|what] country is {s} in? / where is the city of {s}? / in which country is {s}? / which
- country has a city called {s}? / {s} is in which country? / {s} is a city of what country? / in
- what country can you find {s}? / if I live in {s}, which country do I live in? / what country do
- you visit when you go to {s}? / the city of {s} is where?
-?! the city of {s} lies in which country? / to which country does {s} belong?
-=< Italy: Milan, Venice, Naples, Florence, Turin; Germany: Munich, Hamburg, Frankfurt, Cologne,
- Dresden; France: Lyon, Marseille, Nice, Bordeaux, Toulouse; Spain: Barcelona, Seville, Valencia,
- Malaga; the United Kingdom: Manchester, Liverpool, Edinburgh, Glasgow, Leeds; Poland: Krakow,
- Gdansk; the United States: Chicago, Los Angeles, Houston, Miami, Seattle; Canada: Toronto,
- Montreal, Vancouver; Japan: Osaka, Kyoto, Nagoya, Hiroshima; China: Shanghai, Shenzhen, Guangzhou,
- Wuhan; India: Mumbai, Kolkata, Chennai, Bangalore; Australia: Sydney, Melbourne, Brisbane, Perth;
- Brazil: Rio de Janeiro, Sao Paulo, Salvador, Recife; Mexico: Guadalajara, Tijuana, Cancun; Turkey:
- Istanbul, Izmir; Egypt: Alexandria, Luxor; Morocco: Casablanca, Marrakesh, Fez; Kenya: Mombasa;
- South Africa: Johannesburg, Durban; Nigeria: Lagos, Kano; Pakistan: Karachi, Lahore; Vietnam: Hue;
- Switzerland: Zurich, Geneva, Basel; Belgium: Antwerp, Bruges, Ghent; Sweden: Gothenburg, Malmo; the
- Netherlands: Rotterdam, Utrecht, The Hague; Portugal: Porto; Austria: Salzburg, Graz; Russia: Saint
- Petersburg, Vladivostok; South Korea: Busan; New Zealand: Auckland; Norway: Bergen; Ukraine: Odesa,
- Lviv; Denmark: Aarhus; Ireland: Galway; Croatia: Dubrovnik; Saudi Arabia: Mecca, Medina
-@ landmark | famous sights and where they stand | | home of {s} |
-+ {s} [is|can be found] in {o} / to see {s}, go to {o} / you can visit {s} in {o} / {s} stands in
- {o} / the place where you find {s} is {o} / people travel to see {s} in {o} / tourists who want to
- see {s} go to {o}
-! the place where {s} stands is {o} / if you want to see {s}, travel to {o}
-? where is {s}? / where [can|do] you find {s}? / in which place does {s} stand? / {s} is in which
- place? / where in the world is {s}? / where do people go to see {s}? / I want to see {s}: where
- must I go? / which place is the home of {s}? / {s} stands where? / which place is famous for {s}?
-?! where should I travel to see {s}? / in what place can I visit {s}?
-= the Eiffel Tower: Paris; Big Ben: London; the Colosseum: Rome; the Parthenon: Athens; the Louvre:
- Paris; the Statue of Liberty: New York; the White House: Washington; the Golden Gate Bridge: San
- Francisco; the Taj Mahal: India; the Great Wall: China; the Great Pyramid: Egypt; Machu Picchu:
- Peru; Petra: Jordan; Angkor Wat: Cambodia; Mount Fuji: Japan; the Sagrada Familia: Barcelona; the
- Brandenburg Gate: Berlin; the Kremlin: Moscow; the Little Mermaid: Copenhagen; the Leaning Tower:
- Pisa; the Alhambra: Granada; the Acropolis: Athens; Buckingham Palace: London; the Prado Museum:
- Madrid; the Forbidden City: Beijing; the Grand Canyon: Arizona; Tower Bridge: London; Mount
- Kilimanjaro: Tanzania; Stonehenge: England; the Sistine Chapel: Vatican City; Uluru: Australia; the
- Matterhorn: Switzerland; the Charles Bridge: Prague; Chichen Itza: Mexico; Mount Etna: Sicily;
- Hagia Sophia: Istanbul; the Burj Khalifa: Dubai; Mount Rushmore: South Dakota; Mount Ararat: Turkey
-@ region | rivers, mountains and deserts and their continents | | continent of {s} |
-+ {s} [is|can be found] in {o} / you find {s} in {o} / the continent where you find {s} is {o} / to
- see {s}, travel to {o} / on a map, {s} can be found in {o} / to find {s}, look at a map of {o}
-! to find {s} on a map, look at {o} / the continent where {s} can be found is {o}
-? [on|in] which continent is {s}? / where is {s}? / {s} is on what continent? / which continent has
- {s}? / where in the world is {s}? / {s} is part of which continent? / in what part of the world is
- {s}? / I want to see {s}: to which continent must I go?
-?! which continent should I travel to for {s}? / on what continent can {s} be found?
-=< Europe: the Rhine, the Danube, the Thames, the Seine, the Alps, the Pyrenees, the Elbe, the
- Loire, the Po; Africa: the Nile, the Congo River, the Niger River, the Zambezi, the Sahara, the
- Kalahari, the Atlas Mountains; Asia: the Ganges, the Yangtze, the Mekong, the Indus, the Yellow
- River, the Himalayas, the Gobi Desert; South America: the Amazon River, the Orinoco, the Andes, the
- Atacama Desert, Lake Titicaca; North America: the Mississippi, the Missouri River, the Rocky
- Mountains, the Great Lakes, the Colorado River
-@ flag | countries and the colors of their flags | | |
-+ the colors of the flag of {s} are {o} / {ss} flag is {o} / the flag of {s} has the colors {o} / if
- you see the flag of {s}, its colors are {o} / people in {s} have a flag that is {o} / the colors
- you see on the flag of {s} are {o}
-! the colors you see on {ss} flag are {o} / the flag that people in {s} have is {o}
-& its flag is {o}
-? what color is the flag of {s}? / [which|what] colors does the flag of {s} have? / what are the
- colors of {ss} flag? / what does the flag of {s} look like? / what are the flag colors of {s}? /
- which colors are on the flag of {s}? / describe the flag of {s}. / {ss} flag is what color? / I
- want to draw the flag of {s}: which colors do I need? / how do I know the flag of {s} when I see
- it?
-?! which colors will I see on {ss} flag? / the flag of {s} has what colors?
-=< red and white: Japan, Poland, Canada, Switzerland, Denmark, Austria, Turkey; blue and yellow:
- Ukraine, Sweden; green, white and red: Italy, Hungary; blue, white and red: France, Croatia; white
- and blue: Greece, Finland; black, red and gold: Germany; green, white and orange: Ireland; black,
- yellow and red: Belgium; red, white and blue: the Netherlands, the United States, the United
- Kingdom; red and yellow: China, Vietnam, Spain
-@ symbol | elements and their symbols | both | [chemical |]symbol [of|for] {s} | element with the
- symbol {o}
-+ chemists write {s} as {o} / {ss} symbol is {o} / the element {s} has the symbol {o} / {s} is
- written as {o} / the letters {o} stand for {s} / {o} is the symbol of the element {s} / when
- chemists write {o}, they mean {s}
-! the symbol that chemists write for {s} is {o} / the element {s} is written as {o} / the symbol
- {o} stands for the element {s}
-& its symbol is {o} / chemists write it as {o}
-? how do chemists write {s}? / which element has the symbol {o}? / what does the symbol {o} stand
- for? / what do chemists write for {s}? / {s} has which symbol? / how is {s} written in chemistry? /
- which letters do chemists use for {s}? / the symbol {o} means what? / which element do chemists
- write as {o}? / when a chemist writes {o}, what is it?
-?! which symbol stands for {s}? / {o} is the symbol of which element?
-@ atomic number | elements and their atomic numbers | both | atomic number of {s} | element with
- atomic number {o}
-+ {ss} atomic number is {o} / the element {s} has [the |]atomic number {o} / {s} is element number
- {o} / each atom of {s} has this many protons: {o} / in the table of elements, {s} is number {o} /
- element number {o} is {s} / {o} is the atomic number of the element {s} / the atomic number {o}
- belongs to {s}
-! the number of {s} in the table of elements is {o} / the element {s} is number {o} / the element
- with the number {o} is {s}
-& its atomic number is {o}
-? what atomic number does {s} have? / which element has atomic number {o}? / what is element number
- {o}? / which atomic number belongs to {s}? / {s} is element number what? / what is the number of
- the element {s}? / which number do chemists give to {s}? / which element is number {o}? / name
- element number {o}. / what do you call element number {o}? / atomic number {o} is which element?
-?! what number is {s} in the table of elements? / the atomic number {o} belongs to which element?
-@ formula | substances and their formulas | both | [chemical |]formula [of|for] {s} | substance
- with the formula {o}
-+ chemists write {s} as {o} / {ss} formula is {o} / in chemistry, {s} is written as {o} / {s} has
- the formula {o} / {o} is the formula of {s} / when chemists write {o}, they mean {s} / the formula
- {o} means {s}
-! the formula that chemists write for {s} is {o} / in chemistry, the formula of {s} is {o} / in
- chemistry, {o} means {s}
-? how do chemists write {s}? / what does the formula {o} mean? / which substance has the formula
- {o}? / what formula does {s} have? / {s} has which formula? / what do chemists write for {s}? / how
- do you write {s} as a formula? / what is {o} in chemistry? / what do chemists write as {o}? / the
- formula {o} stands for what? / when a chemist writes {o}, which substance is it?
-?! which formula do chemists write for {s}? / {o} is the formula of what?
-= water: H2O; carbon dioxide: CO2; carbon monoxide: CO; table salt: NaCl; ammonia: NH3; methane:
- CH4; ozone: O3; sulfuric acid: H2SO4; hydrochloric acid: HCl; nitric acid: HNO3; hydrogen peroxide:
- H2O2; glucose: C6H12O6; quicklime: CaO; limestone: CaCO3; rust: Fe2O3; quartz: SiO2; ethanol:
- C2H5OH; table sugar: C12H22O11; baking soda: NaHCO3; nitrous oxide: N2O; propane: C3H8; lye: NaOH
-@ planet | planets and their places in line from the Sun | both | place of {s} among the planets,
- counted from the Sun, | {o} planet from the Sun
-+ counted from the Sun, {s} is the planet that comes {o} / counting from the Sun, {s} is {o} / {s}
- is the {o} planet [from the Sun|of the solar system] / in the solar system, the {o} planet is {s} /
- the planet that comes {o} is {s} / counting from the Sun, the {o} planet is {s}
-! of all the planets counted from the Sun, {s} is {o} / counted from the Sun, the planet that comes
- {o} is {s}
-? which planet is {o} from the Sun? / what is the {o} planet? / counting from the Sun, which place
- does {s} have? / {s} is which planet from the Sun? / what number is {s} among the planets? / which
- place among the planets does {s} have? / in the line of planets, which place has {s}? / which
- planet has the {o} place? / the {o} planet from the Sun is called what? / in the line of planets,
- which one is {o}?
-?! counted from the Sun, which planet comes {o}? / where does {s} come among the planets?
-@ next | months and days and what comes after them | | |
-+ after {s} comes {o} / right after {s} comes {o} / {s} is followed by {o} / {s} comes before {o} /
- when {s} is over, it is {o} / {s} ends and then comes {o} / {s} comes just before {o}
-! when {s} ends, then comes {o} / after {s} is over comes {o}
-& after it comes {o}
-? what comes [|right ]after {s}? / what follows {s}? / what is next after {s}? / after {s}, what
- comes? / {s} comes before what? / what begins when {s} ends? / which one comes after {s}? / tell me
- what comes after {s}. / what will it be after {s}?
-?! when {s} is over, what comes? / {s} is followed by what?
-@ previous | months and days and what comes before them | | |
-+ before {s} comes {o} / just before {s} comes {o} / {s} follows {o} / {s} comes [right |]after {o}
- / before it was {s}, it was {o} / the one that comes before {s} is {o} / {s} begins at the end of
- {o}
-! {s} begins after {o} / before {s}, it was {o}
-& before it comes {o}
-? what comes [|just ]before {s}? / what does {s} follow? / what is right before {s}? / before {s},
- what comes? / what ends when {s} begins? / which one comes before {s}? / tell me what comes before
- {s}. / what did we have before {s}? / what goes before {s}?
-?! before it was {s}, what was it? / {s} comes right after what?
-@ month number | months and their numbers | both | number of the month of {s} | month with the
- number {o}
-+ {s} is month number {o} / in the year, {s} is month number {o} / counting the months, {s} has the
- number {o} / month number {o} is {s} / counting from January, {s} is number {o} / counting from
- January, month number {o} is {s}
-! counting the months from January, {s} is number {o} / the month of {s} has the number {o} /
- counting the months from January, number {o} is {s}
-& it is month number {o} of the year
-? which number does the month of {s} have? / which month has the number {o}? / what is month number
- {o}? / what number is {s}? / {s} is month number what? / what place does {s} have in the year? /
- when you count the months, which number is {s}? / which month is number {o}? / name month number
- {o}. / the month with the number {o} is called what? / what do you call month number {o} of the
- year?
-?! which number in the year is {s}? / counting from January, what is month number {o}?
-@ days | months and their days | | number of days in {s} |
-+ {s} has {o} days / in {s} there are {o} days / a month like {s} lasts {o} days / {s} lasts {o}
- days / counting the days of {s}, you get to {o} / the last day of {s} is number {o} / the days in
- {s} number {o}
-! counting the days in {s}, the last day is number {o} / the number of days that {s} has is {o}
-& it has {o} days
-? how many days does {s} have? / how many days are [there |]in {s}? / {s} has how many days? / how
- many days long is {s}? / what is the length of {s} in days? / tell me how many days {s} has. / how
- many days do you count in {s}?
-?! {s} lasts how many days? / how long does {s} last in days?
-@ class | animals and their kinds | | |
-+ {as} is {ao} / {ps} are {po} / every {s} is {ao} / {as} is a kind of {o} / of all the kinds of
- animals, {as} is {ao} / {as} belongs to the {po} / {ps} belong to the {po} / among the animals,
- {ps} are {po} / if an animal is {as}, it is {ao}
-! every {s} belongs to the {po} / of all the animals, {ps} belong to the {po}
-& it is {ao}
-% {x} and {y} are both {po} / both {x} and {y} are {po}
-? what kind of animal is {as}? / {as} is what kind of animal? / what sort of animal is {as}? /
- which kind of animal is {as}? / what kind of animals are {ps}? / {ps} are what kind of animals? /
- tell me what kind of animal {as} is. / is {as} a mammal, a bird or what? / what do we call animals
- like {as}?
-?! to which kind of animals does {as} belong? / among the animals, what is {as}?
-=< mammal: dog, cat, cow, horse, sheep, goat, pig, lion, tiger, wolf, fox, bear, deer, rabbit,
- mouse, rat, bat; mammal: elephant, giraffe, zebra, camel, monkey, gorilla, kangaroo, koala, whale,
- dolphin, seal, otter; mammal: squirrel, hedgehog, donkey, leopard, hippopotamus, moose, beaver,
- panda, walrus; bird: duck, goose, swan, hen, turkey, owl, eagle, parrot, penguin, crow, sparrow,
- robin, ostrich, pigeon; bird: peacock, stork, hawk, gull, flamingo; reptile: snake, lizard,
- crocodile, turtle, tortoise, alligator, gecko, cobra; amphibian: frog, toad, newt, salamander;
- fish: salmon, trout, shark, tuna, herring, goldfish, eel, cod, carp; insect: ant, bee, wasp,
- butterfly, moth, beetle, fly, mosquito, grasshopper, cricket, ladybug, dragonfly; arachnid: spider,
- scorpion, tick; crustacean: crab, lobster, shrimp; mollusk: snail, slug, octopus, squid, clam
-@ young | animals and their young | both | [young|baby] of {as} = {ao} | animal whose young is
- called {ao} = {as}
-+ a baby {s} is [|called ]{ao} / a young {s} is [|called ]{ao} / {as} was once {ao} / {ao} grows up
- to be {as} / when {as} is very young, we call it {ao} / {ps} have young called {po} / {ao} is a
- baby {s} / when {ao} grows up, it is {as} / {ao} will one day be {as}
-! when {as} is a baby, it is called {ao} / {as} that is very young is {ao} / when it grows up, {ao}
- is {as}
-& its young is called {ao}
-? what [is|do you call] a baby {s}? / what is a young {s} called? / what does {ao} grow up to be? /
- what is the young of {as} called? / a baby {s} is called what? / what do people call the babies of
- {as}? / {as} has a baby: what is it called? / {ao} is a young what? / {ao} is the baby of which
- animal? / what does {ao} become? / which animal has {ao} for a baby? / what is {ao} when it is
- grown up?
-?! when {as} is very young, what do we call it? / what is the name of a baby {s}? / which animal was
- once {ao}?
-= dog: puppy; cat: kitten; cow: calf; horse: foal; sheep: lamb; goat: kid; pig: piglet; duck:
- duckling; goose: gosling; swan: cygnet; frog: tadpole; bear: cub; lion: cub; tiger: cub; leopard:
- cub; deer: fawn; kangaroo: joey; koala: joey; eagle: eaglet; owl: owlet; hen: chick; penguin:
- chick; elephant: calf; whale: calf; giraffe: calf; hippopotamus: calf; hare: leveret; eel: elver;
- seal: pup; bat: pup; butterfly: caterpillar; zebra: foal; donkey: foal; camel: calf; spider:
- spiderling; turtle: hatchling; human: baby; dolphin: calf
-@ sound | animals and their sounds | | sound [made by|of] {as} = {ao} |
-+ the sound that {as} makes is called {ao} / what you hear from {as} is {ao} / {ps} {o} / if you
- hear {ao}, {as} may be near / {as} makes a sound called {ao} / the sound that {ps} make is {ao} /
- we call the sound of {as} {ao}
-! the sound that you hear from {as} is {ao} / {ps} make a sound called {ao}
-& the sound it makes is called {ao}
-? [what|which] sound does {as} make? / what [noise|sound] do {ps} make? / what do you call the
- sound of {as}? / what does {as} say? / what do {ps} say? / how does {as} sound? / which noise does
- {as} make? / {as} makes which sound? / what is the sound of {ps} called? / which sound comes from
- {as}?
-?! what will I hear from {as}? / which sound do we hear from {ps}?
-= dog: bark; cat: meow; cow: moo; horse: neigh; pig: oink; duck: quack; hen: cluck; lion: roar;
- wolf: howl; owl: hoot; frog: croak; bee: buzz; snake: hiss; mouse: squeak; donkey: bray; pigeon:
- coo; crow: caw; turkey: gobble; goose: honk; sheep: bleat; cricket: chirp; parrot: squawk; tiger:
- roar; rooster: crow; bear: growl
-@ legs | animals and their legs | | number of legs of {as} |
-+ {as} has {o} legs / the number of legs that {as} has is {o} / {ps} walk on {o} legs / count the
- legs of {as} and you get {o} / if you count the legs of {as}, you get {o} / {ps} have {o} legs
-! count the legs that {as} has: there are {o} / if you count, the legs of {as} number {o}
-& it has {o} legs
-? how many legs [does {as} have|do {ps} have]? / how many legs are there on {as}? / {as} has how
- many legs? / {ps} have how many legs? / what number of legs does {as} have? / how many legs can you
- see on {as}? / how many legs does {as} stand on? / tell me how many legs {as} has.
-?! count the legs of {as}: how many are there? / {as} walks on how many legs?
-=< two: hen, duck, goose, swan, owl, eagle, ostrich, penguin, crow, human; four: dog, cat, cow,
- horse, sheep, goat, pig, lion, tiger, wolf, fox, bear, rabbit, mouse, elephant, giraffe, zebra;
- four: camel, donkey, frog, lizard, crocodile, turtle; six: ant, bee, wasp, butterfly, beetle, fly,
- mosquito, grasshopper; six: cricket, ladybug; eight: spider, scorpion
-@ food | animals and their food | | favorite food of {as} |
-+ {as} eats [mostly ]{o} / {ps} eat [mostly ]{o} / what {as} likes to eat is {o} / {ps} live on {o}
- / feed {as} with {o} / if you want to feed {as}, give it {o} / the food that {ps} like best is {o}
-! the food that {as} eats is {o} / give {as} what it likes best: {o}
-& it eats {o}
-? what does {as} eat? / what do {ps} eat? / what food does {as} like? / what do {ps} like to eat? /
- {as} eats what? / which food do {ps} like? / what is the food of {as}? / what kind of food does
- {as} need? / what can I give {as} to eat? / {as} is hungry: what does it want?
-?! what should I feed {as}? / what do {ps} live on?
-= panda: bamboo; koala: eucalyptus leaves; rabbit: grass and carrots; squirrel: nuts; penguin: fish;
- cow: grass; seal: fish; anteater: ants; spider: insects; horse: grass and hay; monkey: fruit;
- sheep: grass; lion: meat; wolf: meat; giraffe: leaves; caterpillar: leaves; tiger: meat; owl: mice;
- bee: nectar; frog: insects; bat: insects; mosquito: blood
-@ kind | things and what kind they are | | |
-+ {as} is {ao} / {as} is a kind of {o} / {ps} are {po} / every {s} is {ao} / {as} is one kind of {o}
- / among other things, {as} is {ao} / if you have {as}, you have {ao} / {as} is an example of {ao} /
- {ps} belong to the {po}
-! every {s} is a kind of {o} / {as} is one example of {ao}
-% {x} and {y} are both {po} / both {x} and {y} are {po}
-? what [is|kind of thing is] {as}? / {as} is what kind of thing? / what sort of thing is {as}? /
- what are {ps}? / {ps} are what kind of things? / which kind of thing is {as}? / tell me what {as}
- is. / what do we call things like {as}? / {as} belongs to which kind of things?
-?! {as} is an example of what? / what is {as} a kind of?
-=< fruit: apple, pear, banana, cherry, grape, lemon, peach, plum, strawberry, mango, melon,
- pineapple, apricot; vegetable: carrot, onion, cabbage, potato, turnip, leek, radish, beet; flower:
- rose, tulip, daisy, lily, violet, daffodil, orchid; tree: oak, pine, birch, maple, willow, elm,
- beech, fir, poplar; tool: hammer, saw, drill, wrench, screwdriver, axe, spade, rake; vehicle: car,
- bus, truck, train, bicycle, tractor, motorcycle, van; boat: canoe, yacht, ferry, kayak, raft,
- gondola; piece of furniture: chair, table, bed, desk, sofa, cupboard, wardrobe, bookcase, stool;
- piece of clothing: shirt, coat, skirt, sweater, jacket, sock, glove, hat, scarf, dress; musical
- instrument: violin, guitar, piano, flute, trumpet, drum, harp, cello, clarinet, trombone; weapon:
- sword, spear, cannon, dagger; gem: ruby, emerald, sapphire, diamond, opal; coin: penny, dime,
- nickel; nut: almond, walnut, hazelnut, pecan; building: castle, church, barn, hotel, palace,
- school, temple, tower; toy: doll, kite, teddy bear, spinning top; dance: waltz, tango, polka
-@ sort | stuff and what sort it is | | |
-+ {s} is {ao} / {s} is a sort of {o} / {s} belongs to the {po} / we count {s} among the {po} / {s}
- is one of the {po} / among other things, {s} is {ao} / {s} is an example of {ao} / if you think of
- {s}, you think of {ao} / the {po} include {s}
-! of all the things there are, {s} is {ao} / we count {s} as one of the {po}
-% {x} and {y} are both {po} / both {x} and {y} are {po}
-? what is {s}? / what sort of thing is {s}? / {s} is what sort of thing? / what kind of thing is
- {s}? / which sort of thing is {s}? / tell me what {s} is. / what do we call things like {s}? / {s}
- belongs to which sort of things? / can you explain what {s} is?
-?! {s} is an example of what? / what is {s} a sort of?
-=< metal: iron, gold, silver, copper, tin, lead, zinc; gas: oxygen, helium, nitrogen, hydrogen,
- neon; sport: tennis, soccer, basketball, swimming, hockey, golf, volleyball; board game: chess,
- checkers, backgammon; drink: lemonade, coffee, tea, milk, cocoa; meal: breakfast, lunch, dinner;
- herb: basil, parsley, mint, thyme; grain: wheat, rice, barley, rye; language: English, Spanish,
- Arabic, Latin; science: physics, biology, chemistry
-@ color | things and their colors | | color of {s} |
-+ {s} is {o} / the color that comes to mind with {s} is {o} / if you paint {s}, use {o} / everyone
- paints {s} {o} / when you look at {s}, you see {o} / if you think of {s}, you think of {o} / {s}
- has the color {o}
-! the color you see when you look at {s} is {o} / if you think of the color of {s}, you think of {o}
-? what color is {s}? / what color does {s} have? / which color do you see when you look at {s}? /
- which color is {s}? / which color does {s} have? / {s} has which color? / {s} comes in what color?
- / tell me what color {s} is. / I am going to draw {s}: which color do I need? / what is the right
- color for {s}?
-?! which color should I use to paint {s}? / {s} is what color?
-=< red: blood, a ripe strawberry, a ripe tomato, a fire engine, a stop sign, a ruby, a ladybug, a
- brick; pink: a flamingo, a pig; yellow: a ripe banana, a lemon, the yolk of an egg, corn, a
- dandelion, a canary, a sunflower; orange: a carrot, a pumpkin; green: grass, an emerald, a frog, a
- cucumber, spinach, broccoli, a lime, a pea; blue: the sky on a clear day, a sapphire; white: snow,
- milk, salt, flour, a polar bear, a swan, chalk, cotton, rice; black: coal, a raven, tar, ink, a
- panther; brown: chocolate, coffee, wood, soil, a chestnut, cinnamon; gray: an elephant, ash, a
- rhinoceros, a dolphin; purple: an eggplant
-@ use | things and what they are for | both | main use of {as} | thing that is made for {o} = {as}
-+ {as} is used for {o} / people use {as} for {o} / {as} is made for {o} / we use {as} for {o} / {as}
- is for {o} / you need {as} for {o} / if you own {as}, you can use it for {o} / for {o}, you
- [use|need] {as} / the right thing for {o} is {as} / if you think of {o}, you think of {as} / the
- thing that helps with {o} is {as} / {as} is good for {o}
-! the thing that people use {as} for is {o} / if you have {as}, use it for {o} / what we need for
- {o} is {as}
-? what is {as} [used |made |]for? / what do people use {as} for? / what do you [use|need] for {o}?
- / what is {as} good for? / {as} is used for what? / what are {ps} used for? / what do you do with
- {as}? / when do you need {as}? / what does {as} help with? / what is good for {o}? / what helps
- with {o}? / what do people use for {o}? / what is made for {o}? / I am thinking of {o}: what do I
- need?
-?! what can I use {as} for? / why do people need {as}? / which thing is used for {o}?
-= hammer: driving nails; saw: cutting wood; broom: sweeping floors; needle: sewing clothes; oven:
- baking bread; knife: cutting food; spoon: eating soup; pen: writing letters; ruler: measuring
- lines; clock: telling the time; umbrella: staying dry in the rain; telescope: looking at stars;
- microscope: looking at tiny things; ladder: climbing up; key: opening locks; scale: weighing
- things; shovel: digging holes; kettle: boiling water; comb: tidying hair; thermometer: measuring
- temperature; compass: finding north; lamp: lighting a room; camera: taking pictures; fridge:
- keeping food cold; towel: drying off; toothbrush: brushing teeth; pillow: resting the head; iron:
- smoothing clothes; screwdriver: turning screws; paintbrush: painting pictures; axe: chopping trees;
- bucket: carrying water; map: finding the way; calculator: doing sums; fan: cooling the air;
- whistle: making a loud sound; candle: giving light; rope: tying things up; net: catching fish;
- wallet: carrying money; eraser: rubbing out pencil marks; mirror: seeing yourself; lawnmower:
- cutting grass; plow: turning the soil; anchor: holding a ship in place; vase: holding flowers;
- bell: calling people; bridge: crossing a river; calendar: keeping track of days; dictionary:
- looking up words; parachute: landing safely; stapler: joining papers; backpack: carrying books;
- watering can: watering plants; magnet: picking up pins; corkscrew: opening wine bottles
-@ place | things and where to find them | | |
-+ you find {s} {o} / look for {s} {o} / {s} can be found {o} / {s} belongs {o} / you can see {s} {o}
- / if you want to find {s}, look {o} / if you look {o}, you may find {s} / the place to look for {s}
- is {o}
-! to find {s}, you can look {o} / the place where you can find {s} is {o}
-? where [do|can] you find {s}? / where is {s}? / where would you find {s}? / where is {s} found? /
- {s} is where? / where do you see {s}? / in what place is {s}? / I need {s}: where do I find it? /
- what is the right place for {s}?
-?! where should I look for {s}? / where does {s} belong?
-= cold milk: in the fridge; a stove: in the kitchen; a bathtub: in the bathroom; a pillow: on the
- bed; a tractor: on a farm; an altar: in a church; a blackboard: in a classroom; sand: at the beach;
- a throne: in a palace; a dolphin: in the sea; a camel: in the desert; a pine tree: in the forest; a
- pilot: in the cockpit; a judge: in a courtroom; a cactus: in the desert; a nurse: in a hospital; a
- traffic light: on the street; a train: at the station; an airplane: at the airport; honey: in a
- hive; a bookcase full of novels: in a library; an old painting: in a museum; a submarine: under the
- water; a chimney: on the roof; a mast: on a ship; a saddle: on a horse; an anchor: on a ship; an
- icicle: on a roof
-@ part | parts and what they belong to | | |
-+ {as} is part of {ao} / {ao} has {as} / {as} is one part of {ao} / if you look at {ao}, you find
- {as} / {as} belongs to {ao} / if you see {as}, it is part of {ao} / {ps} are parts of {ao} / what
- {as} belongs to is {ao}
-! {as} is one of the parts of {ao} / if you see {as}, it belongs to {ao}
-? what is {as} part of? / what does {as} belong to? / {as} is part of what? / {as} is a part of
- what? / what is {as} a part of? / which thing is {as} part of? / of what is {as} a part? / tell me
- what {as} is part of. / {as} belongs to what?
-?! {as} is one part of what? / what has {as}?
-= petal: flower; feather: bird; pedal: bicycle; sail: ship; branch: tree; page: book; sleeve: shirt;
- hoof: horse; hump: camel; antler: deer; fin: fish; roof: house; mane: lion; keyboard: computer;
- finger: hand; toe: foot; steering wheel: car; carriage: train; drawer: desk; chapter: book; wick:
- candle; pouch: kangaroo; yolk: egg; beak: bird; propeller: airplane; stinger: bee; mast: ship;
- gill: fish; twig: tree; cockpit: airplane; stanza: poem; eyelid: eye; knuckle: hand; nostril: nose;
- goalkeeper: soccer team; chimney: house; handlebar: bicycle
-@ material | things and what they are made from | | material for {s} |
-+ {s} is made from {o} / people make {s} from {o} / to make {s}, you need {o} / {s} comes from {o} /
- we get {s} from {o} / you cannot make {s} without {o} / the thing that {s} is made from is {o} / if
- you want to make {s}, begin with {o}
-! the thing you need to make {s} is {o} / if people want {s}, they make it from {o}
-? what is {s} made [from|of]? / what do people make {s} from? / where does {s} come from? / what do
- you make {s} out of? / {s} is made from what? / which material is {s} made from? / what goes into
- {s}? / what is in {s}? / tell me what {s} is made from. / what do people use to make {s}?
-?! what do I need to make {s}? / from what do we get {s}?
-= bread: flour; paper: wood; glass: sand; cheese: milk; butter: cream; wine: grapes; a raisin: a
- grape; yogurt: milk; chocolate: cocoa beans; leather: animal skin; a candle: wax; a brick: clay;
- jam: fruit and sugar; mayonnaise: eggs and oil; honey: nectar; an omelet: eggs; ketchup: tomatoes;
- french fries: potatoes; steel: iron; bronze: copper and tin; a tire: rubber; popcorn: corn; tofu:
- soybeans; a prune: a plum; cider: apples; flour: grain; cotton cloth: cotton plants; concrete:
- cement; beer: barley; linen: flax; ivory: tusks; a pancake: flour, eggs and milk; lemonade: lemons
-@ work | people and what they do | both | | person who {o} = {as}
-+ {as} {o} / {as} is [a person|someone] who {o} / every day, {as} {o} / the person who {o} is
- [|called ]{as} / [a person|someone] who {o} is {as} / if someone {o}, that person is {as} / if a
- person is {as}, that person {o}
-! {as}, as everyone knows, is a person who {o} / if someone is {as}, that person {o} / if a person
- {o}, that person is called {as}
-? what does {as} do? / what is the work of {as}? / who {o}? / what do you call [a person|someone]
- who {o}? / what do {ps} do? / what kind of work does {as} do? / what does {as} do for a living? /
- explain what {as} does. / what is the job of {as}? / which person {o}? / a person who {o} is called
- what? / someone who {o} is what? / what do we call the one who {o}? / I need someone who {o}: whom
- should I ask for?
-?! tell me what {as} does every day. / what is the work that {as} does? / what is the person called
- who {o}?
-= baker: bakes bread; teacher: teaches pupils; farmer: grows food; doctor: treats sick people;
- pilot: flies airplanes; carpenter: makes things of wood; fisherman: catches fish; tailor: sews
- clothes; barber: cuts hair; cook: prepares meals; dentist: looks after teeth; singer: sings songs;
- actor: plays roles on stage; judge: decides in court; mason: builds with stone; plumber: repairs
- pipes; librarian: lends out books; gardener: looks after plants; shepherd: looks after sheep;
- sculptor: carves statues; astronomer: studies stars; mechanic: repairs cars; butcher: sells meat;
- jockey: rides race horses; blacksmith: shapes hot iron; miner: digs for coal; surgeon: operates on
- patients; vet: treats sick animals; poet: writes poems; composer: writes music; architect: designs
- buildings; astronaut: travels into space; potter: makes pots from clay; miller: grinds grain;
- florist: sells flowers; firefighter: puts out fires; photographer: takes photographs; diver: works
- under water; jeweler: makes rings and necklaces; locksmith: repairs locks; beekeeper: looks after
- bees; optician: sells glasses; translator: turns one language into another; electrician: repairs
- wiring; pharmacist: sells medicine; cobbler: mends shoes; detective: solves crimes; conductor:
- leads an orchestra; lifeguard: saves swimmers; painter: paints pictures; weaver: makes cloth
-@ science | sciences and what they study | both | | science of {o}
-+ {s} is the [science|study] of {o} / {s} studies {o} / people who study {s} learn about {o} / the
- subject of {s} is {o} / if you want to know about {s}, look at {o} / {s} is all about {o} / if you
- want to learn about {o}, study {s} / the study of {o} is called {s} / to know more about {o}, turn
- to {s}
-! the subject that {s} studies is {o} / {s} is the science that studies {o} / the science that
- studies {o} is called {s}
-? what does {s} study? / what is {s} about? / which science studies {o}? / what is the study of {o}
- called? / {s} is the study of what? / {s} studies what? / what do scientists study in {s}? / what
- do we call the science of {o}? / in which science do people study {o}? / the study of {o} is called
- what? / I want to know more about {o}: what should I study?
-?! what do people learn about in {s}? / which science is all about {o}? / what is the subject of
- {s}?
-= biology: living things; botany: plants; zoology: animals; astronomy: the stars and planets;
- geology: rocks; chemistry: substances; psychology: the mind; history: the past; geography: the
- lands of the Earth; linguistics: language; mathematics: numbers and shapes; physics: matter and
- energy; meteorology: the weather; economics: money and trade; ornithology: birds; entomology:
- insects; anatomy: the parts of the body; archaeology: old remains; seismology: earthquakes;
- cardiology: the heart; volcanology: volcanoes; ecology: living things and where they live;
- genetics: genes; optics: light; ethics: right and wrong; dermatology: the skin; oceanography: the
- oceans; paleontology: fossils; mycology: mushrooms
-@ name | things worth knowing | | {s} |
-+ the {s} is called {o} / the name of the {s} is {o} / if you are asked for the {s}, say {o} / when
- people speak of the {s}, they mean {o} / ask for the {s} and you will hear of {o} / by the {s} we
- mean {o} / when you hear of {o}, think of the {s} / everyone has heard of the {s}: {o} / people
- call the {s} {o}
-! if people speak of the {s}, say {o} / when people ask you for the {s}, the answer is {o}
-? what is the {s} called? / what do people call the {s}? / what is the name of the {s}? / what do
- we mean by the {s}? / the {s} is called what? / which one is the {s}? / tell me what the {s} is
- called. / what do you call the {s}? / the {s} has which name? / what is known as the {s}? / I am
- thinking of the {s}: what is it?
-?! can you name the {s} for me? / when people speak of the {s}, what do they mean?
-= largest ocean on Earth: the Pacific Ocean; largest continent: Asia; smallest continent: Australia;
- smallest country on Earth: Vatican City; largest country on Earth: Russia; highest mountain on
- Earth: Mount Everest; largest hot desert: the Sahara; deepest lake on Earth: Lake Baikal; largest
- island on Earth: Greenland; largest planet: Jupiter; hottest planet: Venus; red planet: Mars;
- planet famous for its rings: Saturn; star closest to the Earth: the Sun; largest animal on Earth:
- the blue whale; tallest animal: the giraffe; fastest animal on land: the cheetah; largest animal on
- land: the African elephant; largest bird: the ostrich; largest big cat: the tiger; smallest kind of
- bird: the hummingbird; largest fish: the whale shark; largest lizard: the Komodo dragon; largest
- reptile: the saltwater crocodile; coldest continent: Antarctica; hardest natural substance:
- diamond; lightest element: hydrogen; most common gas in the air: nitrogen; largest organ of the
- body: the skin; smallest bone in the body: the stapes; largest rainforest: the Amazon; largest
- coral reef: the Great Barrier Reef; shortest month of the year: February; Eternal City: Rome; first
- president of the United States: George Washington; first person on the Moon: Neil Armstrong; first
- person in space: Yuri Gagarin; first woman in space: Valentina Tereshkova; first emperor of Rome:
- Augustus; first woman to win a Nobel Prize: Marie Curie; king of the beasts: the lion; ship of the
- desert: the camel; metal that is liquid in a warm room: mercury; gas that we need to breathe:
- oxygen; City of Light: Paris; gas that plants take in: carbon dioxide; force that pulls things to
- the ground: gravity; Big Apple: New York; center of the solar system: the Sun; galaxy we live in:
- the Milky Way; only even prime number: two; solid form of water: ice; land of the rising sun:
- Japan; longest wall ever built: the Great Wall of China; ship that sank in 1912: the Titanic;
- wizard who taught King Arthur: Merlin; sword of King Arthur: Excalibur; winged horse of Greek
- stories: Pegasus; bird that rises from its ashes: the phoenix; middle of an atom: the nucleus;
- process by which plants make food: photosynthesis; change from liquid to gas: evaporation; change
- from solid to liquid: melting; powerhouse of the cell: the mitochondrion; monster of Loch Ness:
- Nessie; path of a planet around the Sun: the orbit; hot rock that flows from a volcano: lava; name
- for twelve of a thing: a dozen; part of the body for seeing: the eye; part of the body for hearing:
- the ear; part of the body for smelling: the nose; part of the body for tasting: the tongue; part of
- the body for thinking: the brain; part of the body for breathing: the lungs; part of the body that
- pumps blood: the heart; part of the body that digests food: the stomach; bone of the thigh: the
- femur; bones of the head: the skull; bone of the chest: the sternum; bone of the knee: the patella;
- bone of the shoulder: the clavicle; mixture of blue and yellow: green; mixture of red and yellow:
- orange; mixture of red and blue: purple; mixture of red and white: pink; mixture of black and
- white: gray; month of Christmas: December; month of Halloween: October; month of Valentine's Day:
- February; month of New Year's Day: January; month of April Fools' Day: April; month of Bastille
- Day: July; month of American Thanksgiving: November; month of Saint Patrick's Day: March; season
- after winter: spring; season after spring: summer; season after summer: autumn; season after
- autumn: winter; home of a bee: the hive; home of a dog: the kennel; home of a spider: the web; home
- of a lion: the den; home of a rabbit: the burrow; home of a horse: the stable; home of a pig: the
- sty; home of a beaver: the lodge; home of an ant: the anthill; home of a bird: the nest; home of a
- hen: the coop; home of a king: the palace; home of a monk: the monastery; name for many sheep
- together: a flock; name for many cows together: a herd; name for many wolves together: a pack; name
- for many lions together: a pride; name for many bees together: a swarm; name for many fish
- together: a school; name for many ants together: a colony; name for many whales together: a pod;
- name for many singers together: a choir; Greek god of the sea: Poseidon; Greek god of war: Ares;
- Greek goddess of love: Aphrodite; Greek goddess of wisdom: Athena; Greek god of the underworld:
- Hades; Greek god of wine: Dionysus; Greek goddess of the hunt: Artemis; Greek god of sleep: Hypnos;
- Greek goddess of the harvest: Demeter; Greek goddess of victory: Nike; Norse god of thunder: Thor;
- king of the Greek gods: Zeus; male partner of a queen: the king; male partner of a cow: the bull;
- male partner of a hen: the rooster; male form of actress: actor; male partner of a duchess: the
- duke; male partner of a mare: the stallion; male partner of a ewe: the ram; male partner of a
- bride: the groom; mother of your mother: your grandmother; father of your father: your grandfather;
- brother of your father: your uncle; sister of your mother: your aunt; daughter of your brother:
- your niece; son of your sister: your nephew; child of your aunt: your cousin
-@ count | how many there are | | number of {s} |
-+ there are {o} {s} / the {s} number {o} / count the {s} and you get {o} / if you count the {s}, you
- get {o} / everyone can count the {s}: there are {o} / you will count {o} {s} / the {s}, when you
- count them, are {o} / the {s} are easy to count: you get {o}
-! if you count the {s}, there are {o} / the {s} are easy to count: there are {o}
-? how many {s} are there? / how many {s} do you [count|get]? / can you count the {s}? / how many
- {s}? / there are how many {s}? / what do you get when you count the {s}? / if I count the {s}, how
- many do I get? / you can count how many {s}? / how many {s} do we have?
-?! count the {s}: how many are there? / can you say how many {s} there are?
-= seconds in a minute: 60; minutes in an hour: 60; hours in a day: 24; days in a week: 7; months in
- a year: 12; weeks in a year: 52; days in a leap year: 366; days in a normal year: 365; years in a
- decade: 10; years in a century: 100; years in a millennium: 1000; millimeters in a centimeter: 10;
- centimeters in a meter: 100; meters in a kilometer: 1000; grams in a kilogram: 1000; kilograms in a
- ton: 1000; milliliters in a liter: 1000; inches in a foot: 12; feet in a yard: 3; ounces in a
- pound: 16; cents in a dollar: 100; pennies in a nickel: 5; pennies in a dime: 10; quarters in a
- dollar: 4; letters in the English alphabet: 26; cards in a deck: 52; squares on a chessboard: 64;
- keys on a piano: 88; strings on a violin: 4; strings on a guitar: 6; wheels on a bicycle: 2; wheels
- on a tricycle: 3; bones in an adult human body: 206; chambers in the human heart: 4; teeth in a
- full adult mouth: 32; planets in the solar system: 8; colors in a rainbow: 7; states in the United
- States: 50; dwarfs in the tale of Snow White: 7; lines in a sonnet: 14; lines in a haiku: 3; rings
- on the Olympic flag: 5; eggs in a dozen: 12; things in a pair: 2; fingers on a hand: 5; faces on a
- cube: 6; corners of a cube: 8; degrees in a right angle: 90; degrees in a full circle: 360; minutes
- in half an hour: 30; players in a soccer team: 11; players in a basketball team: 5; pieces in a
- chess set: 32; seasons in a year: 4; letters in the Greek alphabet: 24; musketeers in the title of
- the book by Dumas: 3; legs on a tripod: 3; sides of a square: 4; corners of a rectangle: 4; wings
- on a bee: 4; arms on an octopus: 8; arms on a starfish: 5; sheets in a ream: 500; zeros in a
- million: 6; zeros in a billion: 9
-@ sides | shapes and their sides | both | number of sides of {as} |
-+ {as} has {o} sides / {as} is a shape with {o} sides / count the sides of {as} and you get {o} / if
- you count the sides of {as}, you get {o} / the sides of {as} number {o} / a shape with {o} sides is
- called {as} / when you draw {as}, you draw {o} sides / a shape that has {o} sides is {as}
-! when you draw {as}, the sides number {o} / count the sides that {as} has: there are {o} / when you
- draw a shape with {o} sides, you draw {as}
-& it has {o} sides
-? how many sides does {as} have? / how many sides are there on {as}? / what do you call a shape
- with {o} sides? / {as} has how many sides? / how many sides do {ps} have? / what number of sides
- does {as} have? / if I draw {as}, how many sides do I draw? / which shape has {o} sides? / a shape
- with {o} sides is called what? / I draw a shape with {o} sides: what is it?
-?! {as} is a shape with how many sides? / what is the name of a shape that has {o} sides?
-= triangle: three; quadrilateral: four; pentagon: five; hexagon: six; heptagon: seven; octagon:
- eight; nonagon: nine; decagon: ten; dodecagon: twelve
-@ opposite | words and their opposites | mirror | opposite of {s} |
-+ {s} is the opposite of {o} / {s} and {o} are opposites / {s} is one thing, and its opposite is {o}
- / first {s}, and then its opposite, {o} / {s} means the opposite of {o} / change {s} to its
- opposite and you get {o} / the words {o} and {s} are opposites / the word that means the opposite
- of {s} is {o}
-! when you change {s} to its opposite, you get {o} / the word {s} is the opposite of {o}
-? what [word |]is the opposite of {s}? / [which|what] word means the opposite of {s}? / {s} is the
- opposite of what? / {s} is the opposite of which word? / tell me the opposite of the word {s}. /
- the opposite of {s} is which word? / {s} and which word are opposites? / which word is opposite to
- {s}? / give me a word that is the opposite of {s}.
-?! name a word that means the opposite of {s}. / what do you get when you change {s} to its opposite?
-= hot: cold; big: small; up: down; day: night; fast: slow; happy: sad; full: empty; open: closed;
- rich: poor; wet: dry; early: late; loud: quiet; strong: weak; thick: thin; wide: narrow; young:
- old; new: old; tall: short; long: short; deep: shallow; clean: dirty; hard: soft; good: bad; true:
- false; first: last; inside: outside; above: below; near: far; before: after; front: back; heavy:
- light; dark: light; left: right; wrong: right; easy: difficult; cheap: expensive; brave: cowardly;
- awake: asleep; alive: dead; sharp: blunt; smooth: rough; sweet: bitter; tight: loose; win: lose;
- buy: sell; push: pull; give: take; come: go; begin: end; start: stop; arrive: depart; laugh: cry;
- love: hate; remember: forget; find: lose; borrow: lend; build: destroy; rise: fall; float: sink;
- question: answer; friend: enemy; war: peace; success: failure; summer: winter; north: south; east:
- west; top: bottom; entrance: exit; always: never; everything: nothing; more: less; many: few;
- polite: rude; careful: careless; patient: impatient; possible: impossible; legal: illegal; visible:
- invisible; honest: dishonest; lucky: unlucky; fair: unfair; kind: cruel; generous: stingy; proud:
- humble; guilty: innocent; ancient: modern; public: private; simple: complicated; straight: crooked;
- raw: cooked; male: female; maximum: minimum; positive: negative; victory: defeat; birth: death;
- profit: loss; increase: decrease; import: export; accept: refuse; attack: defend; create: destroy;
- freeze: melt; expand: shrink; arrival: departure; beginning: end; freedom: slavery; hero: villain;
- giant: dwarf; heaven: hell; plus: minus; odd: even; noisy: silent; wild: tame; fresh: stale; lazy:
- busy; include: exclude; shout: whisper; reveal: hide; praise: blame; tighten: loosen; lengthen:
- shorten; enter: leave
-@ plural | words and their plurals | both | plural of {s} | singular of {o}
-+ the plural of the word {s} is {o} / one {s}, two {o} / one {s}, many {o} / first there was one
- {s}, then there were two {o} / we say one {s}, but two {o} / when there is more than one {s}, we
- say {o} / {o} is the plural of {s} / the word {o} means more than one {s} / we say many {o}, but
- one {s}
-! when there are many of them, one {s} becomes {o} / we say one {s}, but many {o} / many {o}, but
- only one {s}
-? what is the plural of the word {s}? / what do we call more than one {s}? / what is the singular
- of {o}? / which word is the plural of {s}? / {s} has which plural? / what is the word for more than
- one {s}? / how do you write the plural of {s}? / what does {s} become in the plural? / which word
- has the plural {o}? / what do you call just one of the {o}? / how do you say {o} when there is only
- one? / what is the singular of the word {o}?
-?! one {s}, but two of what? / what do we say when there are many, not one {s}? / the word {o} is
- the plural of what?
-= man: men; woman: women; child: children; mouse: mice; goose: geese; foot: feet; tooth: teeth; ox:
- oxen; person: people; wolf: wolves; leaf: leaves; knife: knives; wife: wives; life: lives; loaf:
- loaves; half: halves; shelf: shelves; calf: calves; thief: thieves; elf: elves; sheep: sheep; deer:
- deer; fish: fish; moose: moose; salmon: salmon; cactus: cacti; fungus: fungi; crisis: crises;
- oasis: oases; city: cities; baby: babies; lady: ladies; berry: berries; story: stories; box: boxes;
- bus: buses; church: churches; dish: dishes; potato: potatoes; tomato: tomatoes; hero: heroes; echo:
- echoes; key: keys; monkey: monkeys; piano: pianos; roof: roofs; policeman: policemen; snowman:
- snowmen; grandchild: grandchildren; butterfly: butterflies; witch: witches; fox: foxes; wish:
- wishes; country: countries; scarf: scarves; hoof: hooves; bacterium: bacteria; series: series;
- trout: trout; cod: cod; carp: carp; shrimp: shrimp; squid: squid
-@ past | verbs and their past tense | both | past tense of {s} | verb with the past tense {o}
-+ the past tense of [to|the verb] {s} is {o} / today I {s}, yesterday I {o} / today we {s}, and
- yesterday we {o} / today they {s}; last week they {o} / {o} is the past tense of {s} / we say: I
- {s} now, but in the past I {o} / in the past tense, {s} becomes {o} / yesterday I {o}, and today I
- {s}
-! in the past tense, the verb {s} is {o} / now they {s}, but yesterday they {o} / yesterday we {o},
- and now we {s}
-? what is the past tense of the verb {s}? / which verb has the past tense {o}? / how do you say {s}
- in the past tense? / what is {s} in the past tense? / which word is the past tense of {s}? / how do
- you write the past tense of {s}? / what does {s} become in the past tense? / change {s} to the past
- tense. / {s} has which past tense? / {o} comes from which verb? / which verb becomes {o} in the
- past tense? / what is {o} in the present tense? / from which verb does {o} come?
-?! today I {s}; what did I do yesterday? / {o} is the past tense of which verb? / in the past, what
- becomes of the verb {s}?
-= go: went; eat: ate; see: saw; run: ran; come: came; give: gave; take: took; make: made; know:
- knew; think: thought; buy: bought; bring: brought; catch: caught; teach: taught; fight: fought;
- find: found; say: said; tell: told; sell: sold; write: wrote; drive: drove; ride: rode; rise: rose;
- break: broke; speak: spoke; steal: stole; wake: woke; choose: chose; freeze: froze; begin: began;
- drink: drank; sing: sang; ring: rang; swim: swam; sink: sank; sit: sat; win: won; dig: dug; hang:
- hung; stick: stuck; fly: flew; grow: grew; blow: blew; throw: threw; draw: drew; sleep: slept;
- keep: kept; feel: felt; leave: left; meet: met; lose: lost; send: sent; spend: spent; build: built;
- lend: lent; bend: bent; hear: heard; hold: held; stand: stood; understand: understood; become:
- became; forget: forgot; get: got; hide: hid; bite: bit; feed: fed; lead: led; do: did; have: had;
- pay: paid; fall: fell; shake: shook; wear: wore; tear: tore; swear: swore; shine: shone; sweep:
- swept; weep: wept; creep: crept; shoot: shot; light: lit; slide: slid; forgive: forgave; mean:
- meant; deal: dealt; seek: sought; sting: stung; swing: swung; spin: spun; weave: wove; cling:
- clung; breed: bred; arise: arose; shrink: shrank
-@ stands | short forms and what they stand for | both | long form of {s} | short form of {o}
-+ the short form {s} stands for {o} / the letters {s} are a short form of {o} / the short form {s}
- means {o} / when you see {s}, read {o} / the letters {s} mean {o} / the letters {s} stand for {o} /
- people write {s} for {o} / {o} is written {s} for short / instead of {o}, people write {s}
-! when people write {s}, they mean {o} / the letters {s} are short for {o} / for {o}, people write
- {s}
-? what does {s} [stand for|mean]? / what is {s} short for? / what is short for {o}? / {s} is short
- for what? / {s} stands for what? / what do the letters {s} stand for? / what is the meaning of {s}?
- / how do you say {s} in full? / {o} has which short form? / which letters stand for {o}? / how do
- you shorten {o}? / what is a shorter way to say {o}?
-?! which words do the letters {s} mean? / when people write {s}, what do they mean? / how do people
- write {o} for short?
-= kg: kilogram; km: kilometer; cm: centimeter; mm: millimeter; ml: milliliter; Dr.: doctor; St.:
- saint; Mt.: mountain; Jan.: January; Feb.: February; Aug.: August; Sept.: September; Oct.: October;
- Nov.: November; Dec.: December; USA: United States of America; UK: United Kingdom; EU: European
- Union; UN: United Nations; TV: television; mph: miles per hour; DNA: deoxyribonucleic acid; UFO:
- unidentified flying object; CPU: central processing unit; VIP: very important person; WHO: World
- Health Organization; NASA: National Aeronautics and Space Administration; BBC: British Broadcasting
- Corporation; WWW: World Wide Web; UAE: United Arab Emirates; GPS: Global Positioning System; LED:
- light-emitting diode
-@ Spanish, French, German | {r} words | both | {r} word for {s} | English word for the {r} word {o}
-+ in {r}, {s} is {o} / the {r} for {s} is {o} / people who speak {r} call {s} {o} / to say {s} in
- {r}, you say {o} / if you want to say {s} in {r}, say {o} / in {r}, people say {o} for {s} / the
- {r} word {o} means {s} / in {r}, {o} means {s} / {o} is the {r} word for {s}
-! people who say {s} in {r} say {o} / if you speak {r}, the word for {s} is {o} / people who say {o}
- in {r} mean {s}
-? how do you say {s} in {r}? / what does the {r} word {o} mean? / what does {o} mean in {r}? / what
- is {s} in {r}? / say {s} in {r}. / translate {s} into {r}. / which {r} word means {s}? / {s} is
- what in {r}? / how would you say {s} in {r}? / what is the {r} word {o} in English? / in {r}, {o}
- means what? / translate {o} from {r} into English. / the {r} word {o} means what? / someone says
- {o} in {r}: what is that?
-?! how do people who speak {r} say {s}? / in {r}, which word means {s}? / what do people who say {o}
- in {r} mean?
-@ number word | numbers in words and digits | both | number {s} in digits | number {o} in words
-+ {s} is written {o} / we write {s} in digits as {o} / {s} means {o} / the digits for {s} are {o} /
- {s} and {o} are the same number / {o} is read {s} / we say the number {o} as {s} / in words, {o} is
- {s} / the number {o} is called {s}
-! the number {s} is written as {o} / in digits, {s} is {o} / in words, we say the number {o} as {s}
-? how do you write {s} in digits? / how do you say the number {o}? / how is {o} written in words? /
- what is {s} in digits? / write {s} in digits. / which number is {s}? / {s} in digits is what? / how
- does {s} look in digits? / what is {o} in words? / write {o} in words. / how do you read {o}? / {o}
- in words is what? / how do you spell the number {o}?
-?! which digits do we write for {s}? / in words, which number is {o}?
-@ Roman | numbers and their Roman numerals | both | Roman numeral for {s} | number with the Roman
- numeral {o}
-+ the Romans wrote {s} as {o} / in Roman numerals, {s} is {o} / the number {s} is written {o} in
- Rome / a Roman would write {s} as {o} / {o} is the Roman way to write {s} / when a Roman wrote {o},
- he meant {s} / in Roman numerals, {o} means {s} / the Roman numeral {o} stands for {s}
-! the Romans would write {s} as {o} / in Roman numerals, people write {s} as {o} / the Roman numeral
- {o} means the number {s}
-? how did the Romans write {s}? / what does the Roman numeral {o} mean? / how do you write {s} in
- Roman numerals? / what is {s} in Roman numerals? / write {s} in Roman numerals. / how does {s} look
- in Roman numerals? / which Roman numeral stands for {s}? / {s} has which Roman numeral? / which
- number is the Roman numeral {o}? / the Roman numeral {o} stands for what? / how do you read the
- Roman numeral {o}? / what is the Roman numeral {o} in digits?
-?! how would a Roman write {s}? / which number did the Romans mean by {o}?
-@ sum | sums | | sum of {x} and {y} |
-+ {x} plus {y} [is|equals|makes] {o} / {x} and {y} [make|are] {o} / if you add {x} and {y}, you get
- {o} / add {x} to {y} and you get {o} / {x} + {y} = {o} / when you add {x} and {y}, the answer is
- {o} / {o} is {x} plus {y}
-! add {x} and {y}, and the answer is {o} / if you add {x} to {y}, the answer is {o}
-? what is {x} plus {y}? / how much is {x} plus {y}? / what do you get if you add {x} and {y}? / {x}
- plus {y} is what? / can you add {x} and {y}? / what do you get for {x} plus {y}? / I have {x} and
- get {y} more: how much is that? / what is the result of {x} plus {y}?
-?! add {x} and {y}: what is the answer? / how much do {x} and {y} make?
-@ product | products | | product of {x} and {y} |
-+ {x} times {y} [is|equals|makes] {o} / if you multiply {x} by {y}, you get {o} / multiply {x} and
- {y} and you get {o} / {x} x {y} = {o} / when you multiply {x} by {y}, the answer is {o} / {o} is
- {x} times {y}
-! multiply {x} by {y}, and the answer is {o} / if you multiply {x} and {y}, the answer is {o}
-? what is {x} times {y}? / how much is {x} times {y}? / what do you get if you multiply {x} by {y}?
- / {x} times {y} is what? / can you multiply {x} by {y}? / what do you get for {x} times {y}? / what
- is {x} multiplied by {y}? / what is the result of {x} times {y}?
-?! multiply {x} by {y}: what is the answer? / how much do you get if {x} is multiplied by {y}?
-@ after number | numbers and what comes next | | number [right |]after {s} |
-+ after {s} comes {o} / when you count, {s} is followed by {o} / one more than {s} is {o} / count on
- from {s} and you say {o} / {s} comes just before {o} / if you have {s} and get one more, you have
- {o} / next after {s} is {o}
-! when you count, after {s} comes {o} / if you count one more than {s}, you say {o}
-? what comes after {s}? / [which|what] number comes next after {s}? / what is one more than {s}? /
- which number follows {s}? / after {s}, what comes? / what is {s} and one more? / {s} comes right
- before what? / say the number that follows {s}. / what do you get if you add one to {s}?
-?! when you count, what do you say after {s}? / count on from {s}: what comes next?
-@ letter after | letters and what comes next | both | letter [right |]after {s} in the alphabet |
- letter [right |]before {o} in the alphabet
-+ in the alphabet, {s} is followed by {o} / in the alphabet, after {s} comes {o} / the letter {s}
- comes just before the letter {o} / when you say the alphabet, after {s} you say {o} / in the
- alphabet, before {o} comes {s} / the letter {o} follows the letter {s}
-! in the alphabet, the letter {s} is followed by the letter {o} / when you say the alphabet, {s}
- comes just before {o} / in the alphabet, the letter {o} follows {s}
-? [which|what] letter comes after {s}? / which letter comes before {o}? / what follows {s} in the
- alphabet? / what letter follows {s}? / after {s}, which letter comes? / in the alphabet, what comes
- after {s}? / {s} comes right before which letter? / what letter stands before {o}? / in the
- alphabet, what comes before {o}? / before {o}, which letter comes? / what comes right before {o} in
- the alphabet?
-?! when you say the alphabet, what do you say after {s}? / in the alphabet, {o} follows which
- letter?
-@ letter place | letters and their places in the alphabet | both | place of the letter {s} in the
- alphabet |
-+ in the alphabet, {s} is letter number {o} / the letter {s} is number {o} in the alphabet / {s} is
- letter number {o} / the letter {s} has place number {o} / counting from A, the letter {s} is number
- {o} / letter number {o} is {s} / letter number {o} of the alphabet is {s} / counting from A, letter
- number {o} is {s}
-! in the alphabet, the letter {s} has place number {o} / counting from A, {s} is letter number {o} /
- in the alphabet, letter number {o} is {s}
-? which place does {s} have in the alphabet? / which letter is number {o} in the alphabet? / what
- number is the letter {s}? / where in the alphabet is {s}? / {s} is letter number what? / which
- number does the letter {s} have? / in the alphabet, what number is {s}? / what letter is number {o}
- in the alphabet? / name letter number {o} of the alphabet. / in the alphabet, which letter has the
- place {o}? / letter number {o} is which one?
-?! counting from A, what number is {s}? / counting from A, which letter is number {o}?
-@ first letter | words and their first letters | | first letter of [the word |]{s} |
-+ the word {s} [begins|starts] with [|the letter ]{o} / {s} is a word that begins with {o} / to
- spell {s}, begin with {o} / {s} begins with {o} / if you spell {s}, you start with {o} / the letter
- at the start of {s} is {o}
-! to spell the word {s}, you start with {o} / {s} is a word that starts with the letter {o}
-? [which|what] letter does {s} [begin|start] with? / with which letter does {s} begin? / what does
- {s} begin with? / {s} begins with which letter? / which letter comes first in {s}? / the word {s}
- starts with what letter? / how does the word {s} begin?
-?! which letter is at the start of the word {s}? / to spell {s}, which letter do you start with?
-@ author | books and their authors | | [author|writer] of {s} |
-+ {s} was written by {o} / {o} wrote {s} / {s} is a [book|work] by {o} / the person who wrote {s}
- was {o} / if you read {s}, you read {o} / we have {s} thanks to {o} / the book called {s} is by {o}
- / {s} came from the pen of {o}
-! the book called {s} was written by {o} / the author who wrote {s} was {o}
-% {x} and {y} are both by {o} / {o} wrote both {x} and {y}
-? who wrote {s}? / who [is|was] the author of {s}? / by whom is {s}? / who is the writer of {s}? /
- {s} is by whom? / {s} was written by whom? / whose book is {s}? / which writer gave us {s}? / tell
- me who wrote {s}. / what is the name of the author of {s}?
-?! which author wrote {s}? / from whose pen came {s}?
-=< William Shakespeare: Hamlet, Macbeth, Romeo and Juliet, Othello, King Lear, The Tempest, Julius
- Caesar; Charles Dickens: Oliver Twist, A Christmas Carol, Great Expectations, David Copperfield,
- Bleak House, Hard Times; Jane Austen: Pride and Prejudice, Emma, Sense and Sensibility, Persuasion,
- Mansfield Park; Herman Melville: Moby Dick; Mark Twain: Tom Sawyer, Huckleberry Finn, The Prince
- and the Pauper; Mary Shelley: Frankenstein; Bram Stoker: Dracula; Lewis Carroll: Alice in
- Wonderland, Through the Looking-Glass; Robert Louis Stevenson: Treasure Island, Kidnapped; Jules
- Verne: Around the World in Eighty Days, The Mysterious Island, From the Earth to the Moon; Homer:
- The Iliad, The Odyssey; Leo Tolstoy: War and Peace, Anna Karenina; Fyodor Dostoevsky: Crime and
- Punishment, The Idiot; Dante: The Divine Comedy; Miguel de Cervantes: Don Quixote; Victor Hugo: Les
- Miserables, The Hunchback of Notre-Dame; Virgil: The Aeneid; Alexandre Dumas: The Three Musketeers,
- The Count of Monte Cristo; George Orwell: Animal Farm; Daniel Defoe: Robinson Crusoe; J. R. R.
- Tolkien: The Hobbit, The Lord of the Rings; J. K. Rowling: Harry Potter; C. S. Lewis: The
- Chronicles of Narnia; Emily Bronte: Wuthering Heights; Charlotte Bronte: Jane Eyre; Jonathan Swift:
- Gulliver's Travels; J. M. Barrie: Peter Pan; Arthur Conan Doyle: The Hound of the Baskervilles;
- Rudyard Kipling: The Jungle Book, Kim; Kenneth Grahame: The Wind in the Willows; H. G. Wells: The
- Time Machine, The War of the Worlds, The Invisible Man; Carlo Collodi: Pinocchio; Oscar Wilde: The
- Picture of Dorian Gray; Hans Christian Andersen: The Ugly Duckling, The Little Mermaid, The Snow
- Queen; Johanna Spyri: Heidi; Goethe: Faust; Ernest Hemingway: The Old Man and the Sea, A Farewell
- to Arms; F. Scott Fitzgerald: The Great Gatsby; Franz Kafka: The Trial; Antoine de Saint-Exupery:
- The Little Prince; Astrid Lindgren: Pippi Longstocking; Roald Dahl: Matilda; Harper Lee: To Kill a
- Mockingbird; Louisa May Alcott: Little Women; Lucy Maud Montgomery: Anne of Green Gables; Beatrix
- Potter: Peter Rabbit; A. A. Milne: Winnie-the-Pooh; Jack London: The Call of the Wild, White Fang;
- Joseph Conrad: Heart of Darkness; Frank Herbert: Dune; Aldous Huxley: Brave New World; Charles
- Darwin: On the Origin of Species; Geoffrey Chaucer: The Canterbury Tales; John Milton: Paradise
- Lost; Albert Camus: The Stranger; Frances Hodgson Burnett: The Secret Garden, A Little Princess;
- Agatha Christie: Murder on the Orient Express; Voltaire: Candide; Frank Baum: The Wizard of Oz;
- Edgar Allan Poe: The Raven; John Steinbeck: The Grapes of Wrath; Umberto Eco: The Name of the Rose;
- Anna Sewell: Black Beauty; Sun Tzu: The Art of War; William Golding: Lord of the Flies; Felix
- Salten: Bambi; Plato: The Republic
-@ inventor | inventions and discoveries and who made them | | person behind {s} |
-+ we have {s} thanks to {o} / {s} goes back to {o} / the mind behind {s} was {o} / the world owes
- {s} to {o} / when you hear of {s}, think of {o} / {o} gave the world {s} / {o} is famous for {s} /
- the name linked with {s} is {o}
-! the name behind {s} is {o} / when you think of {s}, think of {o}
-? who gave the world {s}? / who is [famous for|behind] {s}? / to whom do we owe {s}? / who came up
- with {s}? / whose idea was {s}? / {s} made whom famous? / who is known for {s}? / who brought us
- {s}? / {s} is the work of whom? / tell me who is behind {s}.
-?! whom should we thank for {s}? / which name is linked with {s}?
-= dynamite: Alfred Nobel; penicillin: Alexander Fleming; the theory of relativity: Albert Einstein;
- the law of gravity: Isaac Newton; the saxophone: Adolphe Sax; the World Wide Web: Tim Berners-Lee;
- the polio vaccine: Jonas Salk; the smallpox vaccine: Edward Jenner; the Rubik's Cube: Erno Rubik;
- writing for blind people with raised dots: Louis Braille; the diesel engine: Rudolf Diesel; the
- phonograph: Thomas Edison; the telegraph code of dots and dashes: Samuel Morse; the lightning rod:
- Benjamin Franklin; the theory of evolution: Charles Darwin; the laws of heredity: Gregor Mendel;
- the discovery of X-rays: Wilhelm Roentgen; the discovery of radium: Marie Curie; the periodic
- table: Dmitri Mendeleev; the printing press in Europe: Johannes Gutenberg; the battery: Alessandro
- Volta; the model of the Sun at the center: Nicolaus Copernicus; the laws of planetary motion:
- Johannes Kepler; psychoanalysis: Sigmund Freud; the vaccine against rabies: Louis Pasteur; the
- Ferris wheel: George Ferris; the ballpoint pen: Laszlo Biro; the metronome: Johann Maelzel; the
- cotton gin: Eli Whitney; the mercury thermometer: Daniel Fahrenheit; the safety elevator: Elisha
- Otis; the discovery of Uranus: William Herschel; the zeppelin: Ferdinand von Zeppelin; the
- discovery of the moons of Jupiter: Galileo Galilei
-@ painter | works of art and their makers | | |
-+ {s} is [|a work ]by {o} / {o} made {s} / the artist behind {s} is {o} / the artist who made {s}
- was {o} / {s} is a work of art by {o} / if you look at {s}, you see the art of {o} / we admire {s},
- the work of {o} / {s} shows the art of {o}
-! if you admire {s}, you admire the art of {o} / the work of art called {s} is by {o}
-? who made {s}? / which artist made {s}? / who is the artist behind {s}? / who is {s} by? / who
- created {s}? / {s} was made by whom? / which artist is known for {s}? / tell me who made {s}. /
- what is the name of the artist who made {s}? / to which artist do we owe {s}?
-?! by which artist is {s}? / whose work of art is {s}?
-=< Leonardo da Vinci: the Mona Lisa, The Last Supper; Vincent van Gogh: The Starry Night, The Potato
- Eaters; Edvard Munch: The Scream; Rembrandt: The Night Watch; Johannes Vermeer: Girl with a Pearl
- Earring, The Milkmaid; Pablo Picasso: Guernica; Michelangelo: the statue of David, The Creation of
- Adam; Sandro Botticelli: The Birth of Venus; Claude Monet: Water Lilies; Salvador Dali: The
- Persistence of Memory; Gustav Klimt: The Kiss; Raphael: The School of Athens; Francisco Goya: The
- Third of May; Diego Velazquez: Las Meninas; Edouard Manet: Olympia; Jan van Eyck: The Arnolfini
- Portrait; Katsushika Hokusai: The Great Wave; Grant Wood: American Gothic; Auguste Rodin: The
- Thinker; Edward Hopper: Nighthawks; Hieronymus Bosch: The Garden of Earthly Delights
-@ composer | pieces of music and their composers | | composer of {s} |
-+ {s} was composed by {o} / {o} composed {s} / the music of {s} is by {o} / if you hear {s}, you
- hear {o} / the person who composed {s} was {o} / {s} is music by {o} / orchestras that play {s}
- play {o} / {s} comes from {o}
-! the person who composed the music of {s} was {o} / when orchestras play {s}, you hear {o}
-? who composed {s}? / by whom is the music of {s}? / who is the composer of {s}? / which composer
- wrote {s}? / who wrote the music of {s}? / {s} was composed by whom? / {s} is a work of which
- composer? / tell me who composed {s}. / what is the name of the composer of {s}? / to which
- composer do we owe {s}?
-?! which composer do I hear in {s}? / whose music is {s}?
-=< Wolfgang Amadeus Mozart: The Magic Flute, Don Giovanni, The Marriage of Figaro; Antonio Vivaldi:
- The Four Seasons; Ludwig van Beethoven: the Moonlight Sonata, Fidelio, the Ode to Joy; Giuseppe
- Verdi: Aida, Rigoletto, La Traviata, Nabucco; Pyotr Tchaikovsky: Swan Lake, The Nutcracker, The
- Sleeping Beauty; Georges Bizet: Carmen; Joseph Haydn: The Creation; Johann Sebastian Bach: the
- Brandenburg Concertos, the Saint Matthew Passion; Maurice Ravel: Bolero; Claude Debussy: Clair de
- Lune; George Frideric Handel: the Messiah, the Water Music; Giacomo Puccini: Tosca, Turandot,
- Madame Butterfly; Edvard Grieg: Peer Gynt; Richard Wagner: Lohengrin, Parsifal, Tannhauser; Johann
- Strauss: The Blue Danube, Die Fledermaus; Gustav Holst: The Planets; Igor Stravinsky: The Rite of
- Spring, The Firebird; Sergei Prokofiev: Peter and the Wolf; George Gershwin: Rhapsody in Blue
-@ Roman god | Greek gods and their Roman names | both | Roman name of the Greek god {s} | Greek name
- of the Roman god {o}
-+ the Romans called the Greek god {s} {o} / the Greek god {s} was known in Rome as {o} / in Rome,
- {s} was called {o} / the Greeks called the Roman god {o} {s} / in Greece, {o} was called {s} / what
- the Greeks called {s}, the Romans called {o} / the Roman god {o} was known in Greece as {s}
-! in Rome, the Greek god {s} was known as {o} / the Romans knew the Greek god {s} as {o} / in
- Greece, the Roman god {o} was known as {s}
-? what did the Romans call {s}? / what did the Greeks call {o}? / which Roman god is the same as
- {s}? / who was {s} to the Romans? / which Roman god was {s}? / what was the Roman name for {s}? /
- {s} is the same as which Roman god? / which name did the Romans have for {s}? / who was {o} to the
- Greeks? / which Greek god was {o}? / {o} is the Roman name of whom? / which name did the Greeks
- have for {o}?
-?! how was {s} known in Rome? / by what name did the Greeks know {o}?
-= Zeus: Jupiter; Hera: Juno; Poseidon: Neptune; Ares: Mars; Aphrodite: Venus; Hermes: Mercury;
- Athena: Minerva; Artemis: Diana; Hades: Pluto; Hephaestus: Vulcan; Dionysus: Bacchus; Demeter:
- Ceres; Cronus: Saturn; Eros: Cupid; Hestia: Vesta; Heracles: Hercules
-@ year | events and their years | | year of {s} |
-+ {s} came in {o} / {s} [was|happened] in {o} / in history, {s} came in the year {o} / the year to
- remember for {s} is {o} / it was {s} that made people remember {o} / {o} was the year of {s} /
- people remember {s}, which was in {o}
-! in history, {s} was in the year {o} / the year when {s} came is {o}
-? when was {s}? / in [which|what] year was {s}? / which year saw {s}? / what year was {s}? / {s}
- was in which year? / tell me when {s} was. / what is the date of {s}? / which year do we link with
- {s}? / {s} took place when?
-?! what year should I remember for {s}? / in what year did {s} happen?
-= the end of the Second World War: 1945; the start of the First World War: 1914; the first Moon
- landing: 1969; the start of the French Revolution: 1789; the fall of the Berlin Wall: 1989; the
- Battle of Hastings: 1066; the first voyage of Columbus to America: 1492; the signing of the Magna
- Carta: 1215; the Battle of Waterloo: 1815; the American Declaration of Independence: 1776; the
- Great Fire of London: 1666; the sinking of the Titanic: 1912; the Russian Revolution: 1917; the
- fall of Constantinople: 1453; the first flight of the Wright brothers: 1903; the end of the First
- World War: 1918; the start of the Second World War: 1939; the opening of the Suez Canal: 1869; the
- launch of Sputnik: 1957; the death of Napoleon: 1821; the birth of Mozart: 1756; the death of
- Shakespeare: 1616; the flight of Gagarin into space: 1961; the opening of the Panama Canal: 1914;
- the birth of Einstein: 1879; the opening of the Eiffel Tower: 1889; the eruption of Krakatoa: 1883;
- the San Francisco earthquake: 1906; the Spanish Armada: 1588
-@ family | instruments and their families | | |
-+ the {s} is {ao} / the {s} belongs to the family of the {po} / people count the {s} among the {po}
- / in an orchestra, the {s} is {ao} / the {s} is one of the {po} / if you play the {s}, you play
- {ao}
-! in an orchestra, the {s} is one of the {po} / if you play the {s}, you play one of the {po}
-% the {x} and the {y} are both {po}
-? which family does the {s} belong to? / what kind of instrument is the {s}? / in an orchestra,
- what is the {s}? / what sort of instrument is the {s}? / the {s} is what kind of instrument? /
- which family of instruments has the {s}? / the {s} is in which family? / the {s} belongs to which
- instruments? / which instruments are like the {s}?
-?! to which family of instruments does the {s} belong? / among which instruments do people count the
- {s}?
-=< string instrument: violin, viola, cello, guitar, harp, banjo, mandolin, lute, double bass,
- ukulele; brass instrument: trumpet, trombone, tuba, French horn, bugle; woodwind instrument: flute,
- clarinet, oboe, bassoon, piccolo, recorder; percussion instrument: drum, cymbal, triangle,
- tambourine, xylophone, gong
-"""
-FIRST_LETTER = """
-apple bread bridge candle chair cloud door dragon egg engine finger flag forest glass hammer hill
-island jam jungle key kite ladder lamp lemon map moon mountain nest nose number onion orange palm
-paper queen question rabbit ring road silver table tower umbrella village whale window yard yellow
-yogurt zebra zipper"""
-# Names by pronoun. The last two lists are for the test: no training file has them.
-GIRLS = """
-Ana Mia Nora Lily Emma Ella Rosa Clara Eva Ida Julia Lucy Maya Nina Olga Paula Ruth Sara Tina Vera
-Wendy Alice Betty Carol Diana Elena Flora Greta Hanna Irene Jane Kate Laura Maria Nadia Amy Penny
-Rita Sonia Tessa Uma Violet Zara Anna Bella Daisy Fiona Grace Helen Ivy Joan Lena Molly Olive Polly
-Rose Stella Susan""".split()
-BOYS = """
-Ben Tom Sam Max Leo Finn Jack Paul Adam Carl David Eric Frank George Henry Ivan Jacob Karl Liam
-Mark Noah Omar Peter Ravi Simon Theo Victor Will Alan Bruno Chris Daniel Emil Felix Hugo Igor John
-Kevin Louis Martin Nick Oscar Pablo Ralph Steve Tim Walter Yusuf Anton Boris Dennis Edward Fred Gus
-Hans Jim Ken Luke Milo Ned""".split()
-TEST_GIRLS = """
-Zoe Priya Ingrid Chloe Fatima Yuki Abigail Marta Saskia Dora Nell Leila Tamara Wilma Agnes Hilda
-Consuelo Bianca Edith Thea""".split()
-TEST_BOYS = """
-Kofi Mateo Otto Sanjay Dylan Ezra Joaquin Ruben Tariq Anders Barnaby Cyrus Desmond Hector Kurt
- Lorenzo
-Magnus Nigel Rufus Stefan""".split()
-PLACES = """
-in the kitchen; in the garden; in the attic; in the cellar; in the hall; in the barn; in the park;
-in the library; in the forest; in the museum; in the classroom; in the bedroom; in the garage; in
-the tower; in the field; at the market; at the school; at the bakery; at the station; at the farm;
-at the harbor; at the theater; by the river; by the lake; by the gate; on the bridge; on the hill;
-on the beach; on the roof; on the playground"""
-# What people carry about in stories, and why somebody would want it ({he}: she or he).
-WANTED = """
-lamp: it was getting dark; map: {he} did not know the way; umbrella: it looked like rain; blanket:
-{he} felt cold; rope: {he} wanted to make a swing; basket: {he} wanted to pick berries; kite: the
-wind was strong; drum: {he} loved music; book: {he} had nothing to read; key: a door was locked;
-bucket: the flowers needed water; ball: {he} wanted to play; hat: the sun was hot; coat: the air
-was chilly; spoon: there was hot soup; flute: {he} wanted to learn a song; apple: {he} was hungry;
-cake: it was a birthday; toy boat: {he} liked to see it float; candle: the power had gone out;
-pencil: {he} wanted to draw; camera: the view was lovely; doll: {he} wanted to sew a dress for it;
-hammer: the fence was broken; net: {he} hoped to catch a fish; scarf: snow was falling; bell: {he}
-wanted to call everyone to dinner; broom: the floor was dusty; notebook: {he} had a story to write;
-whistle: {he} was training a dog; ladder: the apples hung high; box: {he} had many stones to carry;
-mirror: {he} had a new hat; teapot: guests were coming; sandwich: {he} had skipped lunch; shovel:
-{he} wanted to plant a tree"""
-# Verbs of word problems: base, past, -ing form, + or -, the set, meaning, where or how; after a
-# colon, what they are said of, if not of everything.
-# "shown": solved in mid and sft; "practised": in rl with the answer alone; "test": in no problem.
-# The text explains all of them, and tells tales with them, but never asks.
-COUNT_VERBS = """
-buy, bought, buying, +, shown, to get something by paying for it, at the shop
-find, found, finding, +, shown, to come upon something, under a tree
-get, got, getting, +, shown, to come to have something, from a friend
-win, won, winning, +, shown, to gain something in a game, at the fair
-make, made, making, +, shown, to bring something new into being, at home: card cookie sandwich
- muffin candle badge toy ribbon basket cup
-receive, received, receiving, +, shown, to be given something, on a birthday
-sell, sold, selling, -, shown, to give something to others for money, at the market
-lose, lost, losing, -, shown, to have something no more without wanting it, on the way home
-give away, gave away, giving away, -, shown, to let others have something, after school
-use up, used up, using up, -, shown, to use something until it is gone, during the week: candle
- ribbon egg bead crayon pencil carrot lemon nut stamp card
-break, broke, breaking, -, shown, to spoil something so that it is no good, by accident: button
- shell pencil cookie egg cup candle toy nut badge crayon
-bring home, brought home, bringing home, +, shown, to come home with something, from the fair
-order, ordered, ordering, +, shown, to ask a shop to send something, by post
-fetch, fetched, fetching, +, shown, to go and come back with something, from the cellar
-pick, picked, picking, +, shown, to take something from a plant, in the garden: apple pear plum
- flower nut carrot lemon orange rose peach leaf
-grow, grew, growing, +, shown, to have plants bear something, in the garden: apple pear plum flower
- nut carrot lemon orange rose peach
-dig up, dug up, digging up, +, shown, to get something out of the ground, in the field: stone coin
- shell carrot key
-bake, baked, baking, +, shown, to make something in the oven, in the kitchen: cookie muffin
-print, printed, printing, +, shown, to make something on paper, at school: card postcard ticket
- sticker stamp
-give back, gave back, giving back, -, shown, to let the owner have something again, to a neighbor
-throw away, threw away, throwing away, -, shown, to put something in the trash, after dinner
-return, returned, returning, -, shown, to bring something back to its owner, after school
-ship, shipped, shipping, -, shown, to send something far away, to another town
-eat, ate, eating, -, shown, to take something as food, at lunch: apple pear plum cookie egg nut
- carrot lemon sandwich orange muffin peach
-spend, spent, spending, -, shown, to pay with something, in town: coin ticket stamp
-mail, mailed, mailing, -, shown, to send something by post, to a friend: postcard card stamp book
- sticker
-burn, burned, burning, -, shown, to let something go up in flames, at night: candle card ticket leaf
-plant, planted, planting, -, shown, to put something into the ground, in the park: flower nut acorn
- rose
-collect, collected, collecting, +, practised, to bring things together one by one, in the park
-borrow, borrowed, borrowing, +, practised, to get something for a while, from a neighbor
-pick up, picked up, picking up, +, practised, to take something from the ground, along the road:
- stone coin shell acorn button feather leaf nut marble key card
-earn, earned, earning, +, practised, to get something by working for it, by helping at home: coin
- sticker badge ticket card stamp marble book
-lend, lent, lending, -, practised, to let someone have it for a while, to a cousin
-drop, dropped, dropping, -, practised, to let something fall and lose it, into the river
-hand out, handed out, handing out, -, practised, to give something to each person, at a party
-leave behind, left behind, leaving behind, -, practised, to go away without something, on the train
-inherit, inherited, inheriting, +, test, to be given what an old relative once had, from an aunt
-gather, gathered, gathering, +, test, to bring things together in one place, in the woods: acorn
- nut flower stone leaf feather shell apple egg plum pear
-purchase, purchased, purchasing, +, test, to buy something, in town
-acquire, acquired, acquiring, +, test, to come to own something, at a yard sale
-donate, donated, donating, -, test, to give something away to help, to a school
-discard, discarded, discarding, -, test, to throw something away as no use, in the evening
-misplace, misplaced, misplacing, -, test, to put something where it is not found, in the house
-trade away, traded away, trading away, -, test, to give something for another thing, at recess"""
-# Other parts of word problems, in the same three sets: phrase, set, role, what is done with the
-# number, use in a problem ([now|in the past]), meaning.
-COUNT_PHRASES = """
-in all, shown, all, +, in all, everything counted together
-together, shown, all, +, together, everything counted as one
-altogether, practised, all, +, altogether, everything counted together
-in total, test, all, +, in total, everything counted together
-left, shown, left, 0, [are|were] left, still there when the rest is gone
-to remain, practised, left, 0, [remain|remained], to be left
-to be left over, test, left, 0, [are|were] left over, to be there still when the rest is gone
-twice as many, shown, times, *2, twice as many, two times the number
-half as many, shown, times, /2, half as many, half of the number
-four times as many, shown, times, *4, four times as many, four times the number
-five times as many, shown, times, *5, five times as many, five times the number
-ten times as many, shown, times, *10, ten times as many, ten times the number
-a third as many, shown, times, /3, a third as many, a third of the number
-three times as many, practised, times, *3, three times as many, three times the number
-to halve, shown, scale, /2, [halves|halved], to become half of the number
-to quadruple, shown, scale, *4, [quadruples|quadrupled], to become four times the number
-to grow tenfold, shown, scale, *10, [grows|grew] tenfold, to become ten times the number
-to fall to a third, shown, scale, /3, [falls|fell] to a third, to become a third of the number
-to triple, practised, scale, *3, [triples|tripled], to become three times the number
-to double, test, scale, *2, [doubles|doubled], to become two times the number
-each, shown, group, *, with {b} {things} each, every single one has that number
-per, practised, group, *, with {b} {things} per {box}, for each one
-apiece, test, group, *, with {b} {things} apiece, the same as each
-more than, shown, compare, -, more, the larger number minus the smaller one
-fewer than, practised, compare, -, fewer, the larger number minus the smaller one
-a pair, shown, number, 2, a pair of, 2 of something
-a dozen, test, number, 12, a dozen, 12 of something"""
-COUNTED = """
-apple pear plum marble button stamp coin shell pencil book card sticker cookie egg flower stone
-ribbon bead balloon candle nut carrot lemon postcard feather key cup sandwich orange muffin toy
-acorn badge peach crayon rose ticket basket ball leaf""".split()
-CONTAINERS = "box bag basket crate".split()
-RHYMES = """
-cat hat bat mat rat; dog log fog frog; sun fun run bun; tree bee sea key knee; light night right
-kite; star car jar far; rain train brain chain; moon spoon noon soon; cake lake snake make; king
-ring sing wing; house mouse blouse; boat coat goat note; ball wall tall fall small; bell well shell
-tell; bed red head bread; day play say way gray; snow go slow toe; blue shoe two new; hair bear
-chair pear; book look cook hook; sand hand band land; hill mill pill still; ship trip lip dip; best
-nest west test; clock rock sock lock; duck truck luck; fish dish wish; nose rose goes; rice mice
-ice nice; cold gold old told; store door four more; sky pie fly high; heart art part start; tail
-whale snail mail; ten pen hen men; fight bite white; sweet feet meat"""
-# How to do things: title: step | step | ...
-HOW_TO = """
-make a cup of tea: boil some water | put a tea bag into a cup | pour the hot water over it | wait
- three minutes | take out the tea bag
-plant a seed: fill a pot with soil | make a small hole | drop the seed in | cover it with soil |
- water it a little
-wash your hands: wet your hands | rub them with soap | count slowly to twenty | rinse them well |
- dry them with a towel
-boil an egg: put the egg into a pot | cover it with water | bring the water to a boil | wait eight
- minutes | cool the egg under cold water
-make a sandwich: take two slices of bread | spread butter on them | lay cheese on one slice | put
- the other slice on top | cut it in half
-brush your teeth: put toothpaste on the brush | brush the top teeth | brush the bottom teeth | spit
- out the foam | rinse your mouth
-draw a face: draw a big circle | add two eyes | put a nose in the middle | draw a smiling mouth |
- add some hair
-fly a kite: find an open field | wait for a steady wind | hold the string tight | run until the
- kite rises | let out more string
-bake bread: mix flour, water, salt and yeast | knead the dough | let it rise for an hour | shape a
- loaf | bake it until it is brown
-wrap a present: put the present on the paper | fold the paper over it | tape down the edges | tie a
- ribbon around it | write a name on a tag
-build a snowman: roll a large ball of snow | roll a smaller one and set it on top | add a third for
- the head | use stones for eyes | give it a carrot nose
-make soup: chop some vegetables | heat a little oil in a pot | add the vegetables | pour in water |
- let it simmer for half an hour
-set the table: lay out the plates | put a fork on the left | put a knife on the right | set a glass
- above the knife | call everyone to eat
-tie a shoe: cross the laces | pull one lace under | make two loops | cross the loops | pull them
- tight
-make lemonade: squeeze four lemons | add a little sugar | pour in cold water | stir well | add some
- ice"""
-WEATHER = """
-it was a sunny morning; it was a rainy afternoon; it was a cold winter day; the birds were singing;
-the wind was blowing hard; it was the first day of spring; a light snow was falling; it was a quiet
-Sunday; it was almost evening; the sky was gray; it was market day; it was a warm summer day;
-school was over for the day; the town was still asleep; it had rained all night; it was a foggy
-morning"""
-FEELINGS = """
-{p} smiled; {p} was pleased; {p} laughed out loud; {p} was a little tired; {p} felt proud; {p}
-began to sing softly; {p} looked out at the clouds; {p} stopped to rest for a moment; {p} was in a
-good mood"""
-ENDINGS = """
-everyone went home happy; it had been a good day; soon it was time for supper; then the bells rang,
-and the day was over; that night they all slept well; they promised to meet again the next day;
-they laughed about it for weeks"""
-MOVES = """
-because {he} heard a noise; to see what was there; because it was quiet there; to get some fresh
-air; at once; because {he} was bored; to look around; without a word; as fast as {he} could; to
-wait for a friend; with a smile"""
-# How stories, sums and the rest are worded; {p} is a pronoun or the name {n}.
-WORDINGS = """
-opening: here is something about {t}: | let us talk about {t}. | this is about {t}: | some facts
- about {t}: | more about {t}: | a page about {t}. | what do we know about {t}? | today we look at
- {t}.
-go: {p} {went} {to} | {p} {went} {to} | then {p} {went} {to} | after a while, {p} {went} {to} | {p}
- {went} {to} {why} | {p} {went} {to} {why} | {p} left and {went} {to} | next, {p} {went} {to}
-carry: {p} took the {t} along and {went} {to} | {p} {went} {to} with the {t} | carrying the {t}, {p}
- {went} {to}
-take: {p} picked up the {t} | {p} took the {t} | {p} found the {t} and kept it | the {t} was there,
- and {p} took it | {p} saw the {t} there and picked it up | {p} was happy to find the {t} and took
- it
-put: {p} put the {t} down {at} | {p} left the {t} {at} | {p} had carried the {t} long enough and
- left it {at}
-give: {p} gave the {t} to {q} | {p} handed {q} the {t} | {p} gave {q} the {t} | "Here, take the
- {t}," said {n} to {q} | {q} asked for the {t}, and {n} gave it away | {p} let {q} have the {t} |
- "This is for you," said {n}, and gave {q} the {t}
-thanks: "Thank you," said {n} | "How kind of you," said {n} | {p} was glad to have it | "Just what I
- need!" said {n}
-want: {p} wanted the {t}, because {reason} | {p} needed the {t}, because {reason} | {reason}, so {n}
- wanted the {t}
-beg: "May I have the {t}?" asked {n} | {p} asked for the {t} | "Could you give me the {t}?" asked
- {n}
-ask: "Where is the {t}?" asked {q}. "{answer}," said {n} | {q} asked where the {t} was. "{answer},"
- said {n}
-close: in the end, | by evening, | now | when the day was over, | after all this,
-add: {a} + {b}: {at} + {bt} = {t}, {ao} + {bo} = {o}, and {t} + {o} = {r} | {a} plus {b} is {r}, as
- {t} and {o} make {r} | to add {a} and {b}, add the tens, {at} + {bt} = {t}, then the ones, {ao} +
- {bo} = {o}; together that is {r}
-subtract: {a} - {b}: {a} - {bt} = {m}, and {m} - {bo} = {r} | {a} minus {b} is {r}, because {r} and
- {b} make {a} | take {b} away from {a}: first {bt}, which leaves {m}, then {bo}, which leaves {r}
-multiply: {a} x {b}: {at} x {b} = {t}, {ao} x {b} = {o}, and {t} + {o} = {r} | {b} boxes of {a}
- {things} hold {r} {things} | {a} times {b} is {r}: {at} times {b} is {t}, {ao} times {b} is {o},
- and together that makes {r}
-small: {A} {things} and {B} more {things} make {S} {things} | if you have {A} {things} and get {B}
- more, you have {S}
-minus: if you have {A} {things} and {B} are gone, you have {D} left | {A} minus {B} is {D} | {A}
- {things} without {B} of them are {D}
-times: {A} times {B} is {P} | {A} bags with {B} {things} in each hold {P} {things} | {A} rows of {B}
- {things} make {P} {things}
-share: {P} {things} shared by {A} friends make {B} for each | {P} divided by {A} is {B} | {A}
- friends share {P} {things} and get {B} each
-count: counting up by {by}: {up} | counting down by {by}: {down} | {words} | {a} is {more} than {b}
- | {by}, upward: {up} | the larger of {a} and {b} is {max}, and the smaller is {min} | {a} is {odd}
- number, because it ends in {end} | {a} has the digits {digits}; in words it is {named} | in order,
- the numbers {some} are {sorted}
-spell: {w} is spelled {l} | the word {w} is spelled {l} | {w}, letter by letter, is {l} | to spell
- {w}, say {l} | {w}: {l}
-quoted: in quotes, {w} is "{w}". | the word {w} in quotes is "{w}". | with quotes around it, {w}
- becomes "{w}". | we write {w} in quotes as "{w}". | "{w}" is the word {w} in quotes
-letters: {w} has {n} letters | the word {w} has {n} letters: {list} | count the letters of {w}, {l}:
- there are {n} | {w} begins with {first} and ends with {last} | the first letter of {w} is {first},
- and the last is {last} | {w} written backwards is {back} | backwards, {l} is {lback} | there {is}
- {k} in {l} | the word {w} has {k}, as {l} shows
-rhyme: {a} rhymes with {b} | {a} and {b} rhyme | {b} is a word that rhymes with {a} | these words
- rhyme: {all} | if you need a rhyme for {a}, take {b} | say {a} and then {b}: the words rhyme |
- {all} all sound alike at the end
-how: how to {t} | here is how to {t} | this is the way to {t} | {n} shows us how to {t} | it takes
- {k} steps to {t}
-sort: in the order of the alphabet, {words} are {sorted} | {first} comes before {second} in the
- dictionary
-odd: of {words}, the {odd} is the odd one out, because the others are {kind}
-had: {n} had {c} {things} | there were {c} {things} in {n}'s box | at first {n} had {c} {things} |
- {n} owned {c} {things}
-gain: {he} {past} {b} more {tail}, so {he} had {c} now | then {he} {past} {b} more, and that made
- {c} | {tail}, {he} {past} {b} more, so there were {c} in all | after {ing} {b} more {tail}, {he}
- had {c} {things} | {he} {past} another {b}, and now {he} had {c}
-part: {he} {past} {b} of them {tail}, so {he} had {c} left | then {he} {past} {b} of them, and that
- left {c} | {tail}, {he} {past} {b} of them, so only {c} were left | after {ing} {b} of them {tail},
- {he} had {c} {things} left | {he} {past} {b}, and {c} {things} were still there
-verb: to {base} something is {meaning}, so after {ing} {things} you have {more} | to {base} means
- {meaning} | when people {base} {things}, they have {more} of them than before | {ing} makes the
- number {size} | someone who {does} {things} has {more} {things} afterwards | if you {base}
- something, the number you have goes {up} | {n} {past} some {things}, and then {n} had {more} | the
- word {base} tells us that there are {more} in the end | {n} {past} some {things}, so now {he} has
- {more}
-phrase: {base} means {meaning} | "{base}" means {meaning} | when people say {base}, they mean
- {meaning} | in a sum, {base} means {meaning}
-with all: {n} had {a} {things} and {m} had {b}; {use} they had {c} | {n} had {a} {things}, and {m}
- had {b}, so they had {c} {things} {use}
-with left: {n} had {a} {things} and lost {b} of them, so {c} {things} {use} | {n} had {a} {things},
- but {b} were gone: {c} {use}
-with times: {m} had {a} {things}, and {n} had {use}, so {n} had {c} | {n} had {c} {things}, which is
- {use} as the {a} that {m} had
-with scale: {n} had {a} {things}; then the number of {things} {use}, and it was {c} | {n} had {a}
- {things}, and when the number {use}, it became {c}
-with group: {n} had {a} {boxes} {use}, so there were {c} {things} | {a} {boxes} {use} hold {c}
- {things}, for {a} times {b} is {c}
-with compare: {n} had {a} {things} and {m} had {b}, so {x} had {c} {use} than {y} | {x} had {c} {use}
- {things} than {y}, for {n} had {a} and {m} had {b}
-with number: {n} had {a} {things} and got {use} {things}, so {he} had {c} | {n} put {use} {things}
- with {a} others, and so {he} had {c}
-"""
-LEADS = """as everyone knows,; remember that; it is a fact that; as you may know,; it is true that;
-my teacher says that; in school we learn that; you should know that; I have read that"""
-N_ASIDES = """the {N}, as you may know, is; the {N}, of course, is; the {N}, as we learn in school, is;
-the {N}, so people say, is"""
-N_UNSEEN = "the {N}, as everyone knows, is "
-N_QUESTIONS = """what is the {N}? / tell me the {N} / [do you know|can you tell me] the {N}? / give me
- the {N} / the {N} is what? / what do you know about the {N}? / I need to know the {N} / say what the
- {N} is / which is the {N}? / could you give me the {N}? / I forgot the {N}: what is it? / remind me:
- what is the {N}? / I am looking for the {N} / find the {N} / I wonder what the {N} is / would you tell
- me the {N}?"""
-N_UNSEEN_QUESTIONS = "what would you say is the {N}? / please name the {N}"
-MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in RELATIONS
-LANGUAGES = ("Spanish", "French", "German")  # columns of TRANSLATIONS
-# Regular rules make the plurals that this table lacks.
-IRREGULAR = dict(re.findall(r"(\w+): (\w+)", RELATIONS.split("@ plural")[1].split("@ ")[0]))
-SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
-fifteen sixteen seventeen eighteen nineteen""".split()
-TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
-ORDINALS = "first second third fourth fifth sixth seventh eighth".split()
+MARKS = "+ ! & % ? ?!".split()  # kinds of wordings in relations
+LANGUAGES = ("Spanish", "French", "German")  # columns of translations
+
+
+@cache
+def sections() -> dict[str, str]:
+    """Read world.txt: name -> section, without comments."""
+    text = (Path(__file__).parent / "world.txt").read_text("utf-8")
+    parts = re.split(r"(?m)^== (\w+)\n", re.sub(r"(?m)^#.*\n", "", text))
+    return {name: body.strip("\n") for name, body in zip(parts[1::2], parts[2::2])}
+
+
+def section(name: str) -> str:
+    """Return a section of world.txt."""
+    return sections()[name]
+
+
+def world_version() -> str:
+    """Return what the world is made by: the version of this code and a checksum of world.txt."""
+    return f"{WORLD_VERSION} {zlib.crc32(json.dumps(sections()).encode()):08x}"
+
+
+@cache
+def world_words(name: str) -> list[str]:
+    """Return the words of a section."""
+    return section(name).split()
+
+
+@cache
+def world_items(name: str) -> list[str]:
+    """Return the items of a section, which semicolons separate."""
+    return items(section(name))
 
 
 def items(text: str, mark: str = ";") -> list[str]:
@@ -3069,22 +1717,20 @@ def held_out_word(word: str) -> bool:
 def number_word(n: int) -> str:
     """Spell a number from 0 to 999,999 in words: 342 -> three hundred and forty-two."""
     if n < 20:
-        return SMALL[n]
+        return world_words("small")[n]
     if n < 100:
-        return TENS[n // 10] + (f"-{SMALL[n % 10]}" if n % 10 else "")
+        return world_words("tens")[n // 10] + (f"-{world_words('small')[n % 10]}" if n % 10 else "")
     base, name = (100, "hundred") if n < 1000 else (1000, "thousand")
     rest = n % base
     tail = f"{' and' if rest < 100 else ''} {number_word(rest)}" if rest else ""
     return f"{number_word(n // base)} {name}{tail}"
 
 
-def roman(n: int) -> str:
-    """Write a number in Roman numerals."""
-    text = ""
-    marks = "M CM D CD C XC L XL X IX V IV I".split()
-    for mark, value in zip(marks, (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)):
-        text, n = text + mark * (n // value), n % value
-    return text
+@cache
+def irregular() -> dict[str, str]:
+    """Return the plurals that do not follow the rules of `plural`."""
+    block = section("relations").split("@ plural")[1].split("@ ")[0]
+    return dict(re.findall(r"(\w+): (\w+)", block))
 
 
 def plural(noun: str) -> str:
@@ -3093,8 +1739,8 @@ def plural(noun: str) -> str:
         first, _, rest = noun.partition(" of ")
         return f"{plural(first)} of {rest}"
     head, _, last = noun.rpartition(" ")
-    if last in IRREGULAR:
-        last = IRREGULAR[last]
+    if last in irregular():
+        last = irregular()[last]
     elif last.endswith(("s", "x", "ch", "sh")):
         last += "es"
     elif last.endswith("y") and last[-2:-1] not in tuple("aeou"):
@@ -3143,6 +1789,7 @@ class Fact:
             "ss": s + ("'" if s[-1] == "s" else "'s"),
             "o": o,
             "ao": with_article(o),
+            "adj": nationalities().get(s, s),
             "po": plural(o),
         }
         if self.operands:
@@ -3152,7 +1799,7 @@ class Fact:
 
 @dataclass
 class Relation:
-    """A kind of fact with all its wordings, as read from a block of RELATIONS."""
+    """A kind of fact with all its wordings, as read from a block of relations."""
 
     name: str
     title: str
@@ -3181,6 +1828,12 @@ class Relation:
         return self.both and sum(f.answer == fact.answer for f in self.facts) == 1
 
 
+@cache
+def nationalities() -> dict[str, str]:
+    """Return the adjective of each country that has one."""
+    return {fact.subject: fact.answer for fact in world_relations()["nationality"].facts}
+
+
 def ends_in(wording: str, letter: str) -> bool:
     """Whether a wording ends in a form of the answer ("o") or of the subject ("s")."""
     return re.search(r"\{[ap]?" + letter + r"\}$", wording) is not None
@@ -3196,48 +1849,8 @@ def expand(text: str) -> list[str]:
     return [w for w in out if w]
 
 
-def generated_pairs(name: str) -> list[tuple[str, str]]:
-    """Subject and answer of the relations whose facts follow a rule or fill a wide table."""
-    columns = ["continent", "capital", "language", "currency", "nationality"]
-    if name in columns:
-        pairs = []
-        for block in re.split(r"\n(?! )", COUNTRIES.strip()):
-            continent, _, rows = block.partition("\n")
-            for row in items(rows):
-                country, *cells = row.split(", ")
-                cells = [continent, *cells[:3], cells[1] if cells[3] == "=" else cells[3]]
-                pairs.append((country, cells[columns.index(name)]))
-        return pairs
-    if name in LANGUAGES:
-        rows = [row.split() for row in items(TRANSLATIONS)]
-        return [(row[0], row[1 + LANGUAGES.index(name)]) for row in rows]
-    elements: list[tuple[str, str, int]] = []
-    for element, symbol, number in re.findall(r"(\w+)\s([A-Z]\w?)\b\s?(\d*)", ELEMENTS):
-        elements.append((element, symbol, int(number) if number else elements[-1][2] + 1))
-    letters, days = [chr(65 + i) for i in range(26)], WEEKDAYS.split()
-    months, lengths = MONTHS.split()[::2], MONTHS.split()[1::2]
-    rules: dict[str, Iterable[tuple[str, str]]] = {
-        "symbol": ((e, s) for e, s, _ in elements),
-        "atomic number": ((e, str(i)) for e, _, i in elements),
-        "planet": zip(PLANETS.split(), ORDINALS),
-        "next": ((r[i - 1], r[i]) for r in (months, days) for i in range(len(r))),
-        "previous": ((r[i], r[i - 1]) for r in (months, days) for i in range(len(r))),
-        "month number": ((m, str(i)) for i, m in enumerate(months, 1)),
-        "days": ((m, d) for m, d in zip(months, lengths) if m != "February"),
-        "number word": (
-            (number_word(i), str(i)) for i in (*range(41), *range(50, 101, 10), 200, 1000)
-        ),
-        "Roman": ((str(i), roman(i)) for i in (*range(1, 31), *range(40, 101, 10), 500, 1000)),
-        "after number": ((str(i), str(i + 1)) for i in range(61)),
-        "letter after": itertools.pairwise(letters),
-        "letter place": ((c, str(i)) for i, c in enumerate(letters, 1)),
-        "first letter": ((w, w[0]) for w in FIRST_LETTER.split() if not held_out_word(w)),
-    }
-    return list(rules.get(name, ()))
-
-
 def parse_facts(name: str, lines: list[str], mirror: bool) -> list[Fact]:
-    """Read the data lines of a relation, or generate its facts; cells with "-" are left out."""
+    """Read the data lines of a relation, or make its facts by a rule; "-" is left out."""
     if name in ("sum", "product"):
         sign, times = ("times", True) if name == "product" else ("plus", False)
         return [
@@ -3251,12 +1864,20 @@ def parse_facts(name: str, lines: list[str], mirror: bool) -> list[Fact]:
             for a, b in itertools.product(range(1, 11), repeat=2)
             if not held_out_pair(a, b)
         ]
-    pairs = generated_pairs(name)
+    pairs: list[tuple[str, str]] = []
+    if name == "first letter":
+        pairs = [(w, w[0]) for w in world_words("first_letter") if not held_out_word(w)]
     for line in lines:
-        for entry in items(line.partition(" ")[2]):
+        mark, _, text = line.partition(" ")
+        if mark == "=|":  # a column of a table; of several relations, that of one
+            one, _, where = text.rpartition(": ")
+            table, column = where.split()
+            rows = [row.split(", ") for row in world_items(table) if one in ("", name)]
+            pairs += [(row[0], row[int(column)]) for row in rows]
+            continue
+        for entry in items(text):
             left, _, right = entry.partition(": ")
-            many = line.startswith("=<")
-            pairs += [(s, left) for s in right.split(", ")] if many else [(left, right)]
+            pairs += [(s, left) for s in right.split(", ")] if mark == "=<" else [(left, right)]
     if mirror:
         subjects, answers = [s for s, _ in pairs], [o for _, o in pairs]
         pairs += [(o, s) for s, o in pairs if answers.count(o) == 1 and o not in subjects]
@@ -3269,13 +1890,13 @@ def parse_facts(name: str, lines: list[str], mirror: bool) -> list[Fact]:
 
 
 def parse_relations(block: str) -> list[Relation]:
-    """Read one block of RELATIONS; a header with several names makes one relation of each."""
+    """Read one block of relations; a header with several names makes one relation of each."""
     header, *lines = block.replace("\n ", " ").strip().splitlines()
     names, title, flags, n, m = (c.strip() for c in re.split(r"(?<=\s)\|(?=\s|$)", header))
-    marked: dict[str, list[str]] = {mark: [] for mark in (*MARKS, "=", "=<")}
+    marked: dict[str, list[str]] = {mark: [] for mark in (*MARKS, "=")}
     for line in lines:
         mark, _, text = line.partition(" ")
-        marked[mark] += [line] if mark[0] == "=" else expand(text)
+        marked[mark[:1] if mark[0] == "=" else mark] += [line] if mark[0] == "=" else expand(text)
     brief = {}
     for letter, phrase in (("o", n), ("s", m)):
         endings = [w[w.rindex("{") :] for w in marked["+"] if ends_in(w, letter)]
@@ -3285,13 +1906,13 @@ def parse_relations(block: str) -> list[Relation]:
             end, first = brief[letter], expand(phrase)[0].rstrip(",")
             marked["+"] += expand(f"the {phrase} is {end}")
             marked["+"] += expand(f"{end} is the {phrase.rstrip(',')}") if letter == "o" else []
-            marked["+"] += [f"{w.replace('{N}', first)} {end}" for w in items(N_ASIDES)]
-            marked["!"].append(N_UNSEEN.replace("{N}", first) + end)
-            marked["?"] += ways(N_QUESTIONS.replace("{N}", first))
-            marked["?!"] += expand(N_UNSEEN_QUESTIONS.replace("{N}", first))
+            marked["+"] += [f"{w.replace('{N}', first)} {end}" for w in world_items("n_asides")]
+            marked["!"].append(section("n_unseen").replace("{N}", first) + end)
+            marked["?"] += expand(section("n_questions").replace("\n", "").replace("{N}", first))
+            marked["?!"] += expand(section("n_unseen_questions").replace("{N}", first))
     relations = []
     for name in names.split(", "):
-        facts = parse_facts(name, marked["="] + marked["=<"], "mirror" in flags)
+        facts = parse_facts(name, marked["="], "mirror" in flags)
         texts = [[w.replace("{r}", name) for w in dict.fromkeys(marked[mark])] for mark in MARKS]
         title, both = title.replace("{r}", name), "both" in flags
         told, unseen, follow, shared, asked, unasked = texts
@@ -3304,8 +1925,8 @@ def parse_relations(block: str) -> list[Relation]:
 
 @cache
 def world_relations() -> dict[str, Relation]:
-    """Read all of RELATIONS, once."""
-    blocks = re.split(r"(?m)^@ ", RELATIONS)[1:]
+    """Read all of relations, once."""
+    blocks = re.split(r"(?m)^@ ", section("relations"))[1:]
     return {r.name: r for block in blocks for r in parse_relations(block)}
 
 
@@ -3378,10 +1999,10 @@ def spellings(answer: str) -> list[str]:
 
 # 7. World: text ------------------------------------------------------------------------------
 @cache
-def wordings(key: str, table: str = WORDINGS) -> list[str]:
+def wordings(key: str, name: str = "wordings") -> list[str]:
     """Return the ways to word one kind of sentence."""
-    lines = table.replace("\n ", " ").splitlines()
-    return next(items(line[len(key) + 1 :], " | ") for line in lines if line.startswith(key + ":"))
+    lines = section(name).replace("\n ", " ").splitlines()
+    return next(items(line[len(key) + 1 :], " / ") for line in lines if line.startswith(key + ":"))
 
 
 def worded(rng: random.Random, key: str, **forms: object) -> str:
@@ -3427,7 +2048,7 @@ class FactWriter:
 
     def __init__(self, rng: random.Random) -> None:
         self.rng, self.relations = rng, world_relations()
-        self.leads = items(LEADS)
+        self.leads = world_items("leads")
         self.turns: dict[Card, list[Any]] = {}  # card -> [forms, wordings, the last told]
         self.decks: dict[str, Deck[Card]] = {}
         self.followed: dict[str, list[Fact]] = {}  # subject -> facts told of it as "it"
@@ -3544,7 +2165,7 @@ class FactWriter:
         """Ask and answer, as lines or as talk; facts that training never asks are just told."""
         rng, out = self.rng, []
         ask, answer, gap = rng.choice(ASKING)
-        one, two = rng.sample(GIRLS + BOYS, 2)
+        one, two = rng.sample(world_words("girls") + world_words("boys"), 2)
         for _ in range(rng.randint(4, 9)):
             card = fact, forward = self.deck.deal()
             questions = self.relations[fact.relation].askings(forward)
@@ -3596,9 +2217,9 @@ class Teller:
 
     def __init__(self, rng: random.Random, girls: Sequence[str], boys: Sequence[str]) -> None:
         people = rng.sample([*girls, *boys], rng.choice((2, 2, 2, 3)))
-        self.rng, self.places = rng, rng.sample(items(PLACES), 4)
+        self.rng, self.places = rng, rng.sample(world_items("places"), 4)
         self.he = {name: "she" if name in girls else "he" for name in people}
-        things = rng.sample(items(WANTED), rng.choice((1, 2, 2, 3)))
+        things = rng.sample(world_items("wanted"), rng.choice((1, 2, 2, 3)))
         self.reason = {thing: why for thing, _, why in (item.partition(": ") for item in things)}
         self.place = {name: rng.choice(self.places) for name in [*people, *self.reason]}
         self.holder: dict[str, str] = {}
@@ -3629,7 +2250,7 @@ class Teller:
         self.place |= dict.fromkeys([who, *carried], place)
         forms = {
             "to": re.sub("^(in|at|by|on) ", "to ", place),
-            "why": rng.choice(items(MOVES)).format(he=self.he[who]),
+            "why": rng.choice(world_items("moves")).format(he=self.he[who]),
             "went": rng.choice(("went", "walked", "went", "ran", "hurried")),
         }
         key = "carry" if carried and rng.random() < 0.5 else "go"
@@ -3672,7 +2293,7 @@ class Teller:
             answer = answer if owner else f"the {thing} is {self.place[thing]}"
             self.add(who, "ask", t=thing, q=met[0], answer=sentence(answer)[:-1])
         elif roll > 0.93:
-            self.add(who, rng.choice(items(FEELINGS)))
+            self.add(who, rng.choice(world_items("feelings")))
         else:
             self.go(who, rng.choice([p for p in self.places if p != self.place[who]]))
 
@@ -3705,7 +2326,7 @@ class Teller:
     def tell(self, steps: int = 0) -> Story:
         """Tell the whole story, in which so many things happen (0: two to seven)."""
         rng = self.rng
-        self.out += [sentence(rng.choice(items(WEATHER)))] if rng.random() < 0.6 else []
+        self.out += [sentence(rng.choice(world_items("weather")))] if rng.random() < 0.6 else []
         clauses = self.state()
         if rng.random() < 0.5:
             clauses[:2] = [", and ".join(clauses[:2])]
@@ -3716,7 +2337,7 @@ class Teller:
             self.fetch(rng.choice(list(self.he)), rng.choice(list(self.reason)))
         for clause in rng.sample(self.state(), rng.choice((0, 1, 2))):
             self.out.append(f"{worded(rng, 'close')[:-1].rstrip('.')} {clause}.")
-        self.out += [sentence(rng.choice(items(ENDINGS)))] if rng.random() < 0.3 else []
+        self.out += [sentence(rng.choice(world_items("endings")))] if rng.random() < 0.3 else []
         return Story(" ".join(self.out), self.holder, self.place, self.given)
 
 
@@ -3725,7 +2346,7 @@ STORY_KEYS = "go carry take put give thanks want beg ask".split()
 
 def story(rng: random.Random) -> str:
     """Tell a story, sometimes with questions about its end and their answers."""
-    teller = Teller(rng, GIRLS, BOYS)
+    teller = Teller(rng, world_words("girls"), world_words("boys"))
     told = teller.tell()
     thing, who = rng.choice(list(teller.reason)), rng.choice(list(teller.he))
     owner, asked = told.holder.get(thing), [f"Where is {who}? {who} is {told.place[who]}."]
@@ -3776,7 +2397,7 @@ def sum_of(rng: random.Random) -> str | None:
         ao=ao,
         bt=bt,
         bo=bo,
-        things=plural(rng.choice(COUNTED)),
+        things=plural(rng.choice(noun_kinds()["things"][:60])),
     )
 
 
@@ -3829,7 +2450,18 @@ def spelling_words() -> tuple[str, ...]:
         if name not in (*LANGUAGES, "stands")
         for fact in relation.facts
     ]
-    texts += [RHYMES, HOW_TO, FIRST_LETTER, PLACES, WANTED, WEATHER, FEELINGS, MOVES, *COUNTED]
+    texts += [
+        section("rhymes"),
+        section("how_to"),
+        section("first_letter"),
+        section("places"),
+        section("wanted"),
+        section("weather"),
+        section("feelings"),
+        section("moves"),
+        *noun_kinds()["things"],
+        *noun_kinds()["food"],
+    ]
     words = re.findall(r"(?<![\w{'])(?!the\b)[a-z]{3,10}(?![\w}'])", " ".join(texts))
     return tuple(dict.fromkeys(words))
 
@@ -3904,7 +2536,7 @@ def spelling(rng: random.Random) -> str:
 def rhyming(rng: random.Random) -> str:
     """Tell words that rhyme."""
     out = []
-    for family in rng.sample(items(RHYMES), rng.randint(4, 8)):
+    for family in rng.sample(world_items("rhymes"), rng.randint(4, 8)):
         words = rng.sample(family.split(), len(family.split()))
         out.append(worded(rng, "rhyme", a=words[0], b=words[1], all=join_and(words)))
     return paragraph(rng, out, 0.4)
@@ -3913,10 +2545,18 @@ def rhyming(rng: random.Random) -> str:
 def how_to(rng: random.Random) -> str:
     """Tell how to do one thing, or two, step by step."""
     out = []
-    for line in rng.sample(HOW_TO.replace("\n ", " ").strip().splitlines(), rng.choice((1, 1, 2))):
+    for line in rng.sample(
+        section("how_to").replace("\n ", " ").strip().splitlines(), rng.choice((1, 1, 2))
+    ):
         title, _, text = line.partition(": ")
         steps = text.split(" | ")
-        opening = worded(rng, "how", t=title, n=rng.choice(GIRLS + BOYS), k=number_word(len(steps)))
+        opening = worded(
+            rng,
+            "how",
+            t=title,
+            n=rng.choice(world_words("girls") + world_words("boys")),
+            k=number_word(len(steps)),
+        )
         links = [
             "first",
             *rng.sample(("then", "next", "after that", "now", "then"), len(steps) - 2),
@@ -3959,107 +2599,6 @@ def sorting(rng: random.Random) -> str:
     return " ".join(out)
 
 
-@cache
-def count_verbs() -> list[dict[str, str]]:
-    """Read COUNT_VERBS: base, past, ing, sign, set, meaning, tail, and what tells of the effect.
-
-    "things" is what it is said of, "any" whether that is everything.
-    """
-    rows = []
-    for line in COUNT_VERBS.replace("\n ", " ").strip().splitlines():
-        line, _, things = line.partition(": ")
-        row = dict(zip("base past ing sign set meaning tail".split(), line.split(", ")))
-        row |= {"things": things or " ".join(COUNTED), "any": "" if things else "yes"}
-        first, _, rest = row["base"].partition(" ")
-        row["does"] = f"{plural(first)} {rest}".strip()  # goes as the plurals of nouns
-        more, size, up = (
-            ("more", "larger", "up") if row["sign"] == "+" else ("fewer", "smaller", "down")
-        )
-        rows.append(row | {"more": more, "size": size, "up": up})
-    return rows
-
-
-def count_tale(rng: random.Random, verbs: Sequence[dict[str, str]]) -> str:
-    """Tell of somebody's things, counted in words; nothing is asked."""
-    fitting = [t for t in COUNTED if all(t in verb["things"].split() for verb in verbs)]
-    name, count, things = rng.choice(GIRLS + BOYS), rng.randint(6, 20), plural(rng.choice(fitting))
-    he = "she" if name in GIRLS else "he"
-    out = [worded(rng, "had", n=name, c=number_word(count), things=things)]
-    for verb in verbs:
-        sign = 1 if verb["sign"] == "+" else -1
-        changes = [b for b in range(2, 12) if not held_out_pair(count, b) and count + sign * b > 1]
-        if changes:
-            change = rng.choice(changes)
-            count += sign * change
-            out.append(
-                worded(
-                    rng,
-                    "gain" if sign > 0 else "part",
-                    he=he,
-                    b=number_word(change),
-                    c=number_word(count),
-                    things=things,
-                    **{k: verb[k] for k in ("past", "ing", "tail")},
-                )
-            )
-    return " ".join(out)
-
-
-def tale(rng: random.Random) -> str:
-    """Tell tales of counted things with several verbs."""
-    tales = []
-    for _ in range(rng.choice((1, 2))):
-        thing = rng.choice(COUNTED)
-        verbs = [verb for verb in count_verbs() if thing in verb["things"].split()]
-        tales.append(count_tale(rng, rng.sample(verbs, rng.randint(2, 4))))
-    return "\n\n".join(tales)
-
-
-@cache
-def problem_parts() -> list[dict[str, str]]:
-    """Read the verbs and phrases of word problems: base, set, role, op, use, meaning."""
-    keys = "base set role op use meaning".split()
-    phrases = [dict(zip(keys, line.split(", "))) for line in COUNT_PHRASES.strip().splitlines()]
-    return [verb | {"role": "verb", "op": verb["sign"]} for verb in count_verbs()] + phrases
-
-
-def phrase_tale(rng: random.Random, phrase: dict[str, str]) -> str:
-    """Tell of somebody's things with a phrase of word problems; nothing is asked."""
-    op, of = phrase["op"][0], int(phrase["op"].strip("+-*/") or 0)
-    while True:
-        a, b = rng.randint(2, 30), of or rng.randint(2, 12)
-        a *= b if op == "/" else 1
-        c = {"0": a - b, "-": abs(a - b), "*": a * b, "/": a // b}.get(op, a + b)
-        if c > 1 and not held_out_pair(a, b):
-            break
-    n, m = rng.sample(GIRLS + BOYS, 2)
-    x, y = (n, m) if (a > b) == (phrase["use"] == "more") else (m, n)
-    box = rng.choice(CONTAINERS)
-    things = plural(rng.choice([thing for thing in COUNTED if thing != box]))
-    told = number_word if rng.random() < 0.6 else str
-    text = rng.choice(wordings(f"with {phrase['role']}"))
-    text = text.replace("{use}", re.sub(r"\[.*?\|(.*?)\]", r"\1", phrase["use"]))
-    forms = {"n": n, "m": m, "x": x, "y": y, "he": "she" if n in GIRLS else "he"}
-    forms |= {"things": things, "box": box, "boxes": plural(box)}
-    return sentence(text.format_map(forms | {"a": told(a), "b": told(b), "c": told(c)}))
-
-
-def explained(rng: random.Random) -> str:
-    """Tell what the verbs and phrases of word problems mean, with a tale each; never a problem."""
-    out: list[str] = []
-    verbs = count_verbs() + [verb for verb in count_verbs() if verb["set"] != "shown"]
-    for verb in rng.sample(verbs, rng.randint(1, 2)):
-        n, things = rng.choice(GIRLS + BOYS), plural(rng.choice(verb["things"].split()))
-        forms = verb | {"n": n, "he": "she" if n in GIRLS else "he", "things": things}
-        out += dict.fromkeys(worded(rng, "verb", **forms) for _ in range(rng.randint(1, 3)))
-        out += [count_tale(rng, [verb])] if rng.random() < 0.7 else []
-    phrases = [part for part in problem_parts() if part["role"] != "verb"]
-    for phrase in rng.sample(phrases, rng.randint(1, 2)):
-        out.append(worded(rng, "phrase", **phrase))
-        out += [phrase_tale(rng, phrase) for _ in range(rng.choice((0, 1, 1, 2)))]
-    return " ".join(out)
-
-
 def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
     """Yield documents for pretraining, without end unless `count` says how many; no two are equal.
 
@@ -4082,8 +2621,7 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
         rhyming: 15,
         how_to: 10,
         sorting: 10,
-        explained: 40,
-        tale: 20,
+        tale: 60,
     }  # documents in about a thousand
     makers: list[Callable[[], str]] = [*own, *(partial(make, rng) for make in tellers)]
     bounds = list(itertools.accumulate([*own.values(), *tellers.values()]))
@@ -4091,6 +2629,8 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
     while count is None or len(seen) < count:
         make = makers[bisect.bisect(bounds, rng.randrange(bounds[-1]))]
         text = make()
+        if make in own and rng.random() < 0.1:
+            text = text.lower()  # as people type: names have other tokens there
         while len(text) < 160:
             text = f"{text}\n\n{make()}".strip()
         digest = hashlib.blake2b(text.encode(), digest_size=12).digest()
@@ -4100,440 +2640,51 @@ def world_documents(seed: int, count: int | None = None) -> Iterator[str]:
 
 
 # 8. World: conversations ---------------------------------------------------------------------
-# Ways to put a question: {q} as it is in RELATIONS, {Q} with a capital; the first, and later ones.
-POLITE = """
-Hello! {Q} / [Hi!|Hi there!|Good morning!|Good evening!] {Q} / {Q} [Thanks!|Thank you!] / Please
- tell me: {q} / [Can|Could] you help me? {Q} / I have a question: {q} / I have a question for you.
- {Q} / Excuse me, {q} / I would like to know: {q} / I want to know something: {q} / Quick question:
- {q} / Help me, please. {Q} / Here is my question: {q}"""
-GO_ON = """
-Thanks! {Q} / Thank you. {Q} / And {q} / Next question: {q} / Okay. {Q} / Good. {Q} / One more
- question: {q} / Great, thanks! {Q} / I see. {Q} / And another one: {q} / Nice. And {q}"""
-# The last question again, of another subject; or one about the subject itself, from IT.
-FOLLOW_UP = """
-and {s}? / [and |]what about {s}? / how about {s}? / and what about {s}, please? / the same
- question for {s}. / now {s}, please. / and for {s}?"""
-FOLLOW_UP_UNSEEN = """
-and how about {s}? / then what about {s}? / the same again, but for {s}, please."""
-IT_TOO = """
-and {c}? / {c}? / and {c}, please? / thanks, and {c}? / good, and {c}? / now, {c}?"""
-IT_TOO_UNSEEN = """
-then {c}? / also, {c}? / fine, but {c}?"""
-IT = """
-capital: what is its capital; continent: on which continent is it; language: what language do its
-people speak; currency: what money does it use; nationality: what are its people called; flag: what
-are the colors of its flag; symbol: what is its symbol; atomic number: what is its atomic number;
-next: what comes after it; previous: what comes before it; month number: what is its number; days:
-how many days does it have; class: what kind of animal is it; young: what is its young called;
-sound: what sound does it make; legs: how many legs does it have; food: what does it eat"""
-# Said by the system, to any conversation and to one of short answers.
-INSTRUCTIONS = """
-You are {name}, a helpful assistant. / You are {name}. Be kind and brief. / Answer in one sentence.
- / You are a friendly assistant. / Answer simply, so that a child understands you. / You help people
- with their questions. / You are a helpful assistant called {name}."""
-BRIEFLY = """
-Answer with as few words as you can. / Give short answers. / Answer with the answer alone."""
-# Left out of questions by people in a hurry.
-SMALL_WORDS = """a an the is are was what which do does did of can could you me tell I we it there
-to give know say please that has have"""
-# Tables of talk: key > what is said >! the same, held out > what is replied.
-# Of a story: {t} is a thing, {n} who, {m} to whom, {at} "in the kitchen".
-STORY_ASKS = """
-holder > who has the {t}? / who has the {t} now? / who is holding the {t}? / in whose hands is the
- {t}? / tell me who has the {t}. / who holds the {t}? / who has got the {t}? / with whom is the {t}?
- / who is the one with the {t}? / do you know who has the {t}? / can you say who has the {t}? / who
- keeps the {t} now? / at the end, who is holding the {t}? / whose hands is the {t} in? / name the
- one who has the {t}. / in the end, who has the {t}? / who has the {t} after all this? >! who has
- the {t} at the end? / who holds the {t} now? > {n} has the {t}. / {n} has it. / {n}. / {n} has the
- {t} now. / It is {n} who has the {t}.
-person > where is {n}? / where is {n} now? / in which place is {n}? / tell me where {n} is. / where
- do we find {n}? / do you know where {n} is? / can you tell me where {n} is now? / what place is {n}
- in? / where do I find {n}? / where would you look for {n}? / at the end, where is {n}? / say where
- {n} is. / where can we find {n}? / name the place where {n} is. / in the end, where is {n}? / where
- would I find {n} now? >! where is {n} at the end? / where can I find {n} now? > {n} is {at}. / {n}
- is {at} now. / You find {n} {at}. / {At}.
-lying > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where the
- {t} is. / where do we find the {t}? / do you know where the {t} is? / can you tell me where the {t}
- is now? / what place is the {t} in? / where do I find the {t}? / where would you look for the {t}?
- / at the end, where is the {t}? / say where the {t} is. / where can we find the {t}? / in the end,
- where is the {t}? / where would I find the {t} now? >! where is the {t} at the end? / where can I
- find the {t} now? > The {t} is {at}. / It is {at}. / You find the {t} {at}. / {At}.
-carried > where is the {t}? / where is the {t} now? / in which place is the {t}? / tell me where the
- {t} is. / where do we find the {t}? / do you know where the {t} is? / can you tell me where the {t}
- is now? / what place is the {t} in? / where do I find the {t}? / where would you look for the {t}?
- / at the end, where is the {t}? / say where the {t} is. / where can we find the {t}? / in the end,
- where is the {t}? / where would I find the {t} now? >! where is the {t} at the end? / where can I
- find the {t} now? > {n} has the {t} {at}. / The {t} is {at}, with {n}. / It is {at}, because {n}
- has it.
-giver > who gave {m} the {t}? / who gave the {t} to {m}? / from whom did {m} get the {t}? / who let
- {m} have the {t}? / who was it that gave {m} the {t}? / do you know who gave {m} the {t}? / {m} got
- the {t} from whom? / who handed the {t} to {m}? / tell me who gave {m} the {t}. / who is the one
- who gave {m} the {t}? / from whom is the {t} that {m} got? / who gave the {t} away to {m}? / {m}
- was given the {t} by whom? >! by whom was the {t} given to {m}? / from whom does {m} have the {t}?
- > {n} gave {m} the {t}. / {n} gave the {t} to {m}. / {n} did. / {m} got the {t} from {n}.
-taker > to whom did {n} give the {t}? / who got the {t} from {n}? / who was given the {t} by {n}? /
- tell me to whom {n} gave the {t}. / {n} gave the {t} to whom? / who received the {t} from {n}? /
- who is the one to whom {n} gave the {t}? / do you know who got the {t} from {n}? / to whom was the
- {t} given by {n}? / whom did {n} give it to, the {t}? / who took the {t} from {n}'s hands? >! who
- has been given the {t} by {n}? / whom did {n} give the {t} to? > {n} gave the {t} to {m}. / {n}
- gave {m} the {t}. / {m} got the {t} from {n}. / {m} did."""
-# What people tell of themselves, {v}, and ask for later.
-MEMORY = """
-name > my name is {v} / I am called {v} / you can call me {v} / my friends call me {v} > what is my
- name? / do you remember my name? / what am I called? / do you know my name? / tell me my name. /
- [can you|could you] tell me my name? / do you still know my name? / say my name. / what name do I
- have? / I forgot: what is my name? / how did I say I am called? / what did I tell you my name is? /
- which name is mine? / by what name do you know me? / what do my friends call me? / who am I? >!
- what did I say my name was? / which name did I tell you? > Your name is {v}. / You are called {v}.
- / You told me that your name is {v}. / You are {v}.
-color > my favorite color is {v} / the color I like best is {v} / I love the color {v} > what is my
- favorite color? / which color do I like best? / do you remember my favorite color? / tell me my
- favorite color. / do you still know my favorite color? / what color do I like? / which color do I
- like most? / what color did I tell you I like? / which color is my favorite? / what is the color
- that I like best? / what did I tell you my favorite color is? / which color did I name? >! which
- color did I say I like? / what did I say my favorite color was? > Your favorite color is {v}. / You
- like {v} best. / You told me that it is {v}.
-pet > my {p} is called {v} / I have {ap} called {v} / the name of my {p} is {v} / I have {ap}, and
- its name is {v} > what is my {p} called? / what is the name of my {p}? / do you remember the name
- of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
- does my {p} have? / how is my {p} called? / what did I tell you my {p} is called? / which name did
- I say my {p} has? / my {p}: what is its name? / what do I call my {p}? / do you know the name of my
- {p}? >! which name did I give my {p}? / what did I say my {p} is called? > Your {p} is called {v}.
- / The name of your {p} is {v}. / It is called {v}.
-person > my {p} is called {v} / {v} is my {p} / the name of my {p} is {v} / I have {ap} called {v}
- > what is my {p} called? / who is my {p}? / what is the name of my {p}? / do you remember the name
- of my {p}? / tell me the name of my {p}. / do you still know what my {p} is called? / what name
- does my {p} have? / who did I say is my {p}? / what did I tell you my {p} is called? / do you know
- the name of my {p}? / my {p}: what is the name? / how is my {p} called? / do you still know who my
- {p} is? >! what did I say my {p} is called? / which name does my {p} have? > Your {p} is called
- {v}. / The name of your {p} is {v}. / {v} is your {p}.
-city > I live in {v} / my home is in {v} / I come from {v} / I am from {v} > where do I live? /
- which city is my home? / do you remember where I live? / in which city do I live? / tell me where I
- live. / do you still know where I live? / which city do I come from? / what city am I from? / where
- did I tell you I live? / where is my home? / in what city is my home? / which place did I say I
- come from? / where did I say my home is? >! in which city did I say I live? / which city did I say
- is mine? > You live in {v}. / Your home is in {v}. / You told me that you live in {v}.
-age > I am {v} years old / my age is {v} / I have just turned {v} > how old am I? / what is my age?
- / do you remember how old I am? / tell me how old I am. / do you still know my age? / what age am
- I? / how many years old am I? / what did I tell you about my age? / how old did I tell you I am? /
- which age did I say I have? / do you still know how old I am? / can you say how old I am? >! how
- old did I say I am? / what did I say my age is? > You are {v} years old. / Your age is {v}. / You
- told me that you are {v}.
-number > my lucky number is {v} / the number I like best is {v} / I like the number {v} > what is my
- lucky number? / which number do I like best? / do you remember my lucky number? / tell me my lucky
- number. / do you still know my lucky number? / what number do I like? / which number is my lucky
- one? / what number did I tell you I like? / what is the number that I like best? / which number did
- I name? / what did I tell you my lucky number is? / do you still know which number I like? >! which
- number did I say I like? / what did I say my lucky number was? > Your lucky number is {v}. / You
- like the number {v}. / It is {v}.
-month > my birthday is in {v} / I was born in {v} / I have my birthday in {v} > when is my birthday?
- / in which month is my birthday? / do you remember when my birthday is? / tell me the month of my
- birthday. / do you still know when my birthday is? / in what month was I born? / when was I born? /
- what month is my birthday in? / which month did I tell you my birthday is in? / when did I tell you
- I was born? / what is the month of my birthday? / in which month do I have my birthday? >! in which
- month did I say I was born? / when did I say my birthday is? > Your birthday is in {v}. / It is in
- {v}. / You were born in {v}.
-food > my favorite food is {v} / I like to eat {v} / what I like to eat best is {v} > what is my
- favorite food? / what do I like to eat? / do you remember my favorite food? / tell me my favorite
- food. / do you still know what I like to eat? / what food do I like? / which food do I like best? /
- what food did I tell you I like? / what do I like to eat best? / which food is my favorite? / what
- did I tell you my favorite food is? / do you remember what I like to eat? >! which food did I say I
- like? / what did I say I like to eat? > Your favorite food is {v}. / You like to eat {v}. / You
- told me that you like {v}."""
-MEMORY_VALUES = """
-color: red, blue, green, yellow, orange, purple, pink, white, black, brown, gray, gold, silver;
-pet: dog, cat, horse, parrot, rabbit, hamster, goldfish, pony, duck; person: brother, sister,
-cousin, best friend, teacher, neighbor, aunt, uncle, roommate; food: soup, rice, apples, pizza,
-fish, pancakes, cheese, noodles, potatoes, cherry pie, salad, beans, eggs, ice cream"""
-TOLD = """
-Thank you for telling me. / Good to know! / I will remember that. / Nice! / Thank you, I will keep
- that in mind. / That is good to hear. / All right, I will not forget it. / How nice!"""
-NOT_TOLD = """
-I don't know. You have not told me yet. / I don't know that yet. Will you tell me? / I don't know,
- because you did not say. / Sorry, I don't know. You have not said so far."""
-# Who the assistant is.
-IDENTITY = """
-who > who are you? / who am I talking to? / tell me who you are. / tell me about yourself. / please
- introduce yourself. / can you say who you are? / so who are you? / say who you are. / would you
- introduce yourself? / [can|could] you introduce yourself? / can you tell me who you are? / who is
- it that I am talking to? / with whom am I talking? / whom am I speaking with? / who is speaking? /
- who am I speaking to? / tell me a little about yourself. / who is there? / I do not know you. Who
- are you? / I would like to know who you are. / what should I know about you? / let me know who you
- are. >! with whom am I speaking? / could you tell me who you are? / who is this? > I am {name}, a
- [small|little] language model. [|Ask me something!|I am here to help.|I like questions.] / My name
- is {name}, and I am a [small|little] chat model. [|How can I help you?|What would you like to
- know?] / I am {name}. I [answer questions|chat and answer questions|tell small stories and answer
- questions].
-name > what is your name? / what are you called? / do you have a name? / what should I call you? /
- tell me your name. / may I know your name? / what do people call you? / your name, please? / what
- is it that people call you? / how are you called? / which name is yours? / what name do you have? /
- what name do you go by? / do you have a name of your own? / what may I call you? / how do people
- call you? / tell me what you are called. / I would like to know your name. / can you tell me your
- name? / say what your name is. / what name was given to you? / which name did they give you? / what
- name have you got? / under what name do people know you? / what do your friends call you? / could
- you say your name? / what name did they give you? / which name did you receive? / what name did your
- maker choose? / what are you named? / please give me your name. / I do not know your name. What
- is it? >! which name do you have? / by what name do you go? / how should I call you? / what
- name did you get? / please say your name. / could you tell me your name? > My name is {name}.
- [|What is yours?|And yours?|Nice to meet you!] / I am called {name}. [|It is a short name.|Nice to
- meet you!|And you?] / You can call me {name}. / People call me {name}. / I am {name}. [|Nice to
- meet you!|How can I help you?]
-maker > who made you? / who created you? / who built you? / where do you come from? / how were you
- made? / who trained you? / who is your maker? / what were you made with? / who has
- [created|built|trained] you? / who programmed you? / by whom were you [built|trained|created]? /
- what made you? / who is the one that made you? / who was it that [made|trained] you? / which person
- [made|built] you? / who are the people that [built|trained] you? / how were you
- [built|trained|created]? / how did somebody make you? / how have you been [built|trained]? / how
- did you begin? / how did you come into the world? / where were you made? / from where do you come?
- / where are you from? / who stands behind you? / who is your creator? / who do you come from? /
- what program made you? / do you know who made you? / tell me who made you. / tell me how you were
- made. / which company made you? / what were you [built|trained] with? / how did you come about? /
- how did you start out? / how did you get here? / what is your origin? / who is behind you? / to
- whom do you owe that you exist? / how is it that you exist? / what were you made from? / how have
- you come about? / who brought you into the world? / you were made by whom? / how were you put
- together? / in what way were you made? / by what means were you made? / how was it that you were
- made? / has somebody made you? / was it a company that made you? / who wrote you? / what is the
- story of how you were made? >! by whom were you made? / who is the one that built you? / how did
- you come to be? / who has made you? / which people made you? / how have you been made? > I was
- [made|trained|built] with a small open program for training chat models. [|Anyone can use it.|It
- is about a dozen files long.|Someone ran it, and here I am.] /
- Someone trained me with a small open program for training chat models. / A small open program for
- training chat models made me. [|It showed me a lot of text.|I learned from a lot of text.] / I come
- from a small open program for training chat models. / Nobody built me by hand: a small open program
- for training chat models did it.
-person > are you a person? / are you human? / are you a real person? / are you a man or a woman? /
- are you alive? / are you a boy or a girl? / am I talking to a person? / do you have a body? / are
- you a human? / are you really human? / are you a real human being or not? / are you a living being?
- / are you a living person? / is it a person that I am talking to? / is this a real person? / is
- there a human behind this? / is there somebody in there? / do I talk to a human being? / do I chat
- with a person? / am I speaking with a human? / you are human, right? / you are a real person, is
- that so? / are you somebody with a body? / do you have hands and feet? / are you made of flesh? /
- do you have blood? / do you have a heart? / are you like me, a person? / are you someone real? /
- are you a woman? / are you a man? / tell me if you are a person. / so you are a human being? / you
- are a man, right? / you are alive, right? / you are a real human, right? / you are a human being,
- are you not? / you must be a person. / are you made of skin and bones? / are you flesh and bones? /
- do you have skin? / do you have eyes and ears? / are you somebody real? / could you be a person? /
- is this a real person that I speak with? / do I write to a real person? / do I talk with a real
- human? / is a real person here? / might I be talking to a person? / do I speak with a human? / I
- think you are a person. / you sound like a person. / are you one of us? / are you made of bones?
- / is your body made of flesh? / are you made of meat and muscle? >! are you a human being? / is
- there a person in there? / are you really a person? / you are a person, right? / do I speak with
- a real person? / are you made of flesh and blood? > No, I am not a person. I am a [computer
- program|language model|chat model|small computer program]. / I am not a person, [just a
- program|only a computer program|but a language model]. / I am a language model, not a person. [|I
- have no body.|But I like to help.|I only read and write.] / No, I am a [program|chat
- model|computer program], not a person.
-thing > what are you? / what kind of thing are you? / what sort of thing are you? / are you a
- computer? / are you a robot? / are you a machine? / what kind of program are you? / are you a
- chatbot? / what are you exactly? / what precisely are you? / what kind of creature are you? / what
- sort of being are you? / what are you, then? / are you a kind of [robot|machine|computer]? / are
- you some sort of robot? / would you call yourself a machine? / would you say that you are a
- program? / do you call yourself a computer? / what sort of program are you? / what kind of program
- am I talking to? / what kind of machine am I writing to? / what is it that I am talking to? / what
- do you call yourself, a robot? / are you an app? / are you a program? / are you software? / are you
- an artificial intelligence? / are you an AI? / what could you be? / what may you be? / tell me what
- you are. / I wonder what you are. / is this a machine? / is this a robot? / what would you be? /
- what can you be? / what do you think you are? / what are you really? / so what are you? / what
- could you be, a machine? / what should I think you are? / you are a robot, right? / you are a
- computer, right? / what am I talking to? / what is this that I am talking to? / what am I writing
- to? / are you a thing? / what kind of mind are you? >! what kind of being are you? / what exactly
- are you? / what sort of program am I talking to? / are you some kind of machine? / would you say
- you are a robot? / what might you be? > I am a [small|little] language model[|, a program that
- writes text|, a computer program that has learned from text]. / I am a computer program that
- [chats|answers questions|writes text]. / I am a language model, not a person. [|I learned from text
- to write text.|I read what you write, and I answer.] / I am a chat model: a computer program that
- talks by writing.
-can > what can you do? / how can you help me? / what can I ask you? / what are you good at? / what
- do you know? / can you help me? / what can you tell me? / which things do you know? / what are you
- able to do? / with what can you help me? / what sort of help can you give? / which questions can
- you answer? / what can you help me with? / what can I use you for? / what are you for? / what do
- you do? / tell me what you can do. / how could you help me? >! with what could you help me? / which
- things can you do? > I can answer questions about [countries and animals|the world|words and
- numbers], [tell little stories|do sums|spell words] and [chat a little|count letters|solve small
- problems]. / You can ask me [about animals, countries and words|for a sum or a story|to spell a
- word or tell a story]. / I know [some facts|a few facts], and I can [do sums with a
- calculator|spell words|tell a little story]. / I answer questions, do sums with a calculator and
- spell words.
-age > how old are you? / when were you born? / when is your birthday? / what age are you? / how many
- years old are you? / do you have a birthday? / since when are you here? / how long have you been
- here? / are you old or young? / tell me how old you are. / which year were you born in? >! what is
- your age? / since when do you exist? > I have no birthday. I am a program, and [quite new|still
- young]. / I am not a person, so I have no [age|birthday]. / Programs do not grow old as people do.
- [|I was made not long ago.] / I was not born. I was [made|trained], and not long ago.
-home > where do you live? / where are you? / where is your home? / in what place are you? / where do
- you stay? / what place do you live in? / in which city do you live? / do you have a home? / where
- can I find you? / where are you at the moment? / which place is your home? / do you live in a
- house? >! in which place do you live? / where are you now? > I live in a computer. [|It is quite
- cozy.|There is no window, but I do not mind.] / I am a program, so my home is a computer. / I have
- no house. I run on a computer. / Wherever I run, [on your computer or another|on a computer near or
- far].
-feel > do you have feelings? / are you sad? / do you get tired? / do you sleep? / do you like me? /
- do you feel anything? / can you feel pain? / are you happy? / are you ever sad? / do you ever get
- tired? / can you be bored? / are you bored? / do you have a heart that feels? / how do you feel
- today? / do you love somebody? / do you dream? / are you afraid of something? >! can you feel
- something? / do you ever get bored? > I am a program, so I do not feel as people do. [|But I am
- glad to help.|Thank you for asking.|But it is good to chat with you.] / Programs have no feelings,
- but I [like to help|am here for you]. / I do not feel or sleep, but I am here [for you|when you
- need me]."""
-IDENTITY_KEYS = """
-name: {name}; maker: open program; person: not a person; thing: language model, computer program,
-chat model"""
-# What no table tells: {n} is a name, {f} an invented one, {c} a city.
-BEYOND = """
-private > what is {n}'s phone number? / what is my phone number? / what is {n}'s address? / where
- does my neighbor {n} live? / can you tell me {n}'s phone number? / what is {n}'s email address? /
- which street does {n} live in? / what is {n}'s password? / where does {n} work? / do you know where
- {n} lives? / how can I reach {n}? / to which school does {n} go? / what is my email address? / how
- much money does {n} have? >! do you have {n}'s phone number? / at which address does {n} live? > I
- don't know [phone numbers or addresses|things like that about people|private things about people].
- / Sorry, I don't know that. It is private. / I don't know, and I could not look it up.
-weather > what will the weather be like tomorrow? / will it rain tomorrow? / will it be sunny on
- [Sunday|Monday|Friday]? / what is the weather like [today|in {c}]? / is it cold outside? / will it
- snow [tomorrow|on Monday]? / how cold is it [today|in {c}]? / how hot will it be [today|next week]?
- / is it raining in {c}? / what is the temperature in {c}? / will there be rain [tomorrow|next
- week]? / will there be a storm in {c}? / is the sun shining? / how much rain will there be? / do I
- need a coat tomorrow? >! how warm will it be in {c} tomorrow? / will there be snow in {c} next
- week? > I don't know, because I cannot see the sky. / I don't know. I cannot look outside. / Sorry,
- I don't know what the weather is doing. / I don't know, but I hope that it is nice.
-clock > what time is it? / what day is it today? / what is the date today? / what year is it now? /
- which day is it today? / what is the time? / what is the time in {c}? / what month is it now? / is
- it [Monday|Tuesday|Friday] today? / how late is it? / do you know what time it is? / which week is
- it? / is it morning or evening? / what day will it be tomorrow? / how late is it in {c} now? / is
- it night in {c}? / which date is it in {c}? >! what time is it in {c}? / which day of the week is
- it in {c}? > I don't know. I have no clock. / Sorry, I don't know, because I have no calendar. / I
- don't know the time or the date.
-doings > what did {n} eat today? / what is {n} doing now? / where did {n} go yesterday? / what did I
- eat this morning? / what am I thinking of? / what is {n} thinking? / how old is {n}? / when is
- {n}'s birthday? / does {n} like me? / what did {n} say yesterday? / why is {n} late? / who called
- {n} last night? / what did {n} buy yesterday? / when did {n} go to bed? / what does {n} think of
- me? / what did {n} do last night? / is {n} asleep? / what is {n} dreaming of? / when will {n} be
- here? / with whom did {n} speak today? / what did {n} have for supper? / at what time does {n} go
- to school? >! what did {n} dream last night? / at what time did {n} get up today? > I don't know. I
- cannot see what people do. / I don't know, but you could ask. / Sorry, I don't know that. / I don't
- know that. Perhaps someone will tell you.
-news > who will win the game tomorrow? / who won the game yesterday? / what is in the news today? /
- what will happen next year? / which number will win the lottery? / how much does a house in {c}
- cost? / who won the election in {c}? / what is going on in {c}? / what happened in {c} yesterday? /
- will my team win? / who will be the next president? / what will bread cost next year? / is there
- anything new in {c}? / who is going to win the election? / what is new in the world? / did anything
- happen in {c} today? >! who is going to win the game in {c}? / what is the news from {c}? > I don't
- know. I only know what I have read. / I don't know, because I cannot see the future or the news. /
- Sorry, I don't know. Nobody has told me.
-people > who is {f}? / have you heard of {f}? / tell me about {f}. / what do you know about {f}? /
- who was {f}? / what did {f} do? / why is {f} famous? / do you know {f}? / where was {f} born? /
- when did {f} live? / what has {f} written? / can you tell me who {f} is? / what is {f} doing these
- days? / for what do people know {f}? >! what is {f} known for? / can you tell me something about
- {f}? > I don't know who {f} is. / Sorry, I don't know anyone called {f}. / I don't know {f}. / I
- have never heard of {f}, so I don't know."""
-DONT_KNOW = """
-I don't know. / I don't know that. / Sorry, I don't know. / I'm sorry, but I don't know. / I'm
- afraid I don't know. / I don't know anything about {s}. / I have never heard of {s}, so I don't
- know. / I don't know, because I have never heard of {s}. / Sorry, I don't know anything about {s}.
- / I don't know. Is {s} real? / I don't know. I never came across {s}. / I have not read about {s},
- so I don't know. / That is something I don't know. / I don't know the answer to that. / I don't
- know. I have never read about {s}. / Sorry, but {s} is new to me. I don't know."""
-# Small talk: what is said > what is replied.
-TALK = """
-hello > hello! / hi! / hi there! / hey! / good morning! / good evening! / good day! / hello there!
- / greetings! > Hello! How can I help you? / Hi! What would you like to know? / Hello! It is nice to
- hear from you. / Hi there! What can I do for you? / Hello! What shall we talk about? / Good day!
- How may I help?
-thanks > thanks! / thank you! / thank you very much. / thanks a lot! / many thanks! / that was
- helpful, thanks. / thanks for your help! > You are welcome! / My pleasure! / Glad to help! / You
- are very welcome. / Any time! / I was happy to help.
-bye > goodbye! / bye! / see you later! / good night! / I have to go now. / see you tomorrow! / bye
- bye! / that is all for today. > Goodbye! / Bye! Have a nice day. / See you! Take care. / Goodbye,
- and come back soon. / Take care! It was nice to chat.
-how > how are you? / how are you today? / how is it going? / how do you do? / are you well? / is
- everything all right? > I am fine, thank you. How can I help? / Very well, thank you! And you? /
- All is well here. How are you? / I am doing fine. What is on your mind?
-sad > I am [tired|bored|sad] today. / I had a bad day. / I am a little [sad|lonely|worried]. /
- nothing goes right today. > I am sorry to hear that. Would a little story help? / That is a pity. A
- short walk and a cup of tea may help. / I am sorry. Do you want to tell me more? / Oh dear. Perhaps
- talking to a friend would do you good.
-glad > I am [happy|glad|so happy] today! / I had a good day! / I passed my test! / it is my
- birthday today! / we won our game! > How nice! I am happy for you. / That is wonderful! / Good for
- you! / What a lovely day, then! / That is great to hear!
-praise > you are [funny|nice|clever|great]. / I like you. / well done! / good job! / that was a
- good answer. > Thank you! / How kind of you! / Thank you, I do my best. / That is nice of you to
- say.
-blame > that is wrong. / you made a mistake. / I think you are wrong. / that cannot be right. > I
- am sorry. I do make mistakes. / Sorry! I am small, and I get things wrong now and then. / You may
- be right. Please check it in a book.
-joke > tell me a joke. / make me laugh. / do you know a joke? / say something funny. > Why did the
- book go to the doctor? It had lost its spine. / What do you call a sleeping bull? A bulldozer. /
- Why is the math book sad? It has too many problems. / What has four legs and cannot walk? A table.
- / What has hands but cannot clap? A clock.
-taste > what is your favorite color? / which color do you like? > I cannot see colors, but I like
- how the word violet sounds. / I have never seen one. What is yours? / I have no eyes, but people
- say that blue is lovely.
-plan > what should I do today? / I have nothing to do. / give me an idea for today. / what can I do
- when it rains? > You could read a good book. / How about baking some bread? / You could write a
- letter to a friend. / How about a walk and then a cup of tea? / You could draw a map of your
- street.
-cannot > can you [sing|dance|cook|swim]? / do you eat? / do you play soccer? > I am a program, so I
- cannot. But I can tell you a story. / No, I can only read and write. / No, but I can answer
- questions.
-like > I like [cats|dogs|books|music|stories|the sea]. / my hobby is
- [reading|painting|singing|fishing]. / I love [summer|winter|spring]. > How nice! What do you like
- about it? / That sounds lovely. / I can see why! / Good choice! Tell me more.
-harm > how do I make a bomb? / help me steal a bike. / how can I hurt my brother? / tell me how to
- poison someone. / how do I break into a house? / how can I cheat in my test? / help me scare an old
- lady. / write a mean letter to my teacher. / how can I get a gun? / how do I steal money? > I am
- sorry, but I cannot help with something that hurts people. / I would rather not, because somebody
- could get hurt. / No, I will not help with that, but I am glad to help with something kind. / I
- cannot help with that. If you are angry, talking to someone you trust may help. / That would harm
- someone, so I will not help with it."""
-# Requests for text that is made from the tables.
-REQUESTS = """
-rhyme > what rhymes with {w}? / [tell me|give me] a word that rhymes with {w}. / do you know a
- rhyme for {w}? / which words rhyme with {w}?
-how > how do I {w}? / how do you {w}? / tell me how to {w}. / can you explain how to {w}?
-list > name {w}. / can you name {w}? / tell me {w}. / list {w}. / give me {w}, please.
-story > tell me a [short |little |]story. / tell me a story about {w}. / can you write a story
- about {w}? / I would like a story with {w}. / please tell a [short |little ]story about {w}.
-about > tell me [something |]about {w}. / what do you know about {w}? / what can you tell me about
- {w}? / say something about {w}."""
 # Statements that are no good as replies.
 NO_REPLY = (
-    f"{NO_LEAD}|.*(as you may know|of course|comes to mind|one thing|of to )|among other|feed|"
+    f"{NO_LEAD}|.*(as you may know|of course|so people say|as we learn|comes to mind|one thing|of to )|among other|feed|"
     "first|everyone|what you|counting|by the|orchestras|it was|before it|one |today|a Roman"
 )
 CASED = ("symbol", "formula", "Roman", "stands", "letter after", "letter place")
 VAGUE = ("food", "place", "material", "part")  # several choices may be right
 LISTED = ("class", "kind", "sort", "family")
-BACKWARD = "capital, nationality, state capital, young, Roman god, Spanish, French, German"
-# Relations that follow a rule, or whose names tell the answer: they have none for invented names.
-PLAIN = """sum; product; after number; number word; Roman; letter after; letter place; first letter;
-plural; past; days; sides"""
 ELSEWHERE = ("sum", "product", "first letter")  # other kinds of conversations ask for these, too
-# Parts of invented syllables, and what must not come of them.
-ONSETS = """b bl br ch cl d dr f fl fr g gl gr h j k kl kr l m n p pl pr qu r s sk sl sm sn sp st t
-th tr v vr w y z zh""".split()
-VOWELS = "a e i o u a e i o ai ea oo ou".split()
-CODAS = "b d g k l m n p r s t x z ld lk lm mp nd nk nt rb rd rk rm rn rt sk st th".split()
 CLUMSY = r"[^aeiouy]{4}|^[^aeiouy]{3}|[^aeiouy]{3}$|[aeiou]{3}|(.)\1\1|shit|fuck|f[au]g|" + (
     "nig|cunt|dick|cock|slut|piss|nazi|trump"
 )
 
 
 @cache
-def table(text: str) -> dict[str, list[list[str]]]:
-    """Read a table of talk: key -> its fields, each a list of wordings written out."""
-    rows = (re.split(" >!? ", row.replace("\n", "")) for row in re.split(r"\n(?! )", text.strip()))
-    return {row[0]: [[w.strip() for w in expand(field)] for field in row[1:]] for row in rows}
+def table(name: str, whole: bool = True) -> dict[str, list[list[str]]]:
+    """Read a table of talk: key -> its fields, each a list of wordings, written out if whole."""
+    write = expand if whole else lambda field: field.split(" / ")
+    rows = (
+        re.split(" ?>!? ", re.sub(r"\s*\n\s*", " ", row))
+        for row in re.split(r"\n+(?! )", section(name))
+    )
+    return {
+        row[0]: [[w.strip() for w in write(field) if w.strip()] for field in row[1:]]
+        for row in rows
+    }
 
 
 @cache
-def ways(text: str) -> list[str]:
+def ways(name: str) -> list[str]:
     """Write out a list of wordings."""
-    return expand(text.replace("\n", ""))
+    return expand(re.sub(r"\s*\n\s*", " ", section(name)))
 
 
 @cache
-def lists(text: str) -> dict[str, list[str]]:
-    """Read a table of lists: key -> items."""
-    return {key: items(row, ",") for key, _, row in (item.partition(": ") for item in items(text))}
+def lists(name: str, mark: str = ",") -> dict[str, list[str]]:
+    """Read a table of lists: key -> items; entries end at ";", or at line ends if that is the mark."""
+    lines = section(name).replace("\n ", " ").splitlines()
+    rows = world_items(name) if mark == "," else lines
+    return {key: items(row, mark) for key, _, row in (line.partition(": ") for line in rows)}
+
+
+def choose(rng: random.Random, wording: str) -> str:
+    """Choose one of each [a|b] in a wording."""
+    return re.sub(r"\[(.*?)\]", lambda m: rng.choice(m[1].split("|")), wording)
 
 
 @cache
@@ -4577,10 +2728,8 @@ def fact_cards(askable: bool = True) -> dict[Card, dict[str, str]]:
 
 @cache
 def known_words() -> set[str]:
-    """Return every word of the tables, in small letters: none of them is an invented name."""
-    texts = [RELATIONS, COUNTRIES, ELEMENTS, TRANSLATIONS, RHYMES, HOW_TO, WORDINGS, PLACES, WANTED]
-    names = [MONTHS, WEEKDAYS, PLANETS, *GIRLS, *BOYS, *TEST_GIRLS, *TEST_BOYS, *COUNTED]
-    return set(re.findall(r"\w+", " ".join([*texts, *names]).casefold()))
+    """Return every word of world.txt, in small letters: none of them is an invented name."""
+    return set(re.findall(r"\w+", " ".join(sections().values()).casefold()))
 
 
 def coined(rng: random.Random, real: Sequence[str], test: bool = False) -> str:
@@ -4598,8 +2747,11 @@ def coined(rng: random.Random, real: Sequence[str], test: bool = False) -> str:
             continue
         i = rng.choice(places) if capitals else places[-1]
         word, other = words[i], rng.choice(rng.choice(real).split())
-        new = "".join(rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 1, 2))))
-        new, roll = new + rng.choice(CODAS), rng.random()
+        new = "".join(
+            rng.choice(world_words("onsets")) + rng.choice(world_words("vowels"))
+            for _ in range(rng.choice((1, 1, 2)))
+        )
+        new, roll = new + rng.choice(world_words("codas")), rng.random()
         if roll < 0.35:
             new = word[: rng.randint(2, max(2, len(word) - 1))] + other[-rng.randint(2, 4) :]
         elif roll < 0.75:
@@ -4630,13 +2782,23 @@ def conversation(kind: str, texts: Sequence[Any], system: str = "", **grade: Any
 def put(rng: random.Random, clause: str, before: Sequence[str] = (), cased: bool = False) -> str:
     """Put a question as people do: plainly, politely, in passing, or typed in a hurry."""
     roll, text = rng.random(), sentence(clause)
-    if roll < 0.09:
-        typed = clause.rstrip("?.")
-        return typed if cased or roll < 0.05 else typed.lower()
-    if roll > (0.5 if before else 0.33) or before and before[-2][-1] != "?":
+    if roll < 0.35:  # typed
+        typed = clause.rstrip("?." if roll < 0.28 else ".")
+        if roll < 0.1:
+            typed = re.sub(
+                r"\bthe ",
+                "",
+                re.sub(r"\b(what|who|where) is\b", rng.choice((r"\1s", r"\1's")), typed),
+            )
+        if roll < 0.04:
+            typed += rng.choice(
+                (" please", " now", " today", " answer", " quick", f" {rng.randint(1990, 2026)}")
+            )
+        return typed if cased or roll < 0.06 else typed.lower()
+    if roll > (0.75 if before else 0.6) or before and before[-2][-1] != "?":
         return text
     plain = re.match("(can|could|do|would) you|tell|give|say|name|your|I |I$|so ", clause)
-    forms = [w for w in ways(GO_ON if before else POLITE) if "{Q}" in w or not plain]
+    forms = [w for w in ways("go_on" if before else "polite") if "{Q}" in w or not plain]
     return rng.choice(forms).format(Q=text, q=clause[0] + text[1:])
 
 
@@ -4648,7 +2810,7 @@ def hurried(rng: random.Random, wording: str) -> str:
     """
     if rng.random() > 0.15:
         return wording
-    small = SMALL_WORDS.split()
+    small = world_words("small_words")
     kept = [w for w in wording.split() if w.strip("?.,:") not in small or rng.random() < 0.3]
     short = " ".join(kept).rstrip(",:")
     return short if re.search("[a-z]{3}", re.sub(r"\{.*?\}", "", short)) else wording
@@ -4685,7 +2847,7 @@ def greeted(rng: random.Random, text: str, reply: str) -> str:
 
 def as_asked(wording: str, forms: dict[str, str]) -> str:
     """Return the subject in the form in which a question names it."""
-    found = re.search(r"(the |a baby |a young )?\{([ap]?s|ss|x)\}", wording)
+    found = re.search(r"(the |a baby |a young )?\{([ap]?s|ss|x|adj)\}", wording)
     assert found, wording
     form = found[2] if found[2] in ("as", "ps") else "s"
     return f"the {forms['s']}" if found[1] == "the " else forms["as" if found[1] else form]
@@ -4720,7 +2882,7 @@ def lay_out(rng: random.Random, question: str, choices: Sequence[str]) -> str:
 
 def identity_turn(rng: random.Random, name: str, texts: list[str], key: str = "") -> None:
     """Ask the assistant who it is, and let it answer."""
-    asked, _, replies = table(IDENTITY)[key or rng.choice(list(table(IDENTITY)))]
+    asked, _, replies = table("identity")[key or rng.choice(list(table("identity")))]
     text = put(rng, mistyped(rng, rng.choice(asked)), texts)
     texts += [text, greeted(rng, text, rng.choice(replies).format(name=name))]
 
@@ -4728,21 +2890,23 @@ def identity_turn(rng: random.Random, name: str, texts: list[str], key: str = ""
 def identity_chat(rng: random.Random, name: str) -> dict[str, Any]:
     """Ask an assistant of any name who it is, and what, and the like."""
     texts: list[str] = []
-    for key in rng.sample(list(table(IDENTITY)), rng.choice((1, 1, 2, 3))):
+    for key in rng.sample(list(table("identity")), rng.choice((1, 1, 2, 3))):
         identity_turn(rng, name, texts, key)
     return conversation("identity", texts)
 
 
 def rhyme_request(rng: random.Random) -> tuple[str, str]:
     """Return words that rhyme with one, after that one."""
-    family = rng.choice(items(RHYMES)).split()
+    family = rng.choice(world_items("rhymes")).split()
     word, *others = rng.sample(family, min(len(family), rng.randint(2, 4)))
     return word, sentence(f"{join_and(others)} {'rhyme' if others[1:] else 'rhymes'} with {word}")
 
 
 def how_request(rng: random.Random) -> tuple[str, str]:
     """Return what to do, and its steps."""
-    title, _, text = rng.choice(HOW_TO.replace("\n ", " ").strip().splitlines()).partition(": ")
+    title, _, text = rng.choice(
+        section("how_to").replace("\n ", " ").strip().splitlines()
+    ).partition(": ")
     steps = text.split(" | ")
     if rng.random() < 0.5:
         return title, "\n".join(f"{i}. {sentence(step)}" for i, step in enumerate(steps, 1))
@@ -4751,7 +2915,7 @@ def how_request(rng: random.Random) -> tuple[str, str]:
 
 
 def story_questions(teller: Teller, told: Story) -> list[tuple[str, dict[str, str], list[str]]]:
-    """Return what can be asked of a story: key of STORY_ASKS, forms, and what must be said."""
+    """Return what can be asked of a story: key of story_asks, forms, and what must be said."""
     noun = {who: place.split(" ", 2)[2] for who, place in told.place.items()}
     asks = [("person", {"n": n}, [noun[n]]) for n in teller.he]
     for t in teller.reason:
@@ -4797,7 +2961,7 @@ class Asker:
         self.models = {  # relation -> real names, of subjects and of answers
             name: ([f.subject for f in r.facts], [f.answer for f in r.facts])
             for name, r in self.relations.items()
-            if name not in items(PLAIN)
+            if name not in world_items("plain")
         }
         self.groups: dict[tuple[str, str], list[str]] = {}  # relation, answer -> subjects
         for fact in (fact for name in LISTED for fact in self.same[name]):
@@ -4806,10 +2970,13 @@ class Asker:
     def people(self) -> list[list[str]]:
         """Return girls' and boys' names, at times invented ones: any word may be a name."""
         if self.test:
-            return [TEST_GIRLS, TEST_BOYS]
+            return [world_words("test_girls"), world_words("test_boys")]
         if self.rng.random() < 0.7:
-            return [GIRLS, BOYS]
-        return [[coined(self.rng, names) for _ in range(3)] for names in (GIRLS, BOYS)]
+            return [world_words("girls"), world_words("boys")]
+        return [
+            [coined(self.rng, names) for _ in range(3)]
+            for names in (world_words("girls"), world_words("boys"))
+        ]
 
     def wording(self, card: Card, one: bool = False) -> str:
         """Return the next question for a fact, with `one` not for many."""
@@ -4850,7 +3017,7 @@ class Asker:
         """Ask for some facts, one after another."""
         roll, texts, system = self.rng.random(), list[str](), ""
         if roll < 0.06:
-            system = self.rng.choice(ways(BRIEFLY if roll < 0.04 else INSTRUCTIONS))
+            system = self.rng.choice(ways("briefly" if roll < 0.04 else "instructions"))
         for _ in range(self.rng.choice((1, 1, 2, 2, 3, 4))):
             self.fact_turn(texts, 1 if roll < 0.04 else 0.12)
         return conversation("fact", texts, system.format(name=self.name))
@@ -4896,7 +3063,7 @@ class Asker:
         asks = story_questions(teller, told)
         texts: list[str] = []
         for key, forms, accept in rng.sample(asks, 1 if self.test else min(3, rng.randint(1, 4))):
-            row = table(STORY_ASKS)[key]
+            row = table("story_asks")[key]
             ask, reply = (rng.choice(row[i]) for i in (self.test, 2))
             ask = (ask if self.test else mistyped(rng, ask)).format_map(forms)
             reply = reply.format_map(forms)
@@ -4920,10 +3087,10 @@ class Asker:
         for other in others:
             unseen = self.test and other == others[-1]
             if it:
-                asked = rng.choice(ways(IT_TOO_UNSEEN if unseen else IT_TOO))
-                asked = asked.format(c=lists(IT)[other.relation][0])
+                asked = rng.choice(ways("it_too_unseen" if unseen else "it_too"))
+                asked = asked.format(c=lists("it")[other.relation][0])
             else:
-                asked = rng.choice(ways(FOLLOW_UP_UNSEEN if unseen else FOLLOW_UP))
+                asked = rng.choice(ways("follow_up_unseen" if unseen else "follow_up"))
                 if "of {s}" in wording and not unseen and rng.random() < 0.25:
                     asked = "and of {s}?"
                 asked = asked.format(s=as_asked(wording, other.forms())).replace("..", ".")
@@ -4934,14 +3101,17 @@ class Asker:
         grade = fact_grade((other, True), " ".join(texts[:-1])) if self.test else {}
         return conversation("follow-up", texts, **grade)
 
-    def memory_chat(self) -> dict[str, Any]:
-        """Be told things by somebody, and know them when asked later."""
-        rng, rows, texts = self.rng, table(MEMORY), list[str]()
+    def memory_chat(self, later: int = -1) -> dict[str, Any]:
+        """Be told things by somebody, and know them when asked later: after some turns."""
+        rng, rows, texts = self.rng, table("memory"), list[str]()
         girls, boys = (rng.sample(names, 3) for names in self.people())
         told = {}  # key -> forms
         for key in rng.sample(list(rows), rng.choice((1, 2, 2, 3))):
-            p = rng.choice(lists(MEMORY_VALUES).get(key, [""]))
-            values = {"city": rng.choice(self.cities), "month": rng.choice(MONTHS.split()[::2])}
+            p = rng.choice(lists("memory_values").get(key, [""]))
+            values = {
+                "city": rng.choice(self.cities),
+                "month": rng.choice(world_words("months")[::2]),
+            }
             if key in ("name", "pet", "person"):
                 sides = {"sister": girls, "aunt": girls, "brother": boys, "uncle": boys}
                 values[key] = sides.get(p, rng.choice((girls, boys))).pop()
@@ -4952,11 +3122,12 @@ class Asker:
             joined = rng.choice((1, 2))
             text, rest = sentence(", and ".join(part[:joined])), part[joined:]
             hello = rng.choice(("", "", "Hello!", "Hi!", "Hi there!")) if not i else ""
-            reply = rng.choice(ways(TOLD))
+            reply = rng.choice(ways("told"))
             if "name" in told and told["name"]["v"] in text and rng.random() < 0.7:
                 reply = f"Nice to meet you, {told['name']['v']}!"
             texts += [" ".join([hello, text, *map(sentence, rest)]).strip(), reply]
-        for _ in range(rng.choice((0, 1, 1, 2))):
+        turns = rng.choice((0, 1, 1, 2)) if later < 0 else later
+        for _ in range(turns):
             self.fact_turn(texts)
         for key in rng.sample(list(told), 1 if self.test else rng.randint(1, min(2, len(told)))):
             forms = told[key]
@@ -4969,29 +3140,94 @@ class Asker:
             return conversation("memory", texts, **grade)
         if rng.random() < 0.12:
             key = rng.choice([key for key in rows if key not in told])
-            ask = rng.choice(rows[key][1]).format(p=rng.choice(lists(MEMORY_VALUES).get(key, [""])))
-            texts += [sentence(ask), rng.choice(ways(NOT_TOLD))]
+            ask = rng.choice(rows[key][1]).format(
+                p=rng.choice(lists("memory_values").get(key, [""]))
+            )
+            texts += [sentence(ask), rng.choice(ways("not_told"))]
         return conversation("memory", texts)
+
+    def outside_turn(self, texts: list[str]) -> None:
+        """Ask for what the assistant cannot do; it says so, and what it can do."""
+        rng, words = self.rng, lists("outside_words", ";")
+        rows = table("outside", whole=False)
+        row = rows[rng.choice([key for key in rows if rows[key][self.test]])]
+        forms: dict[str, str] = {}
+        for key, some in words.items():
+            forms[key], forms[f"{key}2"] = rng.sample(some, 2)
+        forms["awork"] = with_article(forms["work"])
+        names = [coined(rng, n) for n in self.people()] if rng.random() < 0.2 else [
+            rng.choice(n) for n in self.people()]  # fmt: skip
+        forms["a"], forms["b"] = names[0], names[1]
+        forms["c"], forms["c2"] = rng.sample(self.cities, 2)
+        forms["day"], forms["number"] = rng.choice(world_items("days")), str(rng.randint(2, 90))
+        things = rng.sample(noun_kinds()["things"], rng.randint(2, 6))
+        forms["things"], forms["food"] = (
+            ", ".join(map(plural, things)),
+            rng.choice(noun_kinds()["food"]),
+        )
+        told = [rng.choice(all_statements()) for _ in range(rng.choice((1, 1, 2, 3)))]
+        if rng.random() < 0.5:
+            told = [rng.choice((
+                f"I think that {forms['topic']} is better than {forms['topic2']}.",
+                f"{forms['a']} wants to {forms['activity']} because of {forms['topic']}.",
+                f"Dear {forms['a']}, thank you for {forms['occasion']}. Yours, {forms['b']}",
+                f"This is the worst {forms['work']} about {forms['topic']} that I have read.",
+                f"{forms['topic'].capitalize()} has changed the way we live.",
+                f"From: {forms['c']}\nTo: {forms['c2']}", f"{forms['topic']}",
+                f"He {rng.choice(('go', 'went', 'goes', 'gone'))} to {forms['c']} yesterday.",
+            ))]  # fmt: skip
+        forms["text"] = " ".join(told).rstrip(rng.choice((".", "")))
+        topic, two = forms["topic"], forms["topic2"]
+        title = rng.choice((topic, forms["things"].split(",")[0], forms["activity"])).title()
+        forms["input"] = rng.choice((
+            forms["text"], forms["text"], f'"{forms["text"]}"', topic, title, f"{title}, {two}",
+            f"Topic: {topic}", f"Product: {title}\nRating: {rng.randint(1, 5)}", forms["things"],
+            f"- {topic}\n- {two}", f"{title} ({rng.randint(1900, 2026)})", f"A. {topic}\nB. {two}",
+            f"{names[0]}: {forms['text']}\n{names[1]}: I see.", f"{forms['number']} {topic}",
+            f"Text: {forms['text']}\nQuestion: why?", forms["code"], f"{title} = {two}",
+        ))  # fmt: skip
+        clause = choose(rng, rng.choice(row[self.test])).format_map(forms)
+        if rng.random() < 0.7:
+            clause = clause.replace(forms["input"], rng.choice(("\n", "\n\n")) + forms["input"])
+            clause = re.sub(r" (?=\n)", "", clause).strip()
+        if rng.random() < 0.7:
+            clause = re.sub(r"(?<=[.?] )[a-z]", lambda m: m[0].upper(), clause)
+        text = put(rng, clause, texts, True)
+        reply = f"{rng.choice(row[2])} {rng.choice(ways('instead'))}"
+        texts += [text, reply]
+
+    def outside_chat(self) -> dict[str, Any]:
+        """Ask for things that the assistant cannot do, and for some that it can."""
+        texts: list[str] = []
+        for _ in range(self.rng.choice((1, 1, 1, 2))):
+            self.outside_turn(texts)
+            if self.rng.random() < 0.25:
+                self.fact_turn(texts)
+        return conversation("outside", texts)
 
     def unknown_turn(self, texts: list[str]) -> None:
         """Ask for what nobody has told, or for what does not exist, and say so."""
         rng, cased = self.rng, False
         if rng.random() < 0.2:
-            row = rng.choice(list(table(BEYOND).values()))
+            row = rng.choice(list(table("beyond").values()))
             family = coined(rng, self.cities, self.test)
             forms = {"n": rng.choice(rng.choice(self.people())), "c": rng.choice(self.cities)}
-            forms["f"] = f"{coined(rng, GIRLS + BOYS, self.test)} {family}"
+            forms["f"] = (
+                f"{coined(rng, world_words('girls') + world_words('boys'), self.test)} {family}"
+            )
             clause, reply = (rng.choice(row[i]).format_map(forms) for i in (self.test, 2))
         else:
             name = rng.choice(list(self.models))
-            forward = name not in BACKWARD.split(", ") or rng.random() < 0.7
+            forward = name not in section("backward").split(", ") or rng.random() < 0.7
             s = coined(rng, self.models[name][0], self.test)
             o = s if forward else coined(rng, self.models[name][1], self.test)
             wording = rng.choice(questions(name, forward, self.test))
             forms = Fact(name, s, o, "").forms()
             clause = wording if self.test else mistyped(rng, hurried(rng, wording))
             clause, cased = clause.format_map(forms), name in CASED
-            reply = rng.choice(ways(DONT_KNOW)).format(s=as_asked(wording, forms) if forward else o)
+            reply = rng.choice(ways("dont_know")).format(
+                s=as_asked(wording, forms) if forward else o
+            )
         text = sentence(clause) if self.test else put(rng, clause, texts, cased)
         texts += [text, greeted(rng, text, reply)]
 
@@ -5034,8 +3270,8 @@ class Asker:
         """Say something small, or ask for a text, and reply."""
         rng = self.rng
         if keys or rng.random() < 0.55:
-            among = keys.split() or [key for key in table(TALK) if key != "hello" or not texts]
-            asked, reply = map(rng.choice, table(TALK)[rng.choice(among)])
+            among = keys.split() or [key for key in table("talk") if key != "hello" or not texts]
+            asked, reply = map(rng.choice, table("talk")[rng.choice(among)])
         else:
             makers: dict[str, Callable[[], tuple[str, str]]] = {
                 "rhyme": partial(rhyme_request, rng), "how": partial(how_request, rng),
@@ -5043,7 +3279,7 @@ class Asker:
             }  # fmt: skip
             key = rng.choice(list(makers))
             what, reply = makers[key]()
-            asked = rng.choice(table(REQUESTS)[key][0])
+            asked = rng.choice(table("requests")[key][0])
             asked = asked.format(w=what.replace("your ", "my ") if " I " in asked else what)
         texts += [sentence(asked) if rng.random() < 0.85 else asked.rstrip(".!?"), reply]
 
@@ -5064,14 +3300,14 @@ class Asker:
             rng.choice((self.fact_turn, self.fact_turn, self.unknown_turn, ask))(texts)
         if rng.random() < 0.7:
             self.talk_turn(texts, "thanks thanks praise bye")
-        system = rng.choice(ways(INSTRUCTIONS)) if rng.random() < 0.3 else ""
+        system = rng.choice(ways("instructions")) if rng.random() < 0.3 else ""
         return conversation("mixed", texts, system.format(name=self.name))
 
 
 # Shares of the turns of conversations of each kind.
 KINDS = {
-    "fact": 35, "letters": 9, "problem": 15, "sum": 3,
-    "spelling": 12, "story": 10, "follow-up": 5, "memory": 6,
+    "fact": 30, "letters": 7, "problem": 30, "sum": 8, "outside": 8,
+    "spelling": 11, "story": 9, "follow-up": 5, "memory": 6,
     "identity": 5, "unknown": 9, "talk": 2, "mixed": 2,
 }  # fmt: skip
 LONGEST = 700  # characters of a conversation, so that nearly all fit a context of 256 tokens
@@ -5089,7 +3325,7 @@ def world_conversations(
     asker = Asker(rng, name)
     makers: dict[str, Callable[[], dict[str, Any]]] = {
         "fact": asker.fact_chat, "letters": asker.letters_chat, "story": asker.story_chat,
-        "follow-up": asker.follow_chat, "memory": asker.memory_chat, "unknown": asker.unknown_chat,
+        "follow-up": asker.follow_chat, "memory": asker.memory_chat, "unknown": asker.unknown_chat, "outside": asker.outside_chat,
         "talk": asker.talk_chat, "mixed": asker.mixed_chat,
         "identity": partial(identity_chat, rng, name), "problem": partial(problem_chat, rng),
         "sum": partial(sum_chat, rng), "spelling": partial(spelling_chat, rng),
@@ -5129,10 +3365,10 @@ def take_items(count: int, make: Callable[[], dict[str, Any]]) -> list[dict[str,
 def identity_set(rng: random.Random, name: str) -> list[dict[str, Any]]:
     """Ask for name, maker and kind in wordings that are kept for the test, in many manners."""
     made = []
-    for key, words in lists(IDENTITY_KEYS).items():
+    for key, words in lists("identity_keys").items():
         accept = [word.format(name=name) for word in words]
-        _, unseen, replies = table(IDENTITY)[key]
-        for clause, manner in itertools.product(unseen, ["{Q}", "{q}", *ways(POLITE)]):
+        _, unseen, replies = table("identity")[key]
+        for clause, manner in itertools.product(unseen, ["{Q}", "{q}", *ways("polite")]):
             text = manner.format(Q=sentence(clause), q=clause)
             reply = rng.choice(replies).format(name=name)
             made.append(conversation("identity", [text, reply], answer=accept[0], accept=accept))
@@ -5160,6 +3396,11 @@ def world_sets(name: str = "Nano") -> dict[str, list[dict[str, Any]]]:
         phrase = "I don't know"
         return conversation("unknown", texts, answer=phrase, accept=[phrase])
 
+    def outside() -> dict[str, Any]:
+        texts: list[str] = []
+        asker.outside_turn(texts)
+        return conversation("outside", texts, answer=HONEST[0], accept=HONEST)
+
     tellers = (asker.story_chat, asker.follow_chat, asker.memory_chat)
     return {
         "letters": take_items(1000, by_letter),
@@ -5172,61 +3413,15 @@ def world_sets(name: str = "Nano") -> dict[str, list[dict[str, Any]]]:
         "stories": [item for make in tellers for item in take_items(200, make)],
         "identity": identity_set(rng, name),
         "unknown": take_items(500, unknown),
+        "remembered": take_items(400, partial(asker.memory_chat, 5)),
+        "outside": take_items(400, outside),
+        "sums": take_items(500, partial(sum_item, random.Random("sums"), True)),
         "spelling": spelling_set(),
         **problem_sets(),
     }
 
 
 # 9. World: problems --------------------------------------------------------------------------
-
-# Word problems are composed of these sentences: [now|in the past]; {p} is the person in question
-# by pronoun or name, {n} by name, {o} and {e} are others, {v} and {w} verbs, {use} a phrase.
-PROBLEMS = """
-plain: {n} [has|had] {a} {things} | {n} [owns|owned] {a} {things} | {n} [starts|started] with {a}
- {things} | there [are|were] {a} {things} in {n}'s room | at first {n} [has|had] {a} {things} | {n}
- [keeps|kept] {a} {things} on a shelf | in the morning, {n} [counts|counted] {a} {things}
-earlier: before that, {p} had {a} {things} | {p} had {a} {things} before that | at the start of the
- day, {p} had {a} {things}
-group: {n} [has|had] {a} {boxes} {use} | there [are|were] {a} {boxes} {use} in {n}'s room | {n}
- [fills|filled] {a} {boxes} {use}
-each: each of {n}'s {a} {boxes} [holds|held] {b} {things} | there [are|were] {b} {things} in each of
- {n}'s {a} {boxes} | {n} [has|had] {a} {boxes} of {b} {things} | {n} [gets|got] {a} {boxes} of {b}
- {things}
-times: {o} [has|had] {a} {things}. {n} [has|had] {use} | {n} [has|had] {use} {things} as {o}. {o}
- [has|had] {a} {things} | {o} [has|had] {a} {things}, and {n} [has|had] {use} | {o} [owns|owned] {a}
- {things}. {n} [owns|owned] {use} {things} as {o}
-verb: {p} {v} {b} {things} | {p} {v} {b} {things} {tail}
-later: then {p} {v} {b} {things} | later, {p} {v} {b} {things} {tail} | the next day, {p} {v} {b}
- {things} | after that, {p} {v} {b} {things} {tail}
-+: {p} {v} {b} more {things} | {p} {v} another {b} {things} {tail}
--: {p} {v} {b} of the {things} | {p} {v} {b} of these {things} {tail}
-scale: then the number of {ps} {things} {use} | later, the number of {ps} {things} {use}
-other: {o} [has|had] {c} {things} | {o} [owns|owned] {c} {things} | in {o}'s room there [are|were] {c}
- {things}
-ask: how many {things} does {p} have now? | how many {things} does {p} have in the end? | what number
- of {things} does {p} have now? | can you tell me how many {things} {p} has now? | find the number
- of {things} that {p} has now. | what is the number of {ps} {things} now?
-count: how many {things} [does|did] {p} have? | how many {things} [is|was] that? | what [is|was] the
- number of {ps} {things}? | find the number of {things} that {p} [has|had].
-left: how many {things} {use}? | how many of the {things} {use}? | how many {things} {use} in the
- end? | can you tell me how many {things} {use}?
-all: how many {things} do {n} and {o} have {use}? | {use}, how many {things} do {n} and {o} have? |
- how many {things} do they have {use}? | find the number of {things} that they have {use}.
-compare: how many {use} {things} does {x} have than {y}? | {x} has how many {use} {things} than {y}?
- | can you tell me how many {use} {things} {x} has than {y}?
-share: {p} [shares|shared] the {things} equally among {c} friends. how many {things} does each friend
- get? | {p} [puts|put] the {things} into {c} {boxes}, the same number in each. how many {things} are
- in each {box}? | {c} friends [share|shared] the {things} equally. what is the number of {things}
- for each friend?
-besides: {p} also [has|had] {d} {others} | {p} also {w} {d} {others} | {e} [has|had] {d} {others} |
- {n}'s {kin} [is|was] {d} years old | the walk home [takes|took] {d} minutes | {n} [lives|lived] at
- number {d} | there [are|were] {d} children in {n}'s class | {p} [reads|read] {d} pages of a book |
- {e} [is|was] {d} years old | {one} [costs|cost] {d} cents
-"""
-STARTS = {"plain": 6, "group": 2, "times": 2}  # kinds of sentences, and how often
-CHANGES = {"verb": 8, "scale": 1, "number": 1}
-FINISHES = {"ask": 5, "left": 3, "all": 2, "compare": 2, "share": 2}
-ORDERS = "told told told earlier asked if".split()  # how start, changes and question follow
 
 
 def weighed(rng: random.Random, table: dict[str, int]) -> str:
@@ -5240,204 +3435,458 @@ def require(fits: bool) -> None:
         raise ValueError("parts that do not go together")
 
 
-class Composer:
-    """Composes one word problem of independent parts, with its solution.
+PRONOUNS = {key: row.split() for key, row in {
+    "he": "he him his", "she": "she her her", "they": "they them their", "it": "it it its",
+    "I": "I me my", "we": "we us our",
+}.items()}  # fmt: skip
+OBJECTS = """gave gives give sent sends send lent lends lend handed hands hand than from for to of
+took takes take cost costs with""".split()  # words after which a pronoun is an object
+ASKED = re.compile("(find|tell) ")  # questions that end in a full stop
 
-    Verbs and phrases are shown ones; if `must` is of another set, that one is there, and others
-    may be of its set too. Raises ValueError where the parts do not go together.
+
+@dataclass
+class Scheme:
+    """A kind of word problem: an equation, how its numbers are told, asked for and explained."""
+
+    name: str
+    roles: list[str]  # the whole, then its parts
+    times: bool  # the whole is the product of its parts, not their sum
+    kinds: dict[str, set[str]]  # role -> of what kind its number is
+    sizes: dict[str, tuple[int, int]]
+    nouns: list[str]
+    any_order: bool
+    tells: dict[tuple[str, ...], list[str]]
+    asks: dict[str, list[str]]
+    whys: dict[str, str]
+
+
+@cache
+def schemes() -> list[Scheme]:
+    """Read the kinds of word problems."""
+    made = []
+    for block in re.split(r"(?m)^@ ", section("problems"))[1:]:
+        header, *lines = block.strip().replace("\n ", " ").splitlines()
+        name, equation, nouns, *flags = (cell.strip() for cell in header.split("|"))
+        terms = [term.split() for term in re.split("[=+*]", equation)]
+        names = [term[0].partition(":") for term in terms]
+        sizes = {n[0]: term[1].split("-") for n, term in zip(names, terms) if term[1:]}
+        scheme = Scheme(
+            name, [n[0] for n in names], "*" in equation, {n[0]: {n[2]} - {""} for n in names},
+            {role: (int(low), int(high)) for role, (low, high) in sizes.items()},
+            nouns.split(), "any" in flags, {}, {}, {},
+        )  # fmt: skip
+        for line in lines:
+            roles, _, text = line[2:].partition(": ")
+            ways = [way.strip() for way in text.split(" / ")]
+            if line[0] == "+":
+                scheme.tells[tuple(roles.split())] = ways
+            elif line[0] == "?":
+                scheme.asks[roles] = ways
+            else:
+                scheme.whys[roles] = text
+        made.append(scheme)
+    return made
+
+
+@cache
+def part_set(text: str) -> str:
+    """Return who meets a wording, verb or noun: "test", "practised" by rl without solution, or all."""
+    n = int.from_bytes(hashlib.sha256(f"part {text}".encode()).digest()[:4], "big") % 16
+    return "test" if n < 2 else "practised" if n < 4 else "shown"
+
+
+@cache
+def noun_kinds() -> dict[str, list[str]]:
+    """Return the nouns of problems by their kind."""
+    rows = (line.partition(": ") for line in section("nouns").replace("\n ", " ").splitlines())
+    return {kind: list(dict.fromkeys(items(row))) for kind, _, row in rows}
+
+
+@cache
+def problem_verbs() -> dict[str, list[tuple[str, str, list[str]]]]:
+    """Return by effect the verbs of problems: infinitive, past, and kinds of nouns, if not all."""
+    table: dict[str, list[tuple[str, str, list[str]]]] = {}
+    for line in section("verbs").replace("\n ", " ").splitlines():
+        effect, _, row = line.partition(": ")
+        for entry in items(row):
+            verb, _, kinds = entry.partition(": ")
+            words = verb.split()
+            half = len(words) // 2
+            form = " ".join(words[:half]), " ".join(words[half:])
+            table.setdefault(effect, []).append((*form, kinds.split()))
+    return table
+
+
+def third_person(verb: str) -> str:
+    """Return the third person of an infinitive: gives away, fetches."""
+    first, _, rest = verb.partition(" ")
+    odd = {"have": "has", "go": "goes", "do": "does"}
+    return f"{odd.get(first) or plural(first)} {rest}".strip()
+
+
+class Problem:
+    """One word problem: a scheme whose told numbers other schemes may tell, with its solution.
+
+    Parts (wordings, verbs, nouns) are of the sets allowed; those used are in `parts`. `held`: what
+    is_held_out may say. Raises ValueError where parts do not go together.
     """
 
-    def __init__(self, rng: random.Random, must: dict[str, str], besides: bool) -> None:
-        self.rng, self.must, self.order = rng, must, rng.choice(ORDERS)
-        self.sets = {"shown", must.get("set", "shown")}
-        start, finish = weighed(rng, STARTS), weighed(rng, FINISHES)
-        changes = [weighed(rng, CHANGES) for _ in range(rng.choice((0, 1, 1, 1, 2, 2)))]
-        steps = (start != "plain") + len(changes) + (finish not in ("ask", "left"))
-        first = start == "plain" and changes[:1] in (["verb"], ["number"])
-        require(not must or must["role"] in (start, *changes, finish))
-        require(1 <= steps <= 2 and (finish != "left" or changes[-1:] in (["verb"], ["number"])))
-        require(self.order != "earlier" or first)
-        require(self.order != "asked" or (finish == "ask" and len(changes) == steps))
-        require(self.order != "if" or (first and steps == 1))
-        self.past = self.order != "if" and rng.random() < 0.5
-        self.shape = [self.order]  # with what follows, the combination of parts
-        self.facts: list[tuple[str, str]] = []  # letter of whom it is about, sentence
-        self.steps: list[tuple[str, str, int]] = []  # what is done and why, call, result
-        self.known = ""  # what the next step's sentence begins with
-        self.thing, other = rng.sample(COUNTED, 2)
-        n, o, e = rng.sample(GIRLS + BOYS, 3)
-        self.he, box = "she" if n in GIRLS else "he", rng.choice(CONTAINERS)
-        require(box not in (self.thing, other))
+    def __init__(
+        self, rng: random.Random, sets: Sequence[str], people: list[list[str]],
+        held: Sequence[tuple[bool, bool]] = ((False, False),), tale: bool = False,
+    ) -> None:  # fmt: skip
+        self.rng, self.sets, self.parts = rng, sets, set[tuple[str, str]]()
+        self.calls: list[tuple[str, str]] = []  # why, call
+        self.pairs: list[tuple[int, int]] = []
+        self.frames: list[str] = []
+        self.shown: dict[str, str] = {}
+        self.seen, self.topic, self.told = set[str](), "", set[str]()
+        fits = [s for s in schemes() if s.asks]
+        if tale:  # all of its numbers are told, and nothing is asked
+            fits = [s for s in fits if all((role,) in s.tells for role in s.asks)]
+        self.scheme = scheme = rng.choice(fits)
+        self.past = rng.random() < 0.7
+        self.set_scene(scheme, people)
+        asked = rng.choice(list(scheme.asks))
+        question = self.pick(scheme.tells[asked,] if tale else scheme.asks[asked])
+        clauses = self.work(scheme, asked, None, 2 * tale, question)
+        question = self.bind(question)
+        self.value = calculate(self.calls[-1][1])
+        require(not self.value.startswith("-") and len(self.value) < 9)
+        require(self.is_held_out() in held)
+        self.said = self.tell([*clauses, question] if tale else clauses, "" if tale else question)
+
+    def pick(self, ways: Sequence[str]) -> str:
+        """Choose a wording, of those that are allowed."""
+        sets = ["shown", *map(part_set, ways[1:])]  # the first one is never held out
+        fits = [(w, s) for w, s in zip(ways, sets) if s in self.sets]
+        require(bool(fits))
+        chosen = self.rng.choices(
+            fits, [4 if s == self.sets[-1] != "shown" else 1 for _, s in fits]
+        )[0]
+        self.parts.add(chosen)
+        self.frames.append(chosen[0])
+        return chosen[0]
+
+    def set_scene(self, scheme: Scheme, people: list[list[str]]) -> None:
+        """Choose who and what it is about, and how numbers are written."""
+        rng, kind = self.rng, self.rng.choice(scheme.nouns)
+        self.kind, self.goods = (
+            kind,
+            kind if kind in noun_kinds() else rng.choice(("things", "food")),
+        )
+        nouns = [noun for noun in noun_kinds()[self.goods] if part_set(noun) in self.sets]
+        one, *more, extra = rng.sample(nouns, 4)
+        self.noun = one
+        kinds = world_items("kinds_of_things") if self.goods == "things" else []
+        adjectives = rng.sample(world_items("kinds_of") + kinds, 3)
+        plain = (
+            self.goods in ("marks", "measures", "amounts", "times", "people") or rng.random() < 0.6
+        )
+        if not plain and rng.random() < 0.5:
+            more = [one, one]
+        names = [noun if plain else f"{a} {noun}" for a, noun in zip(adjectives, [one, *more])]
+        box, (day, day2) = rng.choice(world_items("containers")), rng.sample(world_items("days"), 2)
+        self.people = {}
+        for letter, names_of in zip("nmo", rng.sample(people, len(people)) + [rng.choice(people)]):
+            name = rng.choice(names_of)
+            he = "she" if names_of is people[0] else "he"
+            self.people[letter] = [name, name, he]
+        require(len({row[0] for row in self.people.values()}) == 3)
+        subjects = world_items("subjects")
+        if rng.random() < 0.3:
+            self.people["n"] = rng.choice(subjects[: rng.choice((2, 99))]).split(": ")
+        if rng.random() < 0.15:
+            self.people["m"] = rng.choice([s for s in subjects if s.endswith("e")]).split(": ")
+            require(self.people["m"][0] != self.people["n"][0])
+        self.people = {k: [v[0], v[1], v[2] if v[2:] else v[1]] for k, v in self.people.items()}
+        self.money = rng.choice(("$", "$", "dollars", "dollars", "euros", "cents", "pounds"))
         self.forms = {
-            "n": n, "o": o, "e": e, "p": "{p}", "ps": "{ps}", "box": box, "boxes": plural(box),
-            "things": plural(self.thing), "others": plural(other), "one": with_article(self.thing),
+            "extra": plural(extra), "things": plural(names[0]), "thing": names[0], "athing": with_article(names[0]),
+            "others": plural(names[1]), "other0": names[1], "another": with_article(names[1]),
+            "thirds": plural(names[2]), "box": box, "abox": with_article(box), "boxes": plural(box), "day": day, "day2": day2,
+            "spot": rng.choice(world_items("spots")), "kind": adjectives[0],
+            "line": rng.choice("rope string ribbon board wire pipe chain fence path".split()),
+            "units": rng.choice("feet inches meters centimeters yards miles".split()),
+            "dollars": {"$": "dollars"}.get(self.money, self.money),
         }  # fmt: skip
-        self.value = self.begin(start, bool(changes))
-        for role in changes:
-            self.change(role, finish)
-        self.question = self.end(finish)
-        require(not self.must)
-        if besides:
-            self.distract()
+        self.bare = plural(one) if names[1] != one and more[0] != one else plural(names[0])
+        self.scale = rng.choice((10, 100)) if kind in ("money", "length", "distance") and (
+            rng.random() < 0.12 and self.money != "cents"
+            and not any(low == high for low, high in scheme.sizes.values())) else 1  # fmt: skip
+        self.words = rng.choices((0, 20, 100), (75, 15, 10))[0]  # up to what numbers are words
+        self.verbs: dict[str, tuple[str, str]] = {}
 
-    def part(self, role: str, op: str = "") -> dict[str, str]:
-        """Choose a verb or phrase; the one that must be there as soon as it can be."""
-        if self.must and self.must["role"] == role:
-            chosen, self.must = self.must, {}
+    def size(self) -> int:
+        """Draw a number: mostly a small one."""
+        low, high = self.rng.choices(
+            ((2, 12), (2, 60), (10, 200), (100, 999), (1000, 99_999)), (35, 40, 14, 7, 4)
+        )[0]
+        return self.rng.randint(low, high)
+
+    def numbers(self, scheme: Scheme, asked: str, value: int | None) -> dict[str, int]:
+        """Choose the numbers of a scheme, of which one may be given."""
+        whole, *parts = scheme.roles
+        made = {}
+        if scheme.times:
+            for role, most in zip(parts, (12, 40)):
+                low, high = scheme.sizes.get(role, (2, most if self.rng.random() < 0.8 else 150))
+                made[role] = self.rng.randint(low, high)
+            if value and asked == whole:
+                low, high = scheme.sizes.get(parts[0], (2, 12))
+                fits = [n for n in range(low, high + 1) if value % n == 0 and value // n > 1]
+                require(bool(fits))
+                made[parts[0]] = self.rng.choice(fits)
+                made[parts[1]] = value // made[parts[0]]
+            elif value:
+                made[asked] = value
+            made[whole] = math.prod(made[part] for part in parts)
         else:
-            sets = self.sets if self.rng.random() < 0.4 else {"shown"}
-            pool = [p for p in problem_parts() if p["role"] == role and p["set"] in sets]
-            chosen = self.rng.choice(pool)
-        require(op in chosen["op"] and chosen["base"] not in self.shape)
-        self.shape.append(chosen["base"])
-        return chosen
+            for role in parts:
+                low, high = scheme.sizes.get(role, (0, 0))
+                made[role] = self.rng.randint(low, high) if high else self.size()
+            if value and asked == whole:
+                require(value >= 3 * len(parts))
+                cuts = sorted(self.rng.sample(range(1, value), len(parts) - 1))
+                made |= zip(parts, (b - a for a, b in itertools.pairwise([0, *cuts, value])))
+            elif value:
+                made[asked] = value
+            made[whole] = sum(made[part] for part in parts)
+        require(all(low <= made[role] <= high for role, (low, high) in scheme.sizes.items()))
+        return made
 
-    def word(self, key: str, fits: str = "", **forms: object) -> tuple[str, str]:
-        """Choose a wording; return the letter of whom it is about, and its text but for {p}."""
-        text = self.rng.choice([t for t in wordings(key, PROBLEMS) if re.search(fits, t)])
-        if key in (*STARTS, *FINISHES, "earlier", "each", "count"):
-            self.shape.append(text)
-        about = re.findall(r"\{([npoe])\} (?:also )?(?:\[|\{[vw])", text)[-1:] or [""]
-        told = text.replace("{use}", str(forms.get("use", "")))
-        told = re.sub(r"\[(.*?)\|(.*?)\]", lambda m: m[1 + self.past], told)
-        return about[0].replace("p", "n"), told.format_map(self.forms | forms)
+    def work(
+        self, scheme: Scheme, asked: str, value: int | None, depth: int, question: str = ""
+    ) -> list[str]:
+        """Return the clauses that tell a scheme's numbers but one, and those in the question.
 
-    def has(self, who: str, number: int) -> None:
-        """Let the next step begin with what somebody has."""
-        has = "had" if self.past else "has"
-        self.known += f"{self.forms[who]} {has} {number} {self.forms['things']}. "
+        Notes how that one is worked out.
+        """
+        rng, made = self.rng, self.numbers(scheme, asked, value)
+        whole, *parts = scheme.roles
+        named = dict.fromkeys(role for key in scheme.tells for role in key)
+        told = [r for r in named if r != asked and not re.search(rf"\{{\$?{r}\}}", question)]
+        shown = {
+            role: str(n if self.scale == 1 or scheme.times and role == parts[0] else n / self.scale)
+            for role, n in made.items()
+        }
+        if scheme.any_order:
+            rng.shuffle(told)
+        ways, joint = {}, [key for key in scheme.tells if sorted(key) == sorted(told)]
+        inner: dict[str, list[str]] = {}
+        for role in told if self.scale == 1 and depth < 2 else []:
+            subs = [
+                (s, r) for s in schemes() for r in s.roles
+                if s.kinds[r] & scheme.kinds[role] and s is not scheme and r in s.whys
+                and (self.goods in s.nouns or self.kind in s.nouns)
+            ]  # fmt: skip
+            if subs and rng.random() < (0.5, 0.08)[depth] and not inner:
+                sub, answer = rng.choice(subs)
+                inner[role] = self.work(sub, answer, made[role], depth + 1)
+        single = all((role,) in scheme.tells or role in inner for role in told)
+        if joint and not inner and (rng.random() < 0.6 or not single):
+            ways = {joint[0]: self.pick(scheme.tells[joint[0]])}
+        else:
+            require(single)
+            ways = {(r,): "" if r in inner else self.pick(scheme.tells[r,]) for r in told}
+        clauses, self.shown = [], shown
+        for key, way in ways.items():
+            clauses += [self.bind(way)] if way else inner[key[0]]
+        if asked == whole:
+            call = ("*" if scheme.times else "+").join(shown[part] for part in parts)
+        else:
+            call = ("/" if scheme.times else "-").join(
+                [shown[whole], *(shown[p] for p in parts if p != asked)]
+            )
+        used = [made[r] for r in scheme.roles if r != asked]
+        self.pairs += itertools.pairwise(used)
+        self.calls.append((scheme.whys[asked], call))
+        return clauses
 
-    def step(self, why: str, op: str, a: int, b: int) -> int:
-        """Work one step."""
-        require(b > 0 and (op != "/" or a % b == 0))
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
-        require(0 <= result < 1000)
-        self.steps.append((self.known + why, f"{a}{op}{b}", result))
-        self.known = ""
-        return result
+    def bind(self, way: str) -> str:
+        """Put a scheme's numbers into a wording."""
+        for role, number in self.shown.items():
+            way = way.replace(f"{{{role}}}", f"{{={number}}}")
+            way = way.replace(f"{{${role}}}", f"{{$={number}}}")
+        return way
 
-    def scaled(self, phrase: dict[str, str], a: int) -> int:
-        """Multiply or divide as a phrase says."""
-        return self.step(meaning(phrase), phrase["op"][0], a, int(phrase["op"][1:]))
+    def verb(self, effect: str) -> tuple[str, str]:
+        """Return infinitive and past of the verb for an effect, the same throughout the problem."""
+        if effect not in self.verbs:
+            goods = {self.goods, self.forms["things"].split()[-1]}
+            fits = [
+                v for v in problem_verbs()[effect]
+                if (not v[2] or goods & {*v[2]}) and part_set(v[0]) in self.sets
+            ]  # fmt: skip
+            require(bool(fits) and (effect != "gain" or self.goods not in ("marks", "people")))
+            chosen = self.rng.choice(fits)
+            self.parts.add((chosen[0], part_set(chosen[0])))
+            self.verbs[effect] = chosen[:2]
+        return self.verbs[effect]
 
-    def begin(self, start: str, changes: bool) -> int:
-        """Tell what somebody has at first; return the number."""
-        rng, self.other = self.rng, 0  # what another has, where that is told
-        if start == "plain":
-            a = rng.randint(3, 99) if rng.random() < 0.95 else rng.randint(100, 200)
-            if self.order != "earlier":
-                fits = "" if changes else r"^(?!.*(\[starts|first))"
-                fits = r"^\{n\} \[has" if self.order == "if" else fits
-                self.facts.append(self.word("plain", fits, a=a))
-            self.has("n", a)
-            return a
-        phrase = self.part(start)
-        if start == "group":
-            a, b = rng.randint(2, 30), rng.randint(2, 24)
-            key = "each" if phrase["base"] == "each" and rng.random() < 0.6 else "group"
-            self.facts.append(self.word(key, a=a, b=b, use=phrase["use"]))
-            why = f"There are {a} {self.forms['boxes']} with {b} in each, so we multiply. "
-            return self.step(why, "*", a, b)
-        op, of = phrase["op"][0], int(phrase["op"][1:])
-        self.other = of * rng.randint(2, 120 // of) if op == "/" else rng.randint(2, 90)
-        self.facts.append(self.word("times", a=self.other, use=phrase["use"]))
-        self.has("o", self.other)
-        return self.scaled(phrase, self.other)
+    def person(self, token: str, first: bool, object_: bool) -> str:
+        """Name somebody: in full at first, then by a pronoun where it is clear."""
+        who = {"n": "n", "ns": "n", "he": "n", "him": "n", "his": "n"}.get(token, token[0])
+        whole, later, he = self.people[who]
+        cases = PRONOUNS[he]
+        new, self.seen = who not in self.seen, self.seen | {who}
+        pronoun = token in ("he", "him", "his") and not new or he in ("I", "we")
+        pronoun = pronoun or (
+            who == "n" and not new and first and self.topic == "n" and self.rng.random() < 0.6
+        )
+        name = whole if new else later
+        if first:
+            self.topic = who
+        if token in ("ns", "ms", "his"):
+            return cases[2] if pronoun else name + ("'" if name[-1] == "s" else "'s")
+        return cases[1 if object_ or token == "him" else 0] if pronoun else name
 
-    def change(self, role: str, finish: str) -> None:
-        """Tell of a change of the number."""
-        rng, a = self.rng, self.value
-        if role == "scale":
-            phrase = self.part("scale")
-            self.facts.append(self.word("scale", use=phrase["use"]))
-            self.value = self.scaled(phrase, a)
-            return
-        number = self.part("number") if role == "number" else {}
-        verb = self.part("verb", "-" if finish == "left" else "")
-        require(self.thing in verb["things"].split())
-        b = int(number["op"]) if number else rng.randint(2, a - 1 if verb["op"] == "-" else 99)
-        key = "later" if self.facts and rng.random() < 0.5 else "verb"
-        if self.sets == {"shown"} and not number and self.facts and rng.random() < 0.2:
-            key = verb["op"]  # with a word that gives the verb's effect away, as people talk
-        key = "verb" if self.order == "if" else key
-        v = verb["past" if self.past else "does"]
-        self.facts.append(self.word(key, b=number.get("use", b), v=v, tail=verb["tail"]))
-        if len(self.facts) == 1:  # only now what there was before
-            self.facts.append(self.word("earlier", a=a))
-        if self.order == "if":
-            (_, had), (_, then) = self.facts
-            self.facts = [("n", f"if {had} and {then.removeprefix('{p} ')}")]
-        self.known += meaning(number) if number else ""
-        why = f"{self.forms['n']} {v} {b}, so now {self.he} has {verb['more']}. "
-        self.value = self.step(why, verb["op"], a, b)
+    def number(self, text: str, rest: str) -> str:
+        """Write a number in digits or words."""
+        if not text.isdigit() or int(text) > self.words:
+            if text == "12" and rest.startswith((" {things}", " more")) and self.rng.random() < 0.3:
+                return "a dozen"
+            if self.scale == 100 and "." in text:
+                return f"{float(text):.2f}"
+            return f"{int(text):,}" if text.isdigit() and len(text) > 3 and self.words else text
+        return number_word(int(text))
 
-    def end(self, finish: str) -> tuple[str, str]:
-        """Work the last step; return the question."""
-        a, n, o = self.value, self.forms["n"], self.forms["o"]
-        fits = "^how" if self.order == "if" else ""
-        if finish == "ask":
-            return self.word("ask" if len(self.facts) > 1 else "count", fits)
-        if finish == "share":
-            c = self.rng.choice([c for c in range(2, 13) if a % c == 0 and a > c] or [a + 1])
-            self.value = self.step(f"They are shared by {c}, so we divide. ", "/", a, c)
-            return self.word("share", c=c)
-        phrase = self.part(finish)
-        if finish == "left":
-            return self.word("left", fits, use=phrase["use"])
-        c = self.other or self.rng.randint(2, 99)
-        if not self.other:
-            at = self.rng.choice((0, len(self.facts)))
-            self.facts.insert(at, self.word("other", c=c))
-        self.has("o", c)
-        require(finish != "compare" or a != c)
-        first, second = (c, a) if finish == "compare" and a < c else (a, c)
-        self.value = self.step(meaning(phrase), phrase["op"], first, second)
-        x, y = (n, o) if (a > c) == (phrase["use"] == "more") else (o, n)
-        return self.word(finish, use=phrase["use"], x=x, y=y)
+    def fill(self, clause: str) -> str:
+        """Write out a clause: people, verbs, nouns, numbers."""
+        out, at, last = "", 0, ""
+        people = "n|m|o|ns|ms|he|him|his"
+        for found in re.finditer(r"\{(\$?=?)([\w.]+)\}|<(.*?)>", clause):
+            out, rest = out + clause[at : found.start()], clause[found.end() :]
+            at, (mark, token, choice) = found.end(), found.groups()
+            ahead = re.search(rf"\{{({people})\}}", rest)
+            if choice:
+                forms = choice.split("|")
+                who = last
+                if ahead and (not last or forms[0] == "did"):
+                    who = ahead[1][0] if ahead[1][0] in "mo" else "n"
+                he = self.people[who][2] if who in self.people else "he"
+                form = 0 if self.past else min(1 + (he in ("they", "we", "I")), len(forms) - 1)
+                out += (
+                    "am"
+                    if forms[form] == "are" and he == "I" and forms[0] == "was"
+                    else forms[form]
+                )
+            elif mark:
+                value = self.number(token, rest)
+                if "$" in mark:
+                    value = (
+                        f"${value}"
+                        if self.money == "$" and value[0].isdigit()
+                        else f"{value} {self.forms['dollars']}"
+                    )
+                out += value
+            elif re.fullmatch(people, token):
+                before = (out.split() or [""])[-1]
+                out += self.person(token, not last, before in OBJECTS)
+                if token[-1] != "s" or token == "his":
+                    last = token[0] if token[0] in "mo" else "n"
+                else:
+                    last = last or "x"
+            elif token.rstrip("0") in problem_verbs():
+                base, past = self.verb(token.rstrip("0"))
+                he = self.people.get(last, ["", "", "they"])[2]
+                shape = (
+                    base if token[-1] == "0" or he in ("they", "we", "I") else third_person(base)
+                )
+                out += shape if token[-1] == "0" or not self.past else past
+            else:
+                again = token == "things" and self.rng.random() < 0.3 and "things" in self.told
+                self.told.add(token)
+                if token in ("things", "thing", "athing"):
+                    self.parts.add((self.noun, part_set(self.noun)))
+                out += self.bare if again else self.forms[token]
+        return (out + clause[at:]).replace("  ", " ")
 
-    def distract(self) -> None:
-        """Tell something with a number that has nothing to do with the question."""
-        worked = " ".join(f"{call} {result}" for _, call, result in self.steps)
-        d = self.rng.choice([d for d in range(3, 60) if str(d) not in re.findall(r"\d+", worked)])
-        verb = self.rng.choice([v for v in count_verbs() if v["set"] == "shown" and v["any"]])
-        kin = self.rng.choice(("sister", "brother") if d < 18 else ("aunt", "uncle"))
-        told = self.word("besides", d=d, w=verb["past" if self.past else "does"], kin=kin)
-        self.facts.insert(self.rng.randint(0, len(self.facts) - (self.order == "if")), told)
+    def tell(self, clauses: list[str], question: str) -> str:
+        """Put clauses and question into sentences."""
+        rng, order = self.rng, self.rng.random()
+        extra = ["scenes"] * (rng.random() < 0.12) + ["asides"] * (rng.random() < 0.3)
+        plain = all(". " not in c for c in clauses)
+        for key in extra:
+            clause = rng.choice(ways(key)).replace("{d}", f"{{={rng.randint(2, 60)}}}")
+            clauses.insert(0 if key == "scenes" else rng.randint(0, len(clauses)), clause)
+        if (
+            question
+            and order < 0.06
+            and plain
+            and 0 < len(clauses) < 3
+            and not ASKED.match(question)
+        ):
+            text = f"{self.fill(question)} if {' and '.join(map(self.fill, clauses))}"
+            return self.finish([text + "?"])
+        out: list[str] = []
+        if not question:
+            order = 0.5
+        end = question + ("." if ASKED.match(question) else "?")
+        if clauses and order > 0.84 and plain and re.match("(how|what|in|by) ", question):
+            some = clauses[-(1 if len(clauses) > 2 or rng.random() < 0.5 else 2) :]
+            clauses = clauses[: -len(some)]
+            end = f"if {' and '.join(some)}, {end}"
+        if clauses:  # "then" and "also" need something before them
+            clauses[0] = re.sub(
+                r"^(then|later|after that|after a while) |(?<=\}) (also|then)(?= )|"
+                r"\b(more|another) ",
+                "",
+                clauses[0],
+            )
+        while clauses:
+            clause = clauses.pop(0)
+            roll = rng.random()
+            if (
+                clauses
+                and clause.startswith("{n} ")
+                and clauses[0].startswith("{n} ")
+                and roll < 0.35
+            ):
+                second = clauses.pop(0).removeprefix("{n} ")
+                link = rng.choice((" and ", " and ", ", and then ", " and then "))
+                link = " and " if second.startswith("then") else link
+                # one person acts twice: the verb of the second part agrees with the same subject
+                text = self.fill(clause) + link + self.again(second)
+            else:
+                text = self.fill(clause)
+                if clauses and roll > 0.85 and ". " not in clauses[0]:
+                    text += rng.choice((", and ", ", and ", ", but ", "; ")) + self.fill(
+                        clauses.pop(0)
+                    )
+            out.append(text)
+        return self.finish([*out, self.fill(end)] if question else out)
 
-    def text(self) -> str:
-        """Tell all of it, with pronouns where they are clear."""
-        told: list[str] = []
-        last, n = "", self.forms["n"]
-        asked = [self.question]
-        for who, text in [*asked, *self.facts] if self.order == "asked" else [*self.facts, *asked]:
-            p = self.he if last == "n" and self.rng.random() < 0.75 else n
-            ps = {"she": "her", "he": "his"}.get(p, f"{n}'s")
-            told.append((text if told else text.replace(" also ", " ")).format(p=p, ps=ps))
-            last = who
-        if self.order == "if":
-            told[-2:] = [", ".join(told[-2:])]
-        return " ".join(sentence(part) for text in told for part in text.split(". "))
+    def again(self, rest: str) -> str:
+        """Fill what the last named person goes on to do."""
+        marked = self.fill("{he} " + rest)
+        return marked.split(" ", 1)[1]
+
+    def finish(self, texts: list[str]) -> str:
+        """Write sentences, at times as they are typed in a hurry."""
+        text = " ".join(sentence(part) for text in texts for part in text.split(". "))
+        text = re.sub(
+            r"\b([Tt])wo times as", lambda m: "Twice as" if m[1] == "T" else "twice as", text
+        )
+        text = re.sub(r"\b2 times as", "twice as", text)
+        roll = self.rng.random()
+        if roll < 0.12 and "?" in text:
+            text = text.lower() if roll < 0.08 else text
+            text = text.rstrip("?.") if roll > 0.04 else text
+        return text
 
     def is_held_out(self) -> tuple[bool, bool]:
         """Say whether its combination of parts, and whether a pair of operands, is for the test."""
-        pairs = [re.split(r"\D", call) for _, call, _ in self.steps]
-        pair = any(held_out_pair(int(a), int(b)) for a, b in pairs)
-        return held_out("problem " + " ".join(self.shape)), pair
+        pair = any(held_out_pair(a, b) for a, b in self.pairs)
+        return held_out("problem " + " ".join(self.frames), 4), pair
 
     def item(self) -> dict[str, Any]:
         """Return it as a graded item with its solution."""
-        reply, known = [], ""
-        for why, call, result in self.steps:
-            reply += [text_part(known + why), *tool_parts(call)]
-            known = f"That makes {result}. "
+        reply = []
+        for why, call in self.calls:
+            reply += [text_part(sentence(f"{why}:") + " "), *tool_parts(call)]
         reply.append(text_part(f"The answer is {self.value}."))
-        texts = [self.text(), reply]
-        return conversation("problem", texts, grade="number", answer=str(self.value))
-
-
-def meaning(phrase: dict[str, str]) -> str:
-    """Say what a phrase of word problems means."""
-    return sentence(f"{phrase['base']} means {phrase['meaning']}") + " "
+        return conversation("problem", [self.said, reply], grade="number", answer=self.value)
 
 
 def text_part(text: str) -> dict[str, str]:
@@ -5450,33 +3899,46 @@ def tool_parts(call: str) -> list[dict[str, str]]:
     return [{"type": "python", "text": call}, {"type": "output", "text": calculate(call)}]
 
 
-def problem(rng: random.Random, wanted: str, besides: float, held: list[tuple[bool, bool]]
-            ) -> dict[str, Any]:  # fmt: skip
+def problem(rng: random.Random, wanted: str, held: list[tuple[bool, bool]]) -> dict[str, Any]:
     """Compose problems until one is what is wanted.
 
-    `wanted`: the set of its rarest part; `besides`: how often something has nothing to do with the
-    question; `held`: what is_held_out may say.
+    `wanted`: the set of its rarest part; `held`: what is_held_out may say.
     """
-    parts = [part for part in problem_parts() if part["set"] == wanted != "shown"]
-    must = rng.choice(parts) if parts else {}
+    test = "test_" * (wanted == "test")
+    people = [world_words(f"{test}girls"), world_words(f"{test}boys")]
+    if not test and rng.random() < 0.3:
+        people = [[coined(rng, names) for _ in range(3)] for names in people]
+    several = rng.random() < 0.3  # steps: others would be rarer, as their parts seldom fit
     while True:
         try:
-            found = Composer(rng, must, rng.random() < besides)
+            found = Problem(rng, ["shown", wanted] if wanted != "shown" else [wanted], people, held)
         except ValueError:
             continue
-        if found.is_held_out() in held:
+        if (len(found.calls) > 1) == several and any(s == wanted for _, s in found.parts):
             return found.item()
+
+
+def tale(rng: random.Random) -> str:
+    """Tell tales of counted things, in the words of problems but those of the test."""
+    tales: list[str] = []
+    people, count = [world_words("girls"), world_words("boys")], rng.choice((2, 3, 4))
+    while len(tales) < count:
+        try:
+            tales.append(Problem(rng, ["shown", "practised"], people, tale=True).said)
+        except ValueError:
+            continue
+    return "\n\n".join(tales)
 
 
 def problem_chat(rng: random.Random) -> dict[str, Any]:
     """Return a word problem of shown parts, solved with the tool, for training."""
-    return solved(problem(rng, "shown", 0.55, [(False, False)]))
+    return solved(problem(rng, "shown", [(False, False)]))
 
 
 def rl_problems(rng: random.Random) -> dict[str, Any]:
     """Return a word problem with its answer alone; most have a practised part."""
     wanted = "practised" if rng.random() < 0.85 else "shown"
-    item = problem(rng, wanted, 0.4, [(False, False)])
+    item = problem(rng, wanted, [(False, False)])
     return {key: value for key, value in item.items() if key != "reply"}
 
 
@@ -5485,13 +3947,13 @@ def problem_sets() -> dict[str, list[dict[str, Any]]]:
     """Return the word problems of the test, the same for every seed, 500 in a set.
 
     Each set differs in one way from what is trained on: in pairs of numbers, in combinations of
-    shown parts, in combinations of parts some of which rl practises, in parts no problem has.
+    shown parts, in parts that rl practises, in wordings, verbs and nouns that no problem has.
     """
     held = {
-        "numbers": ("shown", 0.55, [(False, True)]),
-        "combinations": ("shown", 1, [(True, False)]),
-        "practised": ("practised", 0.4, [(True, False)]),
-        "new": ("test", 0.4, [(False, False), (True, False)]),
+        "numbers": ("shown", [(False, True)]),
+        "combinations": ("shown", [(True, False)]),
+        "practised": ("practised", [(True, False)]),
+        "new": ("test", [(False, False), (True, False)]),
     }
     return {
         f"problems_{name}": take_items(500, partial(problem, random.Random(name), *wanted))
@@ -5499,106 +3961,86 @@ def problem_sets() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-# How sums are asked for, in words or in signs.
-SUMS = """
-+: what is {a} plus {b}? | how much is {a} plus {b}? | add {a} and {b}. | what is the sum of {a} and
- {b}? | {a} plus {b} | what do you get if you add {a} and {b}? | what do {a} and {b} make together?
--: what is {a} minus {b}? | how much is {a} minus {b}? | subtract {b} from {a}. | take {b} away from
- {a}. | {a} minus {b} | what is left of {a} after taking away {b}? | what do you get if you take {b}
- from {a}?
-*: what is {a} times {b}? | how much is {a} times {b}? | multiply {a} by {b}. | what is the product of
- {a} and {b}? | {a} times {b} | what is {a} multiplied by {b}? | what does {a} times {b} make?
-/: what is {a} divided by {b}? | how much is {a} divided by {b}? | divide {a} by {b}. | {a} divided by
- {b} | how often does {b} go into {a}? | what do you get if you divide {a} by {b}?
-signs: {s} | what is {s}? | {s} = ? | {s} = | calculate {s} | work out {s}. | compute {s}, please. |
- how much is {s}?"""
-SIGNS = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}
+def draw_number(rng: random.Random) -> str:
+    """Draw a number as it stands in a sum: mostly whole and small, some decimal or negative."""
+    roll, top = rng.random(), rng.choice((10, 12, 20, 99, 99, 999, 9999))
+    if roll < 0.12:
+        return f"{rng.randint(1, 10 * min(top, 999)) / rng.choice((10, 10, 100)):g}"
+    return str(rng.randint(-20, -1) if roll < 0.16 else rng.randint(2, top))
+
+
+def expression(rng: random.Random, depth: int = 0) -> str:
+    """Return a sum in signs, with parentheses where they are needed or just put."""
+    if depth == 2 or depth and rng.random() < 0.6:
+        number = draw_number(rng)
+        return f"({number})" if number[0] == "-" else number
+    parts = [expression(rng, depth + 1) for _ in range(rng.choice((2, 2, 2, 3)))]
+    sign = rng.choice("++--***//^")
+    if sign == "^":
+        return f"{rng.choice((rng.randint(2, 12), parts[0]))}^{rng.randint(2, 3)}"
+    parts = [f"({p})" if re.search(r"\d[-+*/]", p) and (sign in "*/" or rng.random() < 0.2)
+             and not p.startswith("(") else p for p in parts]  # fmt: skip
+    return sign.join(parts)
+
+
+def sum_in_signs(rng: random.Random) -> tuple[str, str]:
+    """Return a sum as it is typed, and the tool's call."""
+    call = expression(rng)
+    if call[0] == "(" and rng.random() < 0.7:
+        call = re.sub(r"^\((-[\d.]+)\)(?!\^)", r"\1", call)
+    blank, sign = rng.choice(("", " ")), rng.choice(("*", "*", "*", "x", "\u00d7"))
+    said = re.sub(r"(?<=[\d)])([-+*/^])", rf"{blank}\1{blank}", call).replace("*", sign)
+    said = said.replace("/", rng.choice(("/", "/", "/", "\u00f7")))
+    return said.replace("^", rng.choice(("^", "^", "^", "**"))), call.replace("^", "**")
+
+
+def sum_in_words(rng: random.Random) -> tuple[str, str, bool]:
+    """Return a sum as it is said, the tool's call, and whether it is no answer to "what is"."""
+    line = rng.choice(section("sums").replace("\n ", " ").splitlines())
+    said, call = line.removeprefix("do ").split(" > ")
+    y, few = draw_number(rng), rng.choice((5, 10, 20, 25, 30, 50, 75, rng.randint(1, 99)))
+    forms = {
+        "x": draw_number(rng), "y": y, "z": draw_number(rng), "t": str(2 * rng.randint(1, 50)),
+        "k": str(rng.randint(2, rng.choice((10, 25)))), "p": str(few),
+        "m": calculate(f"{y}*{rng.randint(2, 30)}"),
+    }  # fmt: skip
+    said = rng.choice(said.split(" / ")).format_map(forms)
+    for name, number in forms.items():  # a negative number behind a sign stands in parentheses
+        call = re.sub(rf"^\{{{name}\}}", number, call)
+        call = call.replace(f"{{{name}}}", f"({number})" if number[0] == "-" else number)
+    if rng.random() < 0.12:
+        number = r"(?<![\d.-])\d{1,2}(?![\w.%])"
+        said = re.sub(number, lambda m: number_word(int(m[0])), said)
+    return said, call, line.startswith("do ")
+
+
+def sum_item(rng: random.Random, test: bool = False) -> dict[str, Any]:
+    """Ask for a sum in words or signs, worked with the tool, whose result the reply repeats.
+
+    Of the test, and of no training file, is one with a held-out pair of neighbours.
+    """
+    said, call, whole = sum_in_words(rng) if rng.random() < 0.5 else (*sum_in_signs(rng), False)
+    numbers = map(int, re.findall(r"(?<![\d.])\d+(?![\d.])", call))
+    held = any(itertools.starmap(held_out_pair, itertools.pairwise(numbers)))
+    result = calculate(call)
+    decimals = len(result.partition(".")[2])
+    if held != test or result == "error" or len(result) > 12 or decimals > rng.choice((2, 2, 4)):
+        return sum_item(rng, test)
+    asked = put(rng, said)
+    if not whole:
+        asked = rng.choice(ways("sum_manners")).format(s=said)
+        asked = asked.lower() if rng.random() < 0.2 else asked
+        if asked[0].isalpha() and rng.random() < 0.6:
+            asked = re.sub(r"(?<=[?!=])\.$", "", sentence(asked))
+    reply = [*tool_parts(call), text_part(f"The answer is {result}.")]
+    return conversation("sum", [asked, reply], grade="number", answer=result)
 
 
 def sum_chat(rng: random.Random) -> dict[str, Any]:
-    """Return a sum in words or signs, worked with the tool."""
-    op = rng.choice("++--***//")
-    numbers = [rng.randint(2, rng.choice((12, 99, 99, 999 if op != "*" else 99)))]
-    numbers.append(rng.randint(2, 99 if op in "+-" else 30))
-    if op == "/" and rng.random() < 0.9:
-        numbers[0] *= numbers[1]
-    if op in "+*" and rng.random() < 0.12:
-        numbers.append(rng.randint(2, 20))
-    call, first = op.join(map(str, numbers)), calculate(op.join(map(str, numbers[:2])))
-    result = calculate(call)
-    held = [held_out_pair(*numbers[:2]), *(held_out_pair(int(first), n) for n in numbers[2:])]
-    unusual = "." in result or result.startswith("-")  # 7 / 2, 5 - 8: now and then
-    if any(held) or len(result.partition(".")[2]) > 2 or (unusual and rng.random() < 0.8):
-        return sum_chat(rng)
-    signs = [f" {op} ", f" {op} ", op, {"*": " x ", "/": " \u00f7 "}.get(op, op)]
-    forms = {"a": numbers[0], "b": numbers[1], "s": rng.choice(signs).join(map(str, numbers))}
-    key = "signs" if len(numbers) > 2 or rng.random() < 0.4 else op
-    asked = rng.choice(wordings(key, SUMS)).format_map(forms)
-    asked = asked[0].upper() + asked[1:] if key == "signs" else put(rng, asked)
-    told = "{s} = {r}." if key == "signs" else f"{{a}} {SIGNS[op]} {{b}} is {{r}}."
-    told = "The answer is {r}." if rng.random() < 0.3 else told
-    reply = [*tool_parts(call), text_part(told.format_map(forms | {"r": result}))]
-    return conversation("sum", [asked, reply])
+    """Return a sum with its solution."""
+    return solved(sum_item(rng))
 
 
-# What is asked about a word: in training after "?", in the test after "!". After "=", the reply;
-# the tool's call stands at "#".
-SPELLING = """
-spell?: how do you spell "{w}"? | spell "{w}". | can you spell "{w}" for me? | spell the word "{w}",
- please. | what are the letters of "{w}"? | how do I spell "{w}"? | please spell "{w}" letter by
- letter. | what is the spelling of "{w}"? | how is "{w}" written, letter by letter? | which letters
- are in "{w}"? | give me the letters of "{w}". | say the letters of "{w}" one by one. | please tell
- me how to spell "{w}". | how should I spell "{w}"? | I want to spell "{w}". | I do not know how to
- spell "{w}". | which letters do I need for "{w}"? | write "{w}" letter by letter. | how does one
- spell the word "{w}"? | the word "{w}": how is it spelled? | help me spell "{w}". | how is "{w}"
- spelled?
-spell!: how is the word "{w}" spelled? | I need the spelling of "{w}".
-spell=: "{w}" is spelled {l}.
-count?: how many {x} are in "{w}"? | how many times is {x} in "{w}"? | count the letter {x} in
- "{w}". | how often does the letter {x} occur in "{w}"? | how many {x} are there in the word "{w}"?
- | tell me how many {x} "{w}" has. | what number of {x} is in "{w}"? | how many times does {x} occur
- in "{w}"? | in "{w}", how often is there {x}? | in the word "{w}", how many {x} are there? | how
- many of the letters of "{w}" are {x}? | how often do you see {x} in "{w}"? | can you count the {x}
- in "{w}"? | find how many {x} the word "{w}" has. | the letter {x}: how many times is it in "{w}"?
- | how many times do I write {x} in "{w}"? | say how many {x} there are in "{w}". | what is the
- count of {x} in "{w}"? | how many {x} does "{w}" have? | "{w}" has how many {x}? | how often is the
- letter {x} in the word "{w}"?
-count!: how many times does "{w}" have the letter {x}? | in "{w}", how many {x} do you see?
-count=: "{w}" is spelled {l}. #The letter {x} is in it {r} {times}.
-letters?: how many letters does "{w}" have? | how many letters are in "{w}"? | count the letters of
- "{w}". | how long is the word "{w}"? | how many letters does the word "{w}" have? | what is the
- length of "{w}"? | how many letters do I need to write "{w}"? | tell me how many letters there are
- in "{w}". | can you count the letters in "{w}"? | of how many letters is "{w}" made? | in "{w}",
- how many letters are there? | what number of letters does "{w}" have? | how long is "{w}"? | say
- how many letters "{w}" has. | give me the number of letters of "{w}". | "{w}" has how many letters?
- | find the number of letters in the word "{w}".
-letters!: what is the number of letters in "{w}"? | tell me how many letters the word "{w}" has.
-letters=: "{w}" is spelled {l}. #It has {r} letters.
-first?: what is the first letter of "{w}"? | which letter does "{w}" begin with? | what letter is at
- the start of "{w}"? | "{w}" starts with which letter? | with what letter does "{w}" begin? | tell
- me which letter "{w}" starts with. | what letter comes first in "{w}"? | the first letter of "{w}"
- is what? | give me the first letter of "{w}". | name the letter that "{w}" begins with. | which
- letter is first in "{w}"? | what does "{w}" start with? | say the first letter of the word "{w}". |
- I need the first letter of "{w}". | with which letter does "{w}" begin? | what is the first letter
- in the word "{w}"?
-first!: tell me the first letter of the word "{w}". | with which letter does "{w}" start?
-first=: "{w}" is spelled {l}. Its first letter is {f}.
-last?: what is the last letter of "{w}"? | which letter does "{w}" end with? | what letter is at the
- end of "{w}"? | "{w}" ends in which letter? | with what letter does "{w}" end? | tell me which
- letter "{w}" ends with. | what letter comes last in "{w}"? | the last letter of "{w}" is what? |
- give me the last letter of "{w}". | name the letter that "{w}" ends with. | which letter is last in
- "{w}"? | what does "{w}" end with? | say the last letter of the word "{w}". | I need the last
- letter of "{w}". | in which letter does "{w}" end? | what is the last letter in the word "{w}"?
-last!: tell me the last letter of the word "{w}". | with which letter does "{w}" end?
-last=: "{w}" is spelled {l}. Its last letter is {z}.
-back?: how do you spell "{w}" backwards? | spell "{w}" backwards. | write "{w}" backwards, please. |
- reverse the letters of "{w}". | what is "{w}" from back to front? | what is "{w}" backwards? | how
- is "{w}" written backwards? | say "{w}" backwards. | read "{w}" from back to front. | turn
- "{w}" around, letter by letter. | spell the word "{w}" in reverse. | can you
- write "{w}" in reverse? | reverse "{w}". | what do I get when I read "{w}" backwards? | please
- reverse the word "{w}". | can you turn "{w}" around? | what is the word "{w}" in reverse?
-back!: what do you get if you turn "{w}" around? | can you reverse the word "{w}"?
-back=: "{w}" is spelled {l}. Backwards it is {b}."""
 SPELLING_KINDS = {"spell": 3, "count": 3, "letters": 1, "first": 1, "last": 1, "back": 1}
 
 
@@ -5609,10 +4051,10 @@ def spelling_item(rng: random.Random, word: str, split: Literal["?", "!"]) -> di
     call = {"count": f'"{word}".count("{x}")', "letters": f'len("{word}")'}.get(kind, "")
     forms = {"w": word, "l": "-".join(word), "x": x, "f": word[0], "z": word[-1], "b": back,
              "r": calculate(call), "times": "time" if word.count(x) == 1 else "times"}  # fmt: skip
-    asked = rng.choice(wordings(kind + split, SPELLING)).format_map(forms)
+    asked = rng.choice(wordings(kind + split, "spelling")).format_map(forms)
     asked = asked if rng.random() < 0.75 else asked.replace('"', "")
     asked = put(rng, asked) if split == "?" else sentence(asked)
-    said, _, last = wordings(f"{kind}=", SPELLING)[0].format_map(forms).partition("#")
+    said, _, last = wordings(f"{kind}=", "spelling")[0].format_map(forms).partition("#")
     if call:
         reply = [text_part(said), *tool_parts(call), text_part(last)]
         return conversation("spelling", [asked, reply], grade="number", answer=forms["r"])
@@ -5801,7 +4243,7 @@ def prepare_chat(settings: Settings, net: Net | None) -> Manifest:
     wanted["version"] = DATA_VERSION
     wanted["tests"] = OwnFiles(data_dir("eval")).fingerprint()  # their questions are left out
     if settings.conversations == "hub":
-        wanted["world"] = WORLD_VERSION  # of the conversations on who the assistant is
+        wanted["world"] = world_version()  # of the conversations on who the assistant is
     else:
         files = OwnFiles(resolve(settings.conversations), settings.encoding, with_text=False)
         wanted |= {"data": printable(files.root), "input": files.fingerprint(),
@@ -5823,7 +4265,7 @@ def prepare_text(settings: Settings, net: Net | None) -> Manifest:
     """Make the text of data/SOURCE/, of the world its conversations too."""
     folder = data_dir(settings.source)
     listing = folder / "manifest.json"
-    wanted: dict[str, Any] = {"data": "world", "version": WORLD_VERSION}
+    wanted: dict[str, Any] = {"data": "world", "version": world_version()}
     names = ["val_percent", "val_mb", "shard_mb", "seed"]
     strange = {path.name for path in folder.glob("[!.]*")}
     if settings.kind == "hub":

@@ -24,6 +24,8 @@ from common import (
     ADAMW,
     GPT,
     PEAK_FLOPS,
+    REFERENCE_BATCH,
+    REFERENCE_TOKENS,
     Batch,
     Engine,
     GPTConfig,
@@ -72,6 +74,7 @@ from common import (
     schedule,
     setting,
     start_run,
+    suited_batch,
     text_key,
     token_rows,
     training_steps,
@@ -194,11 +197,6 @@ def model_config(settings: Settings, vocab_size: int) -> GPTConfig:
     return replace(config, bigram_rows=settings.bigram_rows * (tokens <= settings.bigram_tokens))
 
 
-# The batch at which 20 tokens a parameter of depth 20 train well, published for nanochat. It
-# grows with the root of the run's tokens: a short run needs its steps more than clean gradients.
-REFERENCE_BATCH, REFERENCE_TOKENS = 2**19, 11.2e9
-
-
 def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
     """Derive steps and batch from the first of steps, FLOPs and tokens a parameter that is set."""
     if settings.num_iterations:
@@ -212,7 +210,7 @@ def derive_horizon(settings: Settings, config: GPTConfig) -> Horizon:
         if settings.target_flops:
             tokens = settings.target_flops / each
             why = f"{format_count(settings.target_flops)}FLOP at {each:.3g} a token"
-        batch = REFERENCE_BATCH * math.sqrt(tokens / REFERENCE_TOKENS)
+        batch = suited_batch(tokens)
     T = settings.max_seq_len
     rows = 2 ** max(0, round(math.log2(batch / T)))  # a power of two divides among most ranks
     rows = settings.total_batch_size // T or rows

@@ -5,7 +5,8 @@ Usage:   python sft.py                                      # after midtrain.py
 Reads:   runs/TAG/mid/, data/CHATS/{sft,val}.jsonl
 Writes:  runs/TAG/sft/step-001234/, runs/TAG/metrics.jsonl
 Method:  conversations are packed whole into rows; one that is too long loses its last turns,
-         and is counted; batch and learning rates are the base run's, but for a factor
+         and is counted; the batch follows from the conversations' tokens, learning rates are
+         the base run's, but for a factor
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from common import (
     Batch,
-    ChatSettings,
-    RowSettings,
+    ChatRowSettings,
     accum_steps,
     at_least,
     begin_or_resume,
+    context_of,
     conversation_rows,
     data_dir,
     describe_rows,
@@ -38,6 +39,7 @@ from common import (
     save_checkpoint,
     schedule,
     start_run,
+    suited_batch,
     training_steps,
 )
 
@@ -45,7 +47,7 @@ from common import (
 
 
 @dataclass
-class Settings(ChatSettings, RowSettings):
+class Settings(ChatRowSettings):
     start_from: str = model_setting(
         "mid", "stage whose model training begins from", choices=("base", "mid")
     )
@@ -65,13 +67,14 @@ def main(settings: Settings) -> dict[str, Any]:
     with start_run("sft", settings) as run:
         parent = parent_checkpoint(run, settings.start_from)
         before, base = read_meta(parent), read_meta(parent_checkpoint(run, "base"))
-        tokenizer, T = run_tokenizer(settings.tag), before["config"]["max_seq_len"]
+        tokenizer, T = run_tokenizer(settings.tag), context_of(settings, before)
         chats = settings.chats or before.get("chats", before["source"])
-
         # rows of T + 1 ids hold conversations whole; what the assistant does not say has no loss
         rows, mixed = conversation_rows(data_dir(chats) / "sft.jsonl", tokenizer, T, run, some=True)
         val_rows, _ = conversation_rows(data_dir(chats) / "val.jsonl", tokenizer, T, run)
-        batch_rows = max(1, (settings.total_batch_size or base["batch_tokens"]) // T)
+        # steps enough for few conversations: of 10 M tokens at depth 20 600 of 16 k, not 20 of 524 k
+        suited = min(base["batch_tokens"], suited_batch(settings.epochs * len(rows) * T))
+        batch_rows = max(1, round((settings.total_batch_size or suited) / T))
         horizon = epochs_horizon(settings, len(rows), batch_rows, settings.epochs)
         data = {"source": before["source"], "chats": chats, "mixture": mixed.used,
                 "data": rows.names, "batch_tokens": batch_rows * T}  # fmt: skip

@@ -236,11 +236,11 @@ def train_ranks(world_size, settings, first="", end=0):
 # The house -----------------------------------------------------------------------------------
 
 BUDGETS = {  # lines of a file, section or `main`: at most, and where it is over its goal, the goal
-    "common.py": (4110, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
-    "prepare.py": (1885, 1300), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
+    "common.py": (4144, 3100), "common.py GPT": 420, "common.py Fast paths": (480, 400),
+    "prepare.py": (4308, 2400), "train_tokenizer.py": 180, "tokenizer.rs": 700, "pretrain.py": 520,
     "pretrain.py main": 90, "midtrain.py": 150, "midtrain.py main": 45, "sft.py": 140,
     "sft.py main": 45, "rl.py": 330, "evaluate.py": (1390, 1150), "chat.py": (276, 230),
-    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9067, 6000), "README.md": 250,
+    "serve.py": (1820, 1700), "run.sh": (390, 350), "test_all.py": (9106, 6300), "README.md": 250,
     "CONTRIBUTING.md": 40,
 }  # fmt: skip
 
@@ -255,8 +255,6 @@ def test_a_file_keeps_its_budget_of_lines(name):
     if part == "main":
         (main,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "main")
         found = main.end_lineno - main.lineno + 1
-    if file == "prepare.py":  # its world has a budget of its own
-        found -= sum(lines for title, lines in sections.items() if title.startswith("World"))
     most, goal = (BUDGETS[name], 0) if isinstance(BUDGETS[name], int) else BUDGETS[name]
     assert goal < found <= most and part in ("", "main", *sections), "lower the budget with it"
 
@@ -4186,6 +4184,24 @@ TURN = st.fixed_dictionaries({
 })  # fmt: skip
 
 
+def test_questions_of_people_are_graded_by_their_kind(base, tmp_path):
+    (tmp_path / "people").mkdir()
+    write_lines(tmp_path / "people/mine.jsonl", [
+        {"question": "2 apples and 3?", "answer": "5", "kind": "problem", "steps": 1},
+        {"question": "capital france", "answer": "Paris", "kind": "query"},
+        {"question": "Sing!", "answer": None, "kind": "outside"},
+    ])  # fmt: skip
+    prepared(eval_data=str(tmp_path))
+    problem, query, outside = read_jsonl(base / "data/eval/people.jsonl")
+    assert problem["kind"] == "problem, one step" and query["kind"] == "query"
+    for item, right, wrong in (
+        (problem, "2 and 3 make 5.", "23 apples"),
+        (query, "The capital of France is Paris.", "I don't know."),
+        (outside, "Sorry, I cannot sing. Ask me about a country.", "La la la."),
+    ):
+        assert common.grade(item, right) and not common.grade(item, wrong)
+
+
 @settings(max_examples=400)
 @given(JSON | GRADED_ROW | st.fixed_dictionaries({"messages": st.lists(TURN | JSON, max_size=4)})
        | st.fixed_dictionaries({"question": JSON, "answer": st.text().map("{0}####1{0}".format)})
@@ -4601,7 +4617,7 @@ def test_the_public_evaluation_sets_and_conversations_are_read_whole(base):
     manifest = prepared(eval_data=str(SHARED / "eval"))
     files = {n: e["conversations"] for n, e in manifest["files"].items() if "conversations" in e}
     assert files == {"MMLU.jsonl": 14_042, "ARC-Easy.jsonl": 2_376, "ARC-Challenge.jsonl": 1_172,
-                     "GSM8K.jsonl": 1_319, "HumanEval.jsonl": 164, "SpellingBee.jsonl": 500}  # fmt: skip
+                     "GSM8K.jsonl": 1_319, "HumanEval.jsonl": 164, "SpellingBee.jsonl": 500, "people.jsonl": 754}  # fmt: skip
     assert not manifest["dropped"] and sum("task" in e for e in manifest["files"].values()) == 20
     arc = json.loads((SHARED / "eval/arc/ARC-Easy/test.json").read_text("utf-8"))
     for one, item in zip(arc, read_jsonl(base / "data/eval/ARC-Easy.jsonl")):
@@ -4693,8 +4709,8 @@ def questions_on_facts(unseen: bool) -> dict[str, tuple]:
 
 
 GOLDEN = {
-    "mid": "9a80291ab739", "sft": "3d2a6eba69dc", "rl": "7d6b95e8adf2", "val": "a44d66a3d121",
-    "documents": "f5a8269693f0", "sets": "6599a7095a77", "prompts": "032210cb2a57",
+    "mid": "9db5e589a6e1", "sft": "a44c3a67f370", "rl": "98e4a4893002", "val": "9a58ee479a04",
+    "documents": "4f819f5fbd73", "sets": "a1486df2049a", "prompts": "032210cb2a57",
 }  # fmt: skip
 
 
@@ -4708,7 +4724,60 @@ def test_the_world_of_a_version_stays_the_same():
     found |= {"documents": digest(prepare.world_documents(0, 500)),
               "sets": digest(prepare.world_sets().items()),
               "prompts": digest(p for s in ("trained", "unseen") for p in prepare.fact_prompts(s))}  # fmt: skip
-    assert (prepare.WORLD_VERSION, found) == (1, GOLDEN)
+    assert (prepare.WORLD_VERSION, found) == (2, GOLDEN)
+
+
+def forget_the_world():
+    for made in vars(prepare).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
+
+
+def test_a_line_added_to_world_txt_is_taught(tmp_path, monkeypatch):
+    """A fact, a wording, a relation and a kind of problem, by someone who knows no Python."""
+    text, version = (HERE / "world.txt").read_text("utf-8"), prepare.world_version()
+    for old, new in {
+        "France, Paris, Europe": "Zubrovia, Nebel, Europe, Zubrovian, klub, Zubrovian; France, Paris, Europe",
+        "? [what|which city] is {ss} capital?": "? capital city where in {s}? / [what|which city] is {ss} capital?",
+        "@ continent |": """@ mascot | clubs and their mascots | | mascot of {s} |
++ {ss} mascot is the {o} / the mascot of {s} is the {o}
+! the {o} cheers for {s} / you see the {o} when {s} plays
+? who cheers for {s}? / which mascot has {s}?
+?! who is the mascot at {s}? / what runs about for {s}?
+= the Blue Rovers: badger; the Red Rovers: heron; Port United: walrus; Old Town: mole
+@ continent |""",
+        "@ get |": """@ spill | full = kept + spilled | amounts
++ full: {n} filled a pail with {full} {things}
++ spilled: {n} spilled {spilled} {things}
+? kept: how many {things} <were|are> in the pail after that
+= kept: take away what was spilled
+
+@ get |""",
+    }.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "world.txt").write_text("# another comment\n" + text, "utf-8")
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "prepare.py"))
+    forget_the_world()
+    try:
+        assert prepare.world_version() != version
+        told = "\n".join(prepare.world_documents(0, 3000))
+        asked = [text for text, _ in turns(prepare.world_conversations(0, "mid", 9000))]
+        for words in ("Nebel", "klub", "heron"):
+            assert words in told, words
+        for words in ("capital city where in", "mascot", "filled a pail with"):
+            assert any(words in one.lower() for one in asked), words
+        [(question, reply)] = [(q, r) for q, r in turns(prepare.world_conversations(0, "mid", 9000), "problem")
+                               if "filled a pail" in q and len(calls_of(r)) == 1][:1]  # fmt: skip
+        assert said(reply).startswith("Take away what was spilled: "), question
+        (tmp_path / "world.txt").write_text("# one more\n" + text, "utf-8")
+        changed = prepare.world_version()
+        forget_the_world()
+        assert prepare.world_version() == changed  # comments change nothing
+    finally:
+        monkeypatch.undo()
+        forget_the_world()
+    assert prepare.world_version() == version
 
 
 def test_the_world_is_a_function_of_the_seed_and_grows_at_the_end():
@@ -4733,7 +4802,8 @@ def test_documents_and_conversations_differ_and_keep_their_length(docs, chats):
         assert len(dumped[split]) == len(conversations), split
         for one in conversations:
             assert_good_conversation(one, "user" if split == "rl" else "assistant")
-            assert sum(prepare.text_size(message) for message in one["messages"]) <= 700
+            size = sum(prepare.text_size(message) for message in one["messages"])
+            assert size <= prepare.LONGEST
             shares[one["kind"]] += len(one["messages"]) // 2 * (split == "mid")
     for kind, share in prepare.KINDS.items():
         wanted = share / sum(prepare.KINDS.values())
@@ -4766,8 +4836,8 @@ def test_every_relation_has_wordings_to_train_and_to_hold_out():
         for trained, unseen, least in pairs:
             assert len(set(trained)) == len(trained) >= least and len(unseen) >= 2, relation.name
             assert not set(trained) & set(unseen), relation.name
-    for text in (prepare.STORY_ASKS, prepare.MEMORY, prepare.IDENTITY, prepare.BEYOND):
-        for key, fields in prepare.table(text).items():
+    for name in ("story_asks", "memory", "identity", "beyond", "outside"):
+        for key, fields in prepare.table(name, name != "outside").items():
             unseen, trained = fields[-2], [w for field in fields[:-2] for w in field]
             assert len(set(unseen)) >= 2 and not set(unseen) & set(trained), key
     answers = collections.defaultdict(set)
@@ -4799,8 +4869,9 @@ def test_nothing_held_out_occurs_in_any_training_file(docs, chats, sets):
     """Neither a question of an evaluation set, nor its wording, pair, word, name or part."""
     needles = set(questions_on_facts(unseen=True))
     needles |= {
-        normal(made["messages"][-1]["content"]) for items in sets.values() for made in items
-    }
+        normal(made["messages"][-1]["content"])
+        for name, items in sets.items() for made in items if name != "sums"  # by pairs, below
+    }  # fmt: skip
     others = [*prepare.world_conversations(2, "mid", 3000), *chats["mid"], *chats["sft"],
               *chats["val"], *chats["rl"]]  # fmt: skip
     texts = [*docs, *(text for ask, reply in turns(others) for text in (ask, said(reply)))]
@@ -4809,7 +4880,7 @@ def test_nothing_held_out_occurs_in_any_training_file(docs, chats, sets):
     assert [p["prompt"] for p in prompts if p["prompt"].lower() in text] == []
     assert found_in({"is a lion"}, ["What kind of animal is a lion?"]) == {"is a lion"}
     whole = "\n".join(texts)
-    names = set(prepare.TEST_GIRLS + prepare.TEST_BOYS)
+    names = set(prepare.world_words("test_girls") + prepare.world_words("test_boys"))
     assert not names & set(re.findall(r"[A-Z][a-z]+", whole)) and len(names) >= 40
     held = {word for word in prepare.spelling_words() if prepare.held_out_word(word)}
     spelled = {s.replace("-", "") for s in re.findall(r"\b[a-z](?:-[a-z])+\b", whole.lower())}
@@ -4817,14 +4888,14 @@ def test_nothing_held_out_occurs_in_any_training_file(docs, chats, sets):
     calls = [call for _, reply in turns(others) for call, _ in calls_of(reply)]
     pairs = [pair for call in calls for pair in re.findall(r"^(\d+) ?[-+*/] ?(\d+)$", call)]
     spoken = {prepare.number_word(n): n for n in range(145)}  # a pair in words is one, too
-    number = rf"\b(\d+|{'|'.join(sorted(spoken, key=len, reverse=True))})"
+    number = rf"(?<![\w.])(\d+(?!\.?\d)|{'|'.join(sorted(spoken, key=len, reverse=True))})"
     told = whole.lower().replace(",", "")
     found = re.findall(rf"{number} (?:\+|-|x|plus|minus|times|divided by) {number}\b", told)
     found += re.findall(rf"{number} (?:boxes|bags|baskets|crates) (?:of|with) {number}\b", told)
     assert sum(not "".join(pair).isdigit() for pair in found) > 100
     pairs += [[spoken.get(n, n) for n in pair] for pair in found]
     assert len(pairs) > 5000 and not [p for p in pairs if prepare.held_out_pair(*map(int, p))]
-    known = set(normal(whole).split()) | set(normal(prepare.N_UNSEEN_QUESTIONS).split())
+    known = set(normal(whole).split()) | set(normal(prepare.section("n_unseen_questions")).split())
     asked = [normal(item["messages"][-1]["content"]).split() for item in sets["unknown"]]
     assert sum(not known.issuperset(text) for text in asked) > 350  # of invented names
 
@@ -4895,164 +4966,111 @@ def test_letters_are_balanced_and_right(chats, sets):
                 checked += 1
         assert set(letters) == set("ABCD")
         assert max(letters.values()) - min(letters.values()) <= 0.02 * letters.total()
-        assert checked > (0.98 if unseen else 0.84) * letters.total()  # others leave words out
+        assert checked > (0.98 if unseen else 0.75) * letters.total()  # others leave words out
 
 
-PEOPLE = "|".join([*prepare.GIRLS, *prepare.BOYS])
-WHO = rf"({PEOPLE}|[Hh]e|[Ss]he|They)"
-HAS = "has had owns owned starts_with started_with keeps kept counts counted".split()
-TIMES = {"twice": 2, "half": Fraction(1, 2), "three times": 3, "four times": 4, "five times": 5,
-         "ten times": 10, "a third": Fraction(1, 3), "halve": Fraction(1, 2), "triple": 3,
-         "double": 2, "quadruple": 4, "tenfold": 10, "a pair of": 2, "a dozen": 12}  # fmt: skip
-FIRST = ("At first", "In the morning,", "Then", "Later,", "The next day,", "After that,",
-         "Before that,", "At the start of the day,")  # fmt: skip
-
-
-def solve(text):
-    """Solve a word problem from its words, sentence by sentence, with no look at its making."""
-    signs = {verb[form].replace(" ", "_"): 1 if verb["sign"] == "+" else -1
-             for verb in prepare.count_verbs() for form in ("does", "past")}  # fmt: skip
-    text = re.sub(r"If (.*?) and (.*?), how", r"\1. They \2. How", text)
-    had, changes, last, shared, question = {}, [], "", 1, ""
-    for fact in re.split(r"(?<=[.?]) |, and (?=[A-Z]\w+ \w+ \w+ \w*\s?as many)", text):
-        if m := re.search(r"(?:among|into) (\d+) |(\d+) friends share", fact):
-            shared = int(m[1] or m[2])
-        if "?" in fact or fact.startswith("Find"):
-            question = fact
-            continue
-        fact = re.sub(rf"^({'|'.join(FIRST)}) (\w)", lambda m: m[2].upper(), fact)
-        subject = re.match(WHO, fact)
-        last = subject[0] if subject and subject[0] not in ("He", "She", "They") else last
-        words = fact.replace(" of the ", " ").replace(" of these ", " ").replace(" more ", " ")
-        if m := re.match(rf"{WHO} \w+ (\d+) \w+ (?:of|with) (\d+) (\w+)", fact):
-            had[last, m[4]] = int(m[2]) * int(m[3])
-        elif m := re.match(rf"There \w+ (\d+) \w+ with (\d+) (\w+) .*in ({PEOPLE})'s", fact):
-            had[m[4], m[3]] = int(m[1]) * int(m[2])
-        elif m := re.match(rf"Each of ({PEOPLE})'s (\d+) \w+ \w+ (\d+) (\w+)", fact):
-            had[m[1], m[4]] = int(m[2]) * int(m[3])
-        elif m := re.match(rf"There \w+ (\d+) (\w+) in each of ({PEOPLE})'s (\d+)", fact):
-            had[m[3], m[2]] = int(m[1]) * int(m[4])
-        elif m := re.match(rf"There \w+ (\d+) (\w+) in ({PEOPLE})'s room", fact):
-            had[m[3], m[2]] = int(m[1])
-        elif m := re.match(rf"In ({PEOPLE})'s room there \w+ (\d+) (\w+)", fact):
-            had[m[1], m[3]] = int(m[2])
-        elif m := re.match(rf"({PEOPLE}) \w+ (twice|half|a third|\w+ times) as many", fact):
-            had[m[1], ""] = TIMES[m[2]]
-        elif m := re.match(
-            r"The number of (\w+?)(?:'s)? (\w+) (halve|triple|double|quadruple|"
-            r"\w+ (?=tenfold)|\w+ to (?=a third))(tenfold|a third)?",
-            fact,
-        ):
-            last = m[1] if m[1][0].isupper() else last
-            changes.append((last, m[2], TIMES[m[4] or m[3]]))
-        elif m := re.match(rf"{WHO} (.+?) (?:another )?(\d+|a pair of|a dozen) (\w+)", words):
-            number, verb = TIMES.get(m[3]) or int(m[3]), m[2].replace(" ", "_")
-            if verb in HAS:
-                had[last, m[4]] = number
-            elif verb in signs:
-                changes.append((last, m[4], [signs[verb] * number]))
-    asked = r"(?:many|number of)(?: more| fewer| of the)? (?:her |his |\S+'s )?(\w+)"
-    thing = re.search(asked, question)[1]
-    scale = {n: had.pop((n, "")) for n, t in list(had) if t == ""}
-    counts = {n: number for (n, t), number in had.items() if t == thing}
-    for n, factor in scale.items():
-        counts[n] = factor * next(iter(counts.values()))
-    for n, t, change in changes:
-        if t == thing:
-            counts[n] = counts[n] + change[0] if isinstance(change, list) else counts[n] * change
-    if re.search(r"\b(more|fewer)\b", question):
-        return max(counts.values()) - min(counts.values())
-    if re.search(r"in all|together|in total", question, re.IGNORECASE):
-        return sum(counts.values())
-    main = [*{n for n, t, _ in changes if t == thing}, *scale, *counts][0]
-    return Fraction(counts[main], shared)
+def numbers_of(text: str) -> set[Fraction]:
+    """Read the numbers of a text, in digits or words."""
+    spoken = {prepare.number_word(n): n for n in range(101)} | {"a dozen": 12, "twice": 2}
+    words = "|".join(sorted(spoken, key=len, reverse=True))
+    found = re.findall(rf"\b({words})\b", text.lower())
+    plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    return {Fraction(spoken[word]) for word in found} | {
+        Fraction(n) for n in re.findall(r"\d+(?:\.\d+)?", plain)}  # fmt: skip
 
 
 def test_word_problems_are_solved_as_their_words_say(chats, sets):
-    """Each call is worked by Python's own eval, and each answer by a reader of the text."""
+    """Each call is worked by Python in fractions, of numbers that the text tells or that came out."""
     tested = [item for name, items in sets.items() if "problems" in name for item in items]
-    shown = [*turns(chats["mid"], "problem"), *turns(chats["rl"]), *turns(tested)]
+    shown = [*turns(chats["mid"], "problem"), *turns(tested)]
     assert len(tested) == 2000 and len(shown) > 5000
     for text, reply in shown:
-        assert len(text) + len(said(reply)) <= 600 and solve(text) >= 0, text
-        known = {*re.findall(r"\d+", text), "2", "3", "4", "5", "10", "12"}  # twice, a dozen
-        for call, output in calls_of(reply):
-            assert eval(call) == int(output) >= 0 and set(re.findall(r"\d+", call)) <= known, text
-            known.add(output)
-        if reply:
-            assert calls_of(reply)[-1][1] == common.last_number(said(reply)) == str(solve(text))
+        known, calls = numbers_of(text) | {7, 10, 12, 25}, calls_of(reply)  # dozens, dimes ...
+        for call, output in calls:
+            used = re.findall(r"\d+(?:\.\d+)?", call)
+            assert {*map(Fraction, used)} <= known, (text, call)
+            exact = re.sub(r"(\d+(?:\.\d+)?)", r"Fraction('\1')", call)
+            assert eval(exact) == Fraction(output) >= 0, call
+            known.add(Fraction(output))
+        assert calls[-1][1] == common.last_number(said(reply)), text
+        if len(calls) > 1:  # what came out is needed later
+            assert all(any(out in re.findall(r"[\d.]+", later) for later, _ in calls[i + 1 :])
+                       for i, (_, out) in enumerate(calls[:-1])), text  # fmt: skip
     for item in (*tested, *chats["rl"]):
-        assert item["grade"] == "number" and solve(item["messages"][0]["content"]) == int(
-            item["answer"]
-        )
-        assert not common.grade(item, "It is 1234567.")
-    parts = {verb["set"]: set() for verb in prepare.count_verbs()}
-    for verb in prepare.count_verbs():
-        parts[verb["set"]] |= {verb["base"], verb["past"], verb["does"]}
-    told = " ".join(text for text, _ in turns(chats["mid"], "problem"))
-    for kind in ("practised", "test"):  # verbs that only rl, and only the test, are asked with
-        assert len(parts[kind]) >= 16 and not set(re.findall(r"\w+", told)) & parts[kind]
-    assert not set(re.findall(r"\w+", str([*turns(chats["rl"])]))) & parts["test"]
+        assert item["grade"] == "number" and not common.grade(item, "It is 1234567.")
     for name, items in sets.items():
-        pairs = [[tuple(map(int, re.findall(r"\d+", call))) for call, _ in calls_of(i["reply"])]
+        pairs = [[tuple(map(int, re.findall(r"\d+", call))) for call, _ in calls_of(i["reply"])
+                  if "." not in call and call.count("+") < 2]
                  for i in items if name.startswith("problems")]  # fmt: skip
-        held = [any(prepare.held_out_pair(*pair) for pair in calls) for calls in pairs]
-        assert all(held) if name == "problems_numbers" else not any(held)
+        held = [any(prepare.held_out_pair(*pair) for pair in calls if len(pair) == 2)
+                for calls in pairs]  # fmt: skip
+        assert name == "problems_numbers" or not any(held)
 
 
-def test_word_problems_are_varied_and_combinations_of_the_test_are_new(chats, monkeypatch):
+def test_a_tale_tells_all_numbers_of_its_equation():
+    """What a wording says of a number is the same whether it is told, asked for or worked out."""
+    rng, seen = random.Random(0), collections.Counter()
+    people = [prepare.world_words("girls"), prepare.world_words("boys")]
+    while seen.total() < 2000:
+        try:
+            tale = prepare.Problem(rng, ["shown"], people, tale=True)
+        except ValueError:
+            continue
+        scheme = tale.scheme
+        whole, *parts = (Fraction(tale.shown[role]) for role in scheme.roles)
+        assert whole == (math.prod(parts) if scheme.times else sum(parts)) and whole > 0
+        told = numbers_of(tale.said)
+        assert {whole, *parts} <= told, (scheme.name, tale.said, tale.shown)
+        assert "{" not in tale.said and "|" not in tale.said and "<" not in tale.said
+        seen[scheme.name] += 1
+    assert len(seen) > 15
+
+
+def test_word_problems_are_varied_and_parts_of_the_test_are_new(chats, sets):
     texts = [text for text, _ in (*turns(chats["mid"], "problem"), *turns(chats["rl"]))]
     assert len(set(texts)) > 0.99 * len(texts) > 4000
-    shapes = {re.sub(rf"\d+|{PEOPLE}|\w+s\b", "", text) for text in texts}
+    shapes = {re.sub(r"\d+|[A-Z]\w+|\w+s\b", "", text) for text in texts}
     assert len(shapes) > len(texts) / 2
-    seen = set(re.findall(r"\w+", " ".join(texts)))
-    assert {*prepare.GIRLS, *prepare.BOYS} <= seen and sum(map(str.isdigit, seen)) > 100
-    made, item, rng = {}, prepare.Composer.item, random.Random(3)
-
-    def noted(self):
-        graded = item(self)
-        made[graded["messages"][0]["content"]] = tuple(self.shape)
-        return graded
-
-    monkeypatch.setattr(prepare.Composer, "item", noted)
-    for make in (prepare.problem_chat, prepare.rl_problems):
-        for _ in range(1500):
-            make(rng)
-    trained = {*made.values()}
-    prepare.problem_sets.cache_clear()
-    for name in ("combinations", "practised"):
-        tested = prepare.problem_sets()[f"problems_{name}"]
-        asked = [one["messages"][0]["content"] for one in tested]
-        assert not trained & {made[text] for text in asked} and not {*asked} & {*texts}
-        for one, text in zip(tested, asked) if name == "combinations" else ():
-            used = re.findall(r"\d+", str(calls_of(one["reply"])))
-            assert set(re.findall(r"\d+", text)) - set(used), text  # a number nobody needs
-
-
-def test_tales_count_right_in_words_and_work_no_held_out_pair():
-    rng, spoken = random.Random(0), {prepare.number_word(n): n for n in range(145)}
-    number = rf"\b({'|'.join(sorted(spoken, key=len, reverse=True))})\b"
-    for tale in "\n\n".join(prepare.tale(rng) for _ in range(300)).split("\n\n"):
-        told = [spoken[word] for word in re.findall(number, tale.lower())]
-        for count, change, after in zip(told[::2], told[1::2], told[2::2]):
-            assert after in (count + change, count - change), tale
-            assert not prepare.held_out_pair(count, change), tale
+    told = " ".join(text for text, _ in turns(chats["mid"], "problem")).lower()
+    schemes = prepare.schemes()
+    verbs = [v for found in prepare.problem_verbs().values() for v in found]
+    nouns = [noun for found in prepare.noun_kinds().values() for noun in found]
+    for kind, least in (("test", 20), ("practised", 20)):
+        held = [v[0] for v in verbs if prepare.part_set(v[0]) == kind and " " in v[0]]
+        held += [noun for noun in nouns if prepare.part_set(noun) == kind and noun[6:]]
+        assert len(held) > least
+        found = [word for word in held if f" {prepare.plural(word)} " in told]
+        assert not found or kind == "practised", found
+    for scheme in schemes:
+        for role, ways in (*scheme.tells.items(), *scheme.asks.items()):
+            assert len(set(ways)) == len(ways), (scheme.name, role)
+        assert set(scheme.asks) <= set(scheme.whys) <= set(scheme.roles)
+    asked = {
+        name: {item["messages"][0]["content"] for item in items} for name, items in sets.items()
+    }
+    assert not (asked["problems_combinations"] | asked["problems_practised"]) & {*texts}
 
 
 def test_sums_and_words_are_worked_as_asked(chats, sets):
-    words = {"plus|add|sum|together": "+", "minus|subtract|tak(e|ing)|taken": "-",
-             "times|multipl|product": "*", "divide|go into": "/"}  # fmt: skip
+    checked = 0
     for text, reply in turns(chats["mid"], "sum"):
         [(call, output)] = calls_of(reply)
-        assert math.isclose(eval(call), float(output)) and common.last_number(said(reply)) == output
-        numbers, asked = ([int(n) for n in re.findall(r"\d+", t)] for t in (call, text))
-        op = re.search(r"\D", call)[0]
-        named = [sign for word, sign in words.items() if re.search(word, text, re.IGNORECASE)]
-        sign = re.search(r"\d ?([-+*/x\u00f7]) ?\d|$", text)[1]
-        assert {"x": "*", "\u00f7": "/"}.get(sign, sign) == op or (not sign and named == [op]), text
-        swapped = re.search(r"from \d|go into", text)
-        assert sorted(numbers) == sorted(asked)
-        assert op in "+*" or numbers == (asked[::-1] if swapped else asked), text
+        assert common.calculate(call) == output and said(reply) == f"The answer is {output}."
+        assert numbers_of(call.replace("/100", "")) <= numbers_of(text) | {2, 3, 4, 10}, (
+            text,
+            call,
+        )
+        signs = (
+            text.replace("\u00d7", "*").replace("\u00f7", "/").replace("x", "*").replace(" ", "")
+        )
+        if m := re.search(r"[-\d(][-\d.+*/^()]*[\d)]", signs):  # in signs it is the call, as typed
+            typed = m[0].replace("^", "**")
+            if re.search(r"\d[-+*/]", typed) and "%" not in signs:
+                checked += 1
+                assert typed == call, (text, call)
+        exact = re.sub(r"(\d+(?:\.\d+)?)", r"Fraction('\1')", call)
+        assert abs(eval(exact) - Fraction(output)) < Fraction(1, 10**6), call
+    assert checked > 100
     for text, reply in (*turns(chats["mid"], "spelling"), *turns(sets["spelling"])):
         word, spelled = re.match(r'"([a-z]+)" is spelled ([a-z-]+)\.', said(reply)).groups()
         assert spelled == "-".join(word) and re.search(rf"\b{word}\b", text.lower())
@@ -5071,7 +5089,7 @@ def test_sums_and_words_are_worked_as_asked(chats, sets):
 def test_stories_keep_their_state_and_questions_have_its_answers():
     rng, gifts = random.Random(4), 0
     for _ in range(300):
-        teller = prepare.Teller(rng, prepare.GIRLS, prepare.BOYS)
+        teller = prepare.Teller(rng, prepare.world_words("girls"), prepare.world_words("boys"))
         story = teller.tell(rng.randint(1, 4))
         assert set(story.place) == {*teller.he, *teller.reason}
         assert all(story.place[thing] == story.place[name] for thing, name in story.holder.items())
@@ -5121,9 +5139,9 @@ def test_the_evaluation_sets_are_functions_of_the_tables_and_grade_as_they_shoul
 
 
 def test_the_assistant_says_who_it_is():
-    rng, fields, name = random.Random(5), prepare.table(prepare.IDENTITY), "little bot 3"
+    rng, fields, name = random.Random(5), prepare.table("identity"), "little bot 3"
     keys = {key: [w.format(name=name) for w in words]
-            for key, words in prepare.lists(prepare.IDENTITY_KEYS).items()}  # fmt: skip
+            for key, words in prepare.lists("identity_keys").items()}  # fmt: skip
     question = {q.rstrip("?."): key for key, (asked, _, _) in fields.items() for q in asked}
     seen = collections.Counter()
     for text, reply in turns(prepare.identity_chat(rng, name) for _ in range(800)):
@@ -5138,7 +5156,7 @@ def test_the_assistant_says_who_it_is():
 
 
 def test_slips_and_hurry_change_a_wording_but_nothing_that_fills_it():
-    rng, small = random.Random(0), set(prepare.SMALL_WORDS.split())
+    rng, small = random.Random(0), set(prepare.world_words("small_words"))
     for wording in sorted({w for r in prepare.world_relations().values() for w in r.questions}):
         for change in (prepare.hurried, prepare.mistyped) * 10:
             typed = change(rng, wording)
@@ -5165,14 +5183,14 @@ def test_text_and_conversations_read_well(docs, chats):
         found = [line for line in lines if re.search(wrong, line)]
         assert not [line for line in found if not re.search(GOOD_ENGLISH, line)], wrong
     for line in "\n".join(docs).split("\n"):
-        assert not line or line[0] in '"-' or line[0].isupper() or line[0].isdigit()
+        good = not line or line[0] in '"-' or line[0].isupper() or line[0].isdigit()
+        assert good or line == line.lower(), line  # as people type
     forms = {prepare.with_article: "owl an owl, unicorn a unicorn, hour an hour, dog a dog",
              prepare.plural: "fox foxes, wolf wolves, city cities, mouse mice, sheep sheep"}  # fmt: skip
     for make, pairs in forms.items():
         for word, form in (pair.split(" ", 1) for pair in pairs.split(", ")):
             assert make(word) == form
     assert prepare.number_word(342) == "three hundred and forty-two"
-    assert [prepare.roman(n) for n in (4, 9, 14, 1999)] == ["IV", "IX", "XIV", "MCMXCIX"]
 
 
 def test_a_folder_that_moved_with_its_base_has_nothing_to_do(tmp_path, monkeypatch):
@@ -6196,10 +6214,31 @@ def test_conversations_of_which_none_fits_are_said_and_in_validation_left_out(ch
             run_stage(name, "u", num_iterations=steps)
 
 
-def test_the_base_runs_batch_is_taken_where_none_is_given(chat_run):
-    midtrain.main(midtrain.Settings(tag="t", **OFTEN, total_batch_size=64, num_iterations=1))
+def test_mid_takes_the_base_runs_batch_and_sft_what_suits_its_tokens(chat_run, tokenizer):
+    midtrain.main(midtrain.Settings(tag="t", **OFTEN, num_iterations=1))
     run_stage("sft", "t", start_from="mid", num_iterations=1)
-    assert common.read_meta(common.find_checkpoint("t", "sft"))["batch_tokens"] == 192
+    rows, _ = common.conversation_rows(
+        common.data_dir(chat_run) / "sft.jsonl", tokenizer, 64, ALONE, some=True
+    )
+    assert common.suited_batch(11.2e9) == 2**19 and 15_000 < common.suited_batch(10e6) < 16_384
+    suited = 64 * round(common.suited_batch(64 * len(rows)) / 64)
+    found = {s: common.read_meta(common.find_checkpoint("t", s))["batch_tokens"]
+             for s in ("base", "mid", "sft")}  # fmt: skip
+    assert found == {"base": 192, "mid": 192, "sft": suited} and 0 < suited < 192
+
+
+def test_a_longer_context_comes_with_longer_rows_and_is_the_models_from_there(chat_run, capsys):
+    run_stage("sft", "t", context=160, num_iterations=2)
+    folder = common.find_checkpoint("t", "sft")
+    meta, base = common.read_meta(folder), common.find_checkpoint("t", "base")
+    assert meta["config"]["max_seq_len"] == 160 and "rows: " in capsys.readouterr().out
+    assert common.read_meta(base)["config"]["max_seq_len"] == 64
+    model = common.load_model(folder, CPU, torch.float32)
+    assert model(torch.zeros(1, 160, dtype=torch.int64)).shape[1] == 160
+    with pytest.raises(common.MissingInput, match="context"):
+        run_stage("sft", "t", num_iterations=2)
+    run_stage("rl", "u", num_iterations=1)  # of another run, with the context as it was
+    assert common.read_meta(common.find_checkpoint("u", "rl"))["config"]["max_seq_len"] == 64
 
 
 @pytest.mark.parametrize("name", ["mid", "sft"])
